@@ -1,0 +1,42 @@
+# One command each, on a fresh clone with nothing but Python (>= 3.11) and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+
+.PHONY: demo test lint format types pytest docs clean
+.DEFAULT_GOAL := test
+
+# A stamp per extra, so that the demo does not wait for the test tools.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.%: pyproject.toml .ci/constraints.txt | $(VENV)/.created
+	$(PIP) -e '.[$*]'
+	touch $@
+
+demo: $(VENV)/.examples  ## untuned Adler against ten SGD learning rates on handwritten digits
+	$(BIN)/python -m examples.digits
+
+test: lint types pytest  ## everything CI runs
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test $(VENV)/.examples
+	$(BIN)/python -m pytest -n 2 src tests
+
+docs: $(VENV)/.docs  ## the site, into build/site; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,67 @@
+r"""Discounted means of a sequence of learning rates.
+
+Both methods keep two numbers, a discounted total and a discounted count:
+
+.. math::
+    s \leftarrow \beta s + T(\eta_k), \qquad n \leftarrow \beta n + 1, \qquad
+    \hat\eta_k = T^{-1}(s / n).
+
+``T = log`` gives the geometric mean (ADLER, Algorithm 1), ``T = identity`` the arithmetic mean (the
+Gauss-Newton baseline). The count makes the mean unbiased from the first value on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Average", "DiscountedMean", "arithmetic", "geometric"]
+
+
+class Average(NamedTuple):
+    """Discounted total ``s`` and discounted count ``n``, 0-dim tensors. Replaced, never mutated."""
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> Average:
+        """Of no values yet; float64 where the device has it."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return cls(zero, zero)
+
+
+class DiscountedMean(NamedTuple):
+    """A quasi-arithmetic mean with exponential discount.
+
+    Attributes:
+        transform: ``T``, applied to each value.
+        inverse: Its inverse.
+
+    Example:
+        >>> average = Average.empty()
+        >>> for rate in (1.0, 100.0):
+        ...     average = geometric.push(average, torch.tensor(rate), beta=1.0)
+        >>> round(float(geometric.read(average)), 6)
+        10.0
+    """
+
+    transform: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+    def push(self, average: Average, value: Tensor, beta: float) -> Average:
+        """The average after one more value."""
+        total, count = average
+        return Average(beta * total + self.transform(value.to(total)), beta * count + 1)
+
+    def read(self, average: Average) -> Tensor:
+        """The mean; NaN while there are no values."""
+        return self.inverse(average.total / average.count)
+
+
+geometric = DiscountedMean(torch.log, torch.exp)
+arithmetic = DiscountedMean(torch.clone, torch.clone)

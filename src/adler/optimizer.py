@@ -1,0 +1,604 @@
+"""`Adler` and `GaussNewton`: gradient descent that measures its own learning rate.
+
+The optimizers are thin: `capture` knows the batch, `curvature` measures, `search` decides, `update`
+moves the parameters. What is kept between steps lives in the param groups.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from adler import averaging, losses, update
+from adler.averaging import Average, DiscountedMean
+from adler.capture import RecordedLoss, Recorder
+from adler.curvature import ENGINES, directional_derivative
+from adler.replay import Call, replaying, unwrap
+from adler.search import Measurement, StepLength, remembered_step_length, step_length
+from adler.watch import Watch
+
+__all__ = ["Adler", "GaussNewton", "StepRecord"]
+
+Self = TypeVar("Self", bound="Adler")
+
+# One step length serves all groups, so these have one value.
+_SHARED = ("beta", "eps", "trust_region", "jvp", "curvature_every")
+# What a step hands to the next one. Tensors are replaced, never mutated, so groups share them.
+_CARRIED = ("rate_total", "rate_count", "minibatch_lr", "steps")
+
+# Finite differences step this fraction of the learning rate along -d: truncation grows with it,
+# rounding shrinks.
+_FD_FRACTION = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+class StepRecord(NamedTuple):
+    """What the last `Adler.step` did; 0-dim tensors on the device, read with ``float()``.
+
+    Attributes:
+        minibatch_lr: ``η_k``, the minimiser of this minibatch's quadratic model.
+        effective_lr: The rate applied, before a group's ``lr``; 0 where the step was skipped.
+        slope: ``g·d``.
+        curvature: ``c = vᵀ Q v``; NaN where this step did not measure (``curvature_every``).
+        clipped: Whether a guard shortened the step.
+        skipped: Whether there was no step.
+        clipped_total: Steps clipped since the optimizer was made.
+        skipped_total: Steps skipped since the optimizer was made.
+    """
+
+    minibatch_lr: Tensor
+    effective_lr: Tensor
+    slope: Tensor
+    curvature: Tensor
+    clipped: Tensor
+    skipped: Tensor
+    clipped_total: Tensor
+    skipped_total: Tensor
+
+
+class Adler(Optimizer):
+    r"""Stochastic gradient descent with a measured learning rate: nothing to tune.
+
+    Each step minimises the minibatch's generalized Gauss-Newton model along the gradient and averages
+    the minimisers, with discount, in log space:
+
+    .. math::
+        g = \nabla h(\theta), \quad v = J_F(\theta)\, g, \quad
+        \eta_k = \frac{g^\top g}{v^\top \nabla^2 L\, v + \epsilon\, g^\top g}, \quad
+        \hat\eta_k = \exp\Bigl(\tfrac{\sum_j \beta^{k-j} \log \eta_j}{\sum_j \beta^{k-j}}\Bigr),
+        \quad \theta \leftarrow \theta - \min(\hat\eta_k, 2 \eta_k)\, g.
+
+    The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
+
+    Args:
+        params: Parameters of ``model``, or groups of them, with or without names.
+        model: The network whose outputs the loss sees. Forward hooks record its calls.
+        criterion: The loss, reduced to a scalar. A module (``nn.CrossEntropyLoss()``) is hooked; for
+            any other callable the targets go to `step`.
+        lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
+        beta: Discount of the average, in [0, 1).
+        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
+        trust_region: A step is at most this many minibatch rates long: the model is back at its start
+            at 2. ``None``: no guard.
+        weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
+        jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
+            ``"double_backward"``.
+        curvature_every: Measure every so many steps; the steps between use the average.
+        output_fn: Maps what the model returns to the tensor that the criterion receives. Needed when
+            the model returns no tensor, or the loop slices or reshapes before the loss.
+
+    Every group carries ``effective_lr``, the rate of its last step; `last_step` says more.
+
+    Raises:
+        ValueError: For an argument out of its range, parameters that are not the model's, or a
+            criterion with ``reduction="none"``.
+        TypeError: For arguments of another kind, complex parameters included.
+
+    Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, SNS 2025,
+    ch. 7, Algorithm 1; D. Balboni, D. Bacciu, arXiv 2305.16396. The bound is ours: `as_published`.
+
+    Example:
+        >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+        >>> optimizer = Adler(model.parameters(), model, criterion)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> optimizer.zero_grad()
+        >>> loss = criterion(model(x), y)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> float(optimizer.param_groups[0]["effective_lr"]) > 0
+        True
+    """
+
+    _mean: ClassVar[DiscountedMean] = averaging.geometric
+    _loss_hessian: ClassVar[Callable[[Any], losses.LossHessian]] = staticmethod(losses.loss_hessian)
+
+    # GradScaler then hands over its scale instead of unscaling behind our back.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        *,
+        lr: float | Tensor = 1.0,
+        beta: float = 0.99,
+        eps: float = 1e-10,
+        trust_region: float | None = 2.0,
+        weight_decay: float = 0.0,
+        jvp: str = "forward",
+        curvature_every: int = 1,
+        output_fn: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not callable(criterion):
+            raise TypeError(f"criterion: expected a loss, got {type(criterion).__name__}")
+        if output_fn is not None and not callable(output_fn):
+            raise TypeError(f"output_fn: expected a function, got {type(output_fn).__name__}")
+        self.model, self.criterion, self.output_fn = model, criterion, output_fn
+        self._hessian = self._loss_hessian(criterion)  # refuses reduction="none"
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "eps": eps,
+            "trust_region": trust_region,
+            "weight_decay": weight_decay,
+            "jvp": jvp,
+            "curvature_every": curvature_every,
+        }
+        _check_hyperparameters(defaults)
+        self._names = _names_of(model)
+        super().__init__(params, defaults)
+        self._attach()
+
+    @classmethod
+    def as_published(
+        cls: type[Self],
+        params: ParamsT,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        **overrides: Any,
+    ) -> Self:
+        """Algorithm 1 to the letter, whatever the defaults become.
+
+        ``lr=1``, ``beta=0.99``, ``eps=1e-10``, an exact Jacobian-vector product at every step, no
+        guard. On networks without normalisation it can diverge; see the documentation.
+
+        Args:
+            params: See the class.
+            model: See the class.
+            criterion: See the class.
+            **overrides: Keyword arguments of the class, in place of the published values.
+        """
+        published: dict[str, Any] = {
+            "lr": 1.0,
+            "beta": 0.99,
+            "eps": 1e-10,
+            "trust_region": None,
+            "weight_decay": 0.0,
+            "jvp": "forward",
+            "curvature_every": 1,
+        }
+        return cls(params, model, criterion, **{**published, **overrides})
+
+    # --- the step --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        inputs: Any = None,
+        targets: Any = None,
+    ) -> Any:
+        """Measures the curvature along the gradient and moves the parameters.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss, backpropagates, returns it.
+            inputs: What the model was called with, for loops that hooks cannot see: one argument, a
+                tuple of them, or a mapping of keyword arguments. Needs ``targets``.
+            targets: What the criterion receives after the outputs (a tuple where it receives
+                several), for loops that do not call the criterion module. The loss that was
+                backpropagated must be ``criterion(outputs, targets)``.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: If there is no gradient, or the batch that made it is unknown. The message
+                says what to do; parameters and state are unchanged.
+            ValueError: If explicit targets do not fit the outputs.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check_hyperparameters(group)
+        params, direction = self._directions()
+        scale, veto = self._amp_unscale(direction)
+        shared = self.param_groups[0]
+        average = Average(shared["rate_total"], shared["rate_count"])
+        squared_norm = update.squared_norm(direction, self._home)
+        measures = shared["steps"] % shared["curvature_every"] == 0
+        found: StepLength
+        curvature = torch.full_like(squared_norm, math.nan)
+        if measures:
+            batch = self._batch(inputs, targets)
+            curvature, finite = self._measure(batch, params, direction, squared_norm, scale)
+            found, average = step_length(
+                Measurement(squared_norm, curvature, squared_norm, finite & ~veto),
+                average,
+                self._mean,
+                beta=shared["beta"],
+                eps=shared["eps"],
+                trust_region=shared["trust_region"],
+            )
+        else:
+            found = remembered_step_length(
+                torch.where(veto, math.nan, squared_norm),
+                shared["minibatch_lr"],
+                average,
+                self._mean,
+                trust_region=shared["trust_region"],
+            )
+        self._apply(found)
+        self._carry(found, average, shared["steps"] + 1)
+        self._report(found, squared_norm, curvature)
+        self._recorder.clear()
+        return loss
+
+    def _directions(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters with a gradient, and the direction along which to search: the gradient."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            raise RuntimeError(
+                "step(): no parameter has a gradient: call loss.backward() before step(), on a loss "
+                "that depends on the parameters given to the optimizer"
+            )
+        if any(p.grad.is_sparse for p in params if p.grad is not None):
+            raise RuntimeError(
+                "step(): sparse gradients are not supported: build the embedding with sparse=False"
+            )
+        return params, [p.grad for p in params if p.grad is not None]
+
+    def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
+        if targets is not None:
+            return self._recorder.explicit(inputs, targets)
+        if inputs is not None:
+            raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
+        return self._recorder.losses()
+
+    def _measure(
+        self,
+        batch: list[RecordedLoss],
+        params: list[Tensor],
+        direction: list[Tensor],
+        squared_norm: Tensor,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Curvature of the backpropagated loss along the direction, and whether the loss is finite.
+
+        The GGN of a weighted sum of losses is the weighted sum of their GGNs.
+        """
+        named = {self._names[p]: p for p in params}
+        along = dict(zip(named, direction))
+        curvature = torch.zeros_like(squared_norm)
+        finite = torch.ones_like(squared_norm, dtype=torch.bool)
+        by_call: dict[Call, list[RecordedLoss]] = {}
+        for loss in batch:
+            by_call.setdefault(loss.call, []).append(loss)
+        weights = _weights(batch, squared_norm, scale)
+        with replaying():
+            for call, members in by_call.items():
+                known = members[0].outputs
+                outputs, tangents = self._tangents(call, named, along, squared_norm, known)
+                for loss in members:
+                    value = self._check(loss, outputs, tangents)
+                    form = self._hessian.quadratic_form(
+                        outputs if loss.outputs is None else loss.outputs,
+                        loss.targets[0] if len(loss.targets) == 1 else loss.targets,
+                        tangents,
+                    )
+                    curvature = curvature + weights[loss] * form.to(curvature)
+                    finite = finite & torch.isfinite(value).to(finite.device)
+        return curvature, finite
+
+    def _tangents(
+        self,
+        call: Call,
+        named: Mapping[str, Tensor],
+        along: Mapping[str, Tensor],
+        squared_norm: Tensor,
+        known: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs and tangents of one call; remembers a fallback from the forward engine."""
+        shared = self.param_groups[0]
+        step = None
+        if shared["jvp"] != "double_backward" and shared["steps"] > 0:
+            rate = self._mean.read(Average(shared["rate_total"], shared["rate_count"]))
+            dtype = next(iter(along.values())).dtype if known is None else known.dtype
+            step = _FD_FRACTION[dtype] * rate
+            step = torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())  # no average yet
+        outputs, tangents, engine = directional_derivative(
+            call, named, along, shared["jvp"], step=step, outputs=known
+        )
+        for group in self.param_groups:
+            group["jvp"] = engine
+        return outputs, tangents
+
+    def _check(self, loss: RecordedLoss, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """The loss; whether the replay and the record are of one shape, and explicit targets fit."""
+        if loss.value is None:
+            try:
+                with warnings.catch_warnings():
+                    # PyTorch only warns of a broadcast between outputs and targets.
+                    warnings.filterwarnings("error", message="Using a target size")
+                    return self.criterion(outputs, *loss.targets)
+            except Exception as error:
+                shapes = [tuple(t.shape) for t in loss.targets if isinstance(t, Tensor)]
+                raise ValueError(
+                    f"step(targets=...): the criterion refuses outputs of shape "
+                    f"{tuple(outputs.shape)} with targets of shape {shapes}: {error}"
+                ) from error
+        assert loss.outputs is not None
+        if loss.outputs.shape != tangents.shape:
+            raise RuntimeError(
+                f"step(): the criterion received shape {tuple(loss.outputs.shape)}, but output_fn "
+                f"makes {tuple(tangents.shape)} of what the model returns: do in output_fn what the "
+                "loop does between model and criterion"
+            )
+        return loss.value
+
+    def _apply(self, found: StepLength) -> None:
+        for group in self.param_groups:
+            lr = group["lr"]
+            rate = found.rate * (lr.to(found.rate).squeeze() if isinstance(lr, Tensor) else lr)
+            group["effective_lr"] = rate
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if group["weight_decay"] != 0:
+                update.decay_(params, rate * group["weight_decay"])
+            update.descend_(params, [p.grad for p in params], rate, found.skipped)
+
+    def _carry(self, found: StepLength, average: Average, steps: int) -> None:
+        for group in self.param_groups:
+            group["rate_total"], group["rate_count"] = average
+            group["minibatch_lr"], group["steps"] = found.minibatch_lr, steps
+
+    def _report(self, found: StepLength, slope: Tensor, curvature: Tensor) -> None:
+        last = self._last_step
+        clipped, skipped = found.clipped.long(), found.skipped.long()
+        self._last_step = StepRecord(
+            found.minibatch_lr,
+            found.rate,
+            slope,
+            curvature,
+            found.clipped,
+            found.skipped,
+            clipped if last is None else last.clipped_total + clipped,
+            skipped if last is None else last.skipped_total + skipped,
+        )
+        self._watch.observe(found.skipped)
+
+    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Takes over from a GradScaler: its scale (unscales in place), and whether it vetoes."""
+        found_inf = getattr(self, "found_inf", None)
+        veto = torch.zeros((), dtype=torch.bool, device=self._home)
+        if found_inf is None:
+            return None, veto
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for gradient in gradients:
+                gradient.div_(scale.to(gradient.device))
+        else:
+            scale = torch.full((), math.nan, device=self._home)  # unscaled by the user
+        return scale.to(self._home), found_inf.to(self._home).bool().squeeze()
+
+    # --- what a user reads -----------------------------------------------------------------------
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What the last step did; None before the first."""
+        return self._last_step
+
+    def remove_hooks(self) -> None:
+        """Takes the hooks off the model and the criterion; `step` then needs inputs and targets."""
+        self._recorder.remove()
+
+    # --- the contract of torch.optim.Optimizer ---------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeroes the gradients, and forgets the batches that made them."""
+        super().zero_grad(set_to_none)
+        self._recorder.forget_backpropagated()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters of the model, with its own ``lr`` and ``weight_decay``.
+
+        Raises:
+            ValueError: If a parameter is not the model's, or a shared option differs.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            param_group = {**param_group, "params": _as_list(param_group["params"])}
+            self._check_group(param_group)
+        super().add_param_group(param_group)
+        group, first = self.param_groups[-1], self.param_groups[0]
+        if group is first:
+            average = Average.empty(self._home)
+            first["rate_total"], first["rate_count"] = average
+            first["minibatch_lr"] = torch.full_like(average.total, math.nan)
+            first["steps"] = 0
+        group.update({key: first[key] for key in _CARRIED})
+        group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        allowed = {"params", "param_names", "effective_lr", *self.defaults, *_CARRIED}
+        if unknown := sorted(group.keys() - allowed):
+            raise ValueError(
+                f"unknown option {unknown[0]!r} in a parameter group: a group may set lr and "
+                "weight_decay"
+            )
+        _check_hyperparameters({**self.defaults, **group})
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        for key in _SHARED:
+            if group.get(key, shared[key]) != shared[key]:
+                raise ValueError(
+                    f"{key}={group[key]!r} in a parameter group: one step length serves all groups, "
+                    f"so {key} is the optimizer's ({shared[key]!r}); only lr and weight_decay differ"
+                )
+        names = self._names
+        for entry in group["params"]:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if not isinstance(parameter, Tensor):
+                continue  # the base class says so
+            if parameter.is_complex():
+                raise TypeError("params: complex parameters are not supported")
+            if parameter not in names:
+                names = self._names = _names_of(self.model)  # the model may have grown
+            if parameter not in names:
+                raise ValueError(
+                    f"params: a parameter of shape {tuple(parameter.shape)} is not a parameter of "
+                    "the model given to the optimizer; the curvature needs the model that holds it"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the hooks, which are made anew."""
+        kept = ("model", "criterion", "output_fn")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # a copy or a pickle; otherwise load_state_dict
+            self._hessian = self._loss_hessian(self.criterion)
+            self._names = _names_of(self.model)
+            self._attach()
+        first = self.param_groups[0]
+        empty = Average.empty(self._home)
+        fresh = {
+            "rate_total": empty.total,
+            "rate_count": empty.count,
+            "minibatch_lr": torch.full_like(empty.total, math.nan),
+            "steps": 0,
+            "effective_lr": torch.zeros_like(empty.total),
+        }
+        for group in self.param_groups:
+            for key, default in {**self.defaults, **fresh}.items():
+                group.setdefault(key, first.get(key, default))
+            for key in ("rate_total", "rate_count", "minibatch_lr", "effective_lr"):
+                group[key] = torch.as_tensor(group[key]).to(empty.total)
+
+    def _attach(self) -> None:
+        """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
+        me = weakref.ref(self)
+
+        def params() -> Iterable[Tensor]:
+            alive = me()
+            groups = [] if alive is None else alive.param_groups
+            return (p for group in groups for p in group["params"])
+
+        self._recorder = Recorder(self.model, self.criterion, self.output_fn, params)
+        self._last_step: StepRecord | None = None
+        self._watch = Watch()
+
+    @property
+    def _home(self) -> torch.device:
+        """Where the scalars live: with the first parameter."""
+        everything = (p for group in self.param_groups for p in group["params"])
+        return next((p.device for p in everything), torch.device("cpu"))
+
+
+class GaussNewton(Adler):
+    r"""The baseline that ADLER is compared with: outer products of output gradients.
+
+    Everything is as in `Adler` but two pieces. The loss Hessian is replaced by the outer products of
+    the per-example output gradients (in the field's terms the empirical Fisher of the outputs, BHHH),
+    and the minibatch rates are averaged arithmetically:
+
+    .. math::
+        c = \frac{1}{b} \sum_i (\nabla \ell_i^\top v_i)^2, \qquad
+        \hat\eta_k = \frac{\sum_j \beta^{k-j} \eta_j}{\sum_j \beta^{k-j}}.
+
+    The arguments, the guards and the errors are those of `Adler`.
+
+    Example:
+        >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+        >>> optimizer = GaussNewton(model.parameters(), model, criterion)
+        >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+        >>> optimizer.step()
+    """
+
+    _mean = averaging.arithmetic
+    _loss_hessian = losses.EmpiricalFisher
+
+
+def _weights(
+    batch: list[RecordedLoss], like: Tensor, scale: Tensor | None
+) -> dict[RecordedLoss, Tensor]:
+    """Factor with which each loss entered the gradients as they now are."""
+    one = torch.ones_like(like)
+    weights = {loss: loss.weight.to(one) for loss in batch if loss.weight is not None}
+    if scale is not None and weights:
+        # Under a GradScaler the weights carry its scale. Where the user has called unscale_, the
+        # scale is not known here, and the weights are taken to sum to one.
+        total = torch.stack(list(weights.values())).sum()
+        divisor = torch.where(torch.isnan(scale), total, scale.to(total))
+        weights = {loss: weight / divisor for loss, weight in weights.items()}
+    return {loss: weights.get(loss, one) for loss in batch}
+
+
+def _names_of(model: nn.Module) -> dict[Tensor, str]:
+    return {p: name for name, p in unwrap(model).named_parameters()}
+
+
+def _as_list(params: Any) -> Any:
+    """A list, so that looking at the parameters does not use an iterator up."""
+    if isinstance(params, Tensor):
+        return [params]
+    return params if isinstance(params, (set, list, tuple)) else list(params)
+
+
+def _check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names the option, its value and its range."""
+
+    def require(key: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"{key}={group[key]!r}: expected {expected}")
+
+    def number(key: str) -> bool:
+        return isinstance(group[key], (int, float)) and not isinstance(group[key], bool)
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        require("lr", lr.numel() == 1, "a number or a tensor of one element")
+    else:
+        require("lr", number("lr") and 0 <= lr < math.inf, "a finite number of at least 0")
+    require("beta", number("beta") and 0 <= group["beta"] < 1, "a number in [0, 1)")
+    require("eps", number("eps") and 0 <= group["eps"] < math.inf, "a finite number of at least 0")
+    radius = group["trust_region"]
+    require(
+        "trust_region",
+        radius is None or (number("trust_region") and 0 < radius < math.inf),
+        "a positive number, or None for no guard",
+    )
+    decay = group["weight_decay"]
+    require(
+        "weight_decay",
+        number("weight_decay") and 0 <= decay < math.inf,
+        "a finite number of at least 0",
+    )
+    require("jvp", group["jvp"] in ENGINES, f"one of {', '.join(map(repr, ENGINES))}")
+    every = group["curvature_every"]
+    require(
+        "curvature_every",
+        isinstance(every, int) and not isinstance(every, bool) and every >= 1,
+        "a whole number of at least 1",
+    )

@@ -1,0 +1,62 @@
+"""Notices a run of skipped steps without making the host wait for the device."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+__all__ = ["Watch"]
+
+_PATIENCE = 10
+
+
+class Watch:
+    """Counts consecutive skipped steps on the device and warns once when there are many.
+
+    On the CPU the count is read at once. Elsewhere it is copied to the host while the device goes
+    on, and read when a later step finds that the copy has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._count: Tensor | None = None
+        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+        self._warned = False
+
+    def observe(self, skipped: Tensor) -> None:
+        """Takes note of one step; ``skipped`` is 0-dim bool."""
+        if self._warned:
+            return
+        before = torch.zeros_like(skipped, dtype=torch.long) if self._count is None else self._count
+        self._count = torch.where(skipped, before + 1, torch.zeros_like(before))
+        seen = self._arrived()
+        if seen is not None and seen >= _PATIENCE:
+            self._warned = True
+            warnings.warn(
+                f"the last {seen} steps were skipped: gradient, loss or curvature were zero or not "
+                "finite, and the parameters have not moved. optimizer.last_step holds the numbers; "
+                "this is said once",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def _arrived(self) -> int | None:
+        """The count, if the host can have it without waiting."""
+        assert self._count is not None
+        if self._count.device.type == "cpu":
+            return int(self._count.numpy())
+        if self._count.device.type != "cuda":
+            return None
+        seen = None
+        if self._copy is not None:
+            host, event = self._copy
+            if not event.query():
+                return None
+            seen = int(host.numpy())
+        host = torch.empty_like(self._count, device="cpu", pin_memory=True)
+        host.copy_(self._count, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._copy = host, event
+        return seen

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from loops import NoSynchronisation
+
+from adler.update import decay_, descend_, squared_norm
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def mixed(seed=0, dtypes=DTYPES):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3, 4), (5,), (), (2, 1, 3)]
+    return [torch.randn(s, generator=generator).to(t) for t in dtypes for s in shapes]
+
+
+def test_squared_norm_of_mixed_dtypes():
+    tensors = mixed()
+    expected = sum(float(t.double().square().sum()) for t in tensors)
+    assert float(squared_norm(tensors)) == pytest.approx(expected, rel=1e-6)
+    assert squared_norm(tensors).dtype == torch.float64
+
+
+def test_squared_norm_is_exact_in_float64():
+    tensors = mixed(dtypes=[torch.float64])
+    expected = math.fsum(float(x) ** 2 for t in tensors for x in t.flatten())
+    assert float(squared_norm(tensors)) == pytest.approx(expected, rel=1e-14)
+
+
+def test_squared_norm_of_half_precision_does_not_overflow():
+    assert float(squared_norm([torch.full((4,), 6e4, dtype=torch.float16)])) == pytest.approx(
+        1.44e10, rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_squared_norm_shows_bad_entries(bad):
+    tensors = mixed(dtypes=[torch.float32])
+    tensors[0][1, 2] = bad
+    assert not math.isfinite(float(squared_norm(tensors)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_descend_subtracts_the_scaled_direction(dtype):
+    params, directions = mixed(0, [dtype]), mixed(1, [dtype])
+    expected = [p.double() - 0.3 * d.double() for p, d in zip(params, directions)]
+    untouched = [d.clone() for d in directions]
+    descend_(params, directions, torch.tensor(0.3, dtype=torch.float64), torch.tensor(False))
+    rounding = 4 * torch.finfo(dtype).eps  # of entries of size one, and their cancellation
+    for p, e in zip(params, expected):
+        torch.testing.assert_close(p.double(), e, rtol=rounding, atol=rounding)
+    assert all(d.equal(u) for d, u in zip(directions, untouched))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_descend_with_skip_leaves_every_bit(dtype):
+    params = mixed(0, [dtype])
+    before = [p.clone() for p in params]
+    directions = [torch.full_like(p, math.nan) for p in params]
+    descend_(params, directions, torch.tensor(0.3, dtype=torch.float64), torch.tensor(True))
+    assert all(p.equal(b) for p, b in zip(params, before))
+
+
+def test_the_fallback_equals_the_fused_kernel(monkeypatch):
+    fused, plain = mixed(0), mixed(0)
+    rate = torch.tensor(0.3, dtype=torch.float64)
+    descend_(fused, mixed(1), rate, torch.tensor(False))
+    monkeypatch.setattr("adler.update._FUSED_DEVICES", ())
+    descend_(plain, mixed(1), rate, torch.tensor(False))
+    for a, b in zip(fused, plain):
+        torch.testing.assert_close(a, b)
+    before = [p.clone() for p in plain]
+    descend_(plain, [p * math.nan for p in plain], rate, torch.tensor(True))
+    assert all(p.equal(b) for p, b in zip(plain, before))
+
+
+def test_decay_shrinks_and_never_flips_a_sign():
+    (param,) = mixed(0, [torch.float32])[:1]
+    start = param.clone()
+    decay_([param], torch.tensor(0.25, dtype=torch.float64))
+    torch.testing.assert_close(param, 0.75 * start)
+    decay_([param], torch.tensor(7.0, dtype=torch.float64))
+    assert param.abs().max() == 0
+
+
+def test_nothing_waits_for_the_device():
+    params, directions = mixed(0), mixed(1)
+    with NoSynchronisation():
+        size = squared_norm(directions)
+        decay_(params, size * 1e-3)
+        descend_(params, directions, size, size > 1)
