@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import pytest
 import torch
 from cases import CRITERIA, NETWORKS, batches, network
@@ -54,9 +57,7 @@ def test_finite_difference_converges_at_first_order(name):
                 curvature.Call.of(model, x), params, direction, step=step
             )
         errors.append(float((v - exact).norm() / exact.norm()))
-    orders = [
-        torch.log2(torch.tensor(a / b)).item() for a, b in zip(errors, errors[1:], strict=False)
-    ]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(0.9 < order < 1.1 for order in orders[2:]), (errors, orders)
 
 
@@ -283,9 +284,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"params: entries \[1\] are not parameters"):
         curvature.jvp(model, [model.weight, torch.zeros(2)], x, [model.weight, torch.zeros(2)])
     with pytest.raises(ValueError, match="reduction='none'"):
-        curvature.quadratic_form(
-            model, params, x, x, nn.CrossEntropyLoss(reduction="none"), good
-        )
+        curvature.quadratic_form(model, params, x, x, nn.CrossEntropyLoss(reduction="none"), good)
 
 
 def test_learning_rate_minimises_the_model():

@@ -91,7 +91,7 @@ def test_without_positive_curvature_nor_average_there_is_no_step(curvature):
     found, after = search(1.0, curvature)
     assert found.skipped
     assert float(found.rate) == 0.0
-    assert float(after.count) == 0.0
+    assert float(after.weight) == 0.0
 
 
 def test_algorithm_1_takes_zero_curvature_at_one_over_eps():

@@ -1,13 +1,13 @@
 r"""Discounted means of a sequence of learning rates.
 
-Both methods keep two numbers, a discounted total and a discounted count:
+Both methods keep two numbers, a discounted total and its weight:
 
 .. math::
     s \leftarrow \beta s + T(\eta_k), \qquad n \leftarrow \beta n + 1, \qquad
     \hat\eta_k = T^{-1}(s / n).
 
 ``T = log`` gives the geometric mean (ADLER, Algorithm 1), ``T = identity`` the arithmetic mean (the
-Gauss-Newton baseline). The count makes the mean unbiased from the first value on.
+Gauss-Newton baseline). The weight makes the mean unbiased from the first value on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["Average", "DiscountedMean", "arithmetic", "geometric"]
 
 
 class Average(NamedTuple):
-    """Discounted total ``s`` and discounted count ``n``, 0-dim tensors. Replaced, never mutated."""
+    """Discounted total ``s`` and weight ``n``, 0-dim tensors. Replaced, never mutated."""
 
     total: Tensor
-    count: Tensor
+    weight: Tensor
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> Average:
@@ -55,12 +55,12 @@ class DiscountedMean(NamedTuple):
 
     def push(self, average: Average, value: Tensor, beta: float) -> Average:
         """The average after one more value."""
-        total, count = average
-        return Average(beta * total + self.transform(value.to(total)), beta * count + 1)
+        total, weight = average
+        return Average(beta * total + self.transform(value.to(total)), beta * weight + 1)
 
     def read(self, average: Average) -> Tensor:
         """The mean; NaN while there are no values."""
-        return self.inverse(average.total / average.count)
+        return self.inverse(average.total / average.weight)
 
 
 geometric = DiscountedMean(torch.log, torch.exp)

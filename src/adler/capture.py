@@ -178,7 +178,7 @@ class Recorder:
                 call = last  # brings the random state, and so the same dropout masks
         return [RecordedLoss(call, targets if isinstance(targets, tuple) else (targets,))]
 
-    # --- called by the hooks -----------------------------------------------------------------------
+    # --- called by the hooks ---------------------------------------------------------------------
 
     def _enter_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._backpropagated and all(p.grad is None for p in self._params()):
@@ -207,9 +207,7 @@ class Recorder:
         elif self._output_fn is None:
             self._unlinked = not_a_tensor(result, has_output_fn=False)
 
-    def _leave_criterion(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
-    ) -> None:
+    def _leave_criterion(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         if not isinstance(value, Tensor) or not value.requires_grad:
             return
         outputs, *targets = _bind(self._criterion, args, kwargs)
@@ -230,7 +228,7 @@ class Recorder:
             return
         self._losses += 1
         loss = RecordedLoss(call, tuple(targets), outputs.detach(), value.detach())
-        value.register_hook(_on_backward(weakref.ref(self), loss))
+        value.register_hook(_on_backward(weakref.ref(self), loss))  # type: ignore[no-untyped-call]
 
     def _link(self, outputs: Any) -> Call | None:
         """The call of the model that made the criterion's first argument."""
@@ -238,7 +236,7 @@ class Recorder:
             return None
         if self._output_fn is None:
             call: Call | None = self._by_output.get(outputs)
-            if call is None and self._calls:
+            if call is None and self._calls and self._unlinked is None:
                 self._unlinked = (
                     f"the criterion received a tensor of shape {tuple(outputs.shape)} that is not "
                     "the one that the model returned. If the loop slices, reshapes or casts the "
@@ -265,9 +263,7 @@ class Recorder:
             loss.weight = loss.weight + weight
 
 
-def _on_backward(
-    recorder: weakref.ref[Recorder], loss: RecordedLoss
-) -> Callable[[Tensor], None]:
+def _on_backward(recorder: weakref.ref[Recorder], loss: RecordedLoss) -> Callable[[Tensor], None]:
     """The hook on a loss; the graph holds it, and through it the record."""
 
     def hook(gradient: Tensor) -> None:
@@ -303,5 +299,5 @@ def _same_inputs(a: Call, b: Call) -> bool:
             and x.shape == y.shape
             and x.stride() == y.stride()
         )
-        for x, y in zip(left, right)
+        for x, y in zip(left, right, strict=True)
     )

@@ -1,7 +1,7 @@
 r"""Curvature of a loss along a direction in parameter space: pure functions.
 
 For network outputs :math:`F(\theta)` and a loss :math:`L(F)`, the generalized Gauss-Newton (GGN)
-quadratic form along :math:`d` needs one Jacobian-vector product and nothing of the size of a matrix:
+quadratic form along :math:`d` needs one Jacobian-vector product and no matrix:
 
 .. math::
     v = J_F(\theta)\, d, \qquad c = v^\top \nabla^2 L(F)\, v = d^\top (J^\top Q J)\, d.
@@ -14,8 +14,8 @@ Three engines compute ``v``:
 ``double_backward`` transposed twice                       exact; any op with a double backward
 ================== ======================================= ============================
 
-Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola Normale
-Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
+Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola
+Normale Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class ForwardModeUnsupportedError(RuntimeError):
         self.op = op
 
 
-# --- the engines: (f, params, direction) -> (F, v) -------------------------------------------------
+# --- the engines: (f, params, direction) -> (F, v) -----------------------------------------------
 
 
 def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Tensor, Tensor]:
@@ -87,13 +87,13 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
     try:
         # No reverse graph is wanted.
         with torch.no_grad(), _differentiable_attention():
-            outputs, tangents = torch.func.jvp(f, (params,), (direction,), strict=True)
+            pair = torch.func.jvp(f, (params,), (direction,), strict=True)
     except (NotImplementedError, RuntimeError) as error:
         op = _unsupported_op(str(error))
         if op is None:
             raise
         raise ForwardModeUnsupportedError(op) from error
-    return outputs, tangents
+    return cast(tuple[Tensor, Tensor], pair)
 
 
 def finite_difference(
@@ -134,7 +134,9 @@ def finite_difference(
         return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
 
 
-def double_backward(f: Function, params: Parameters, direction: Parameters) -> tuple[Tensor, Tensor]:
+def double_backward(
+    f: Function, params: Parameters, direction: Parameters
+) -> tuple[Tensor, Tensor]:
     r"""Outputs and exact tangents by transposing a vector-Jacobian product.
 
     :math:`u \mapsto J^\top u` is linear, so its derivative along ``d`` is :math:`J d`.
@@ -156,9 +158,7 @@ def double_backward(f: Function, params: Parameters, direction: Parameters) -> t
         pulled = torch.autograd.grad(
             outputs, list(leaves.values()), u, create_graph=True, allow_unused=True
         )
-        reached = [
-            (p, d) for p, d in zip(pulled, direction.values(), strict=True) if p is not None
-        ]
+        reached = [(p, d) for p, d in zip(pulled, direction.values(), strict=True) if p is not None]
         (tangents,) = torch.autograd.grad(
             [p for p, _ in reached], u, [d for _, d in reached], materialize_grads=True
         )
@@ -222,7 +222,7 @@ def directional_derivative(
     return *ENGINES[jvp](f, params, direction), jvp
 
 
-# --- on modules ------------------------------------------------------------------------------------
+# --- on modules ----------------------------------------------------------------------------------
 
 
 def jvp(
@@ -330,7 +330,7 @@ def learning_rate(
     return slope / (curvature.to(slope) + eps * squared_norm)
 
 
-# --- helpers ---------------------------------------------------------------------------------------
+# --- helpers -------------------------------------------------------------------------------------
 
 _UNSUPPORTED = re.compile(r"forward AD with (?P<op>\S+?)\.? that does not support")
 
@@ -355,7 +355,7 @@ def _differentiable_attention() -> AbstractContextManager[None]:
 
 @functools.cache
 def _load_forward_rules() -> None:
-    """PyTorch loads them at first use, with a deprecation warning of its own that users can't heed."""
+    """PyTorch loads them at first use, with a deprecation warning that users can't heed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
@@ -364,7 +364,9 @@ def _load_forward_rules() -> None:
 def _default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
     """Moves the parameters by the square root of the precision, relative to their norm."""
     along = torch.stack([torch.linalg.vector_norm(d, dtype=_wide(d)) for d in direction.values()])
-    at = torch.stack([torch.linalg.vector_norm(params[n], dtype=_wide(params[n])) for n in direction])
+    at = torch.stack(
+        [torch.linalg.vector_norm(params[n], dtype=_wide(params[n])) for n in direction]
+    )
     length = torch.linalg.vector_norm(along)
     reach = torch.linalg.vector_norm(at).clamp(min=1.0)
     step = torch.finfo(dtype).eps ** 0.5 * reach / length
@@ -376,13 +378,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _named(
-    model: nn.Module, params: Parameters | Iterable[Tensor], direction: Parameters | Iterable[Tensor]
+    model: nn.Module,
+    params: Parameters | Iterable[Tensor],
+    direction: Parameters | Iterable[Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters and direction by name, checked against each other."""
     if isinstance(params, Mapping):
         named = dict(params)
     else:
-        names = {p: name for name, p in unwrap(model).named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in unwrap(model).named_parameters()}
         params = list(params)
         missing = [i for i, p in enumerate(params) if p not in names]
         if missing:
@@ -399,7 +403,7 @@ def _named(
             raise ValueError(
                 f"direction: {len(direction)} tensors for {len(named)} parameters; pass one each"
             )
-        along = dict(zip(named, direction))
+        along = dict(zip(named, direction, strict=True))
     for name, d in along.items():
         if d.shape != named[name].shape:
             raise ValueError(

@@ -7,7 +7,6 @@ moves the parameters. What is kept between steps lives in the param groups.
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adler import averaging, losses, update
+from adler import averaging, hyperparameters, losses, update
 from adler.averaging import Average, DiscountedMean
 from adler.capture import RecordedLoss, Recorder
-from adler.curvature import ENGINES, directional_derivative
-from adler.replay import Call, replaying, unwrap
+from adler.measurement import BatchCurvature, batch_curvature
+from adler.replay import unwrap
 from adler.search import Measurement, StepLength, remembered_step_length, step_length
 from adler.watch import Watch
 
@@ -31,11 +30,7 @@ Self = TypeVar("Self", bound="Adler")
 # One step length serves all groups, so these have one value.
 _SHARED = ("beta", "eps", "trust_region", "jvp", "curvature_every")
 # What a step hands to the next one. Tensors are replaced, never mutated, so groups share them.
-_CARRIED = ("rate_total", "rate_count", "minibatch_lr", "steps")
-
-# Finite differences step this fraction of the learning rate along -d: truncation grows with it,
-# rounding shrinks.
-_FD_FRACTION = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_CARRIED = ("rate_total", "rate_weight", "minibatch_lr", "steps")
 
 
 class StepRecord(NamedTuple):
@@ -65,8 +60,8 @@ class StepRecord(NamedTuple):
 class Adler(Optimizer):
     r"""Stochastic gradient descent with a measured learning rate: nothing to tune.
 
-    Each step minimises the minibatch's generalized Gauss-Newton model along the gradient and averages
-    the minimisers, with discount, in log space:
+    Each step minimises the minibatch's generalized Gauss-Newton model along the gradient and
+    averages the minimisers, with discount, in log space:
 
     .. math::
         g = \nabla h(\theta), \quad v = J_F(\theta)\, g, \quad
@@ -79,19 +74,19 @@ class Adler(Optimizer):
     Args:
         params: Parameters of ``model``, or groups of them, with or without names.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
-        criterion: The loss, reduced to a scalar. A module (``nn.CrossEntropyLoss()``) is hooked; for
-            any other callable the targets go to `step`.
+        criterion: The loss, reduced to a scalar. A module (``nn.CrossEntropyLoss()``) is hooked;
+            for any other callable the targets go to `step`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
         beta: Discount of the average, in [0, 1).
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
-        trust_region: A step is at most this many minibatch rates long: the model is back at its start
-            at 2. ``None``: no guard.
+        trust_region: A step is at most this many minibatch rates long: the model is back at its
+            start at 2. ``None``: no guard.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
         curvature_every: Measure every so many steps; the steps between use the average.
-        output_fn: Maps what the model returns to the tensor that the criterion receives. Needed when
-            the model returns no tensor, or the loop slices or reshapes before the loss.
+        output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
+            when the model returns no tensor, or the loop slices or reshapes before the loss.
 
     Every group carries ``effective_lr``, the rate of its last step; `last_step` says more.
 
@@ -116,7 +111,7 @@ class Adler(Optimizer):
     """
 
     _mean: ClassVar[DiscountedMean] = averaging.geometric
-    _loss_hessian: ClassVar[Callable[[Any], losses.LossHessian]] = staticmethod(losses.loss_hessian)
+    _last_step: StepRecord | None
 
     # GradScaler then hands over its scale instead of unscaling behind our back.
     _step_supports_amp_scaling = True
@@ -143,7 +138,7 @@ class Adler(Optimizer):
         if output_fn is not None and not callable(output_fn):
             raise TypeError(f"output_fn: expected a function, got {type(output_fn).__name__}")
         self.model, self.criterion, self.output_fn = model, criterion, output_fn
-        self._hessian = self._loss_hessian(criterion)  # refuses reduction="none"
+        self._hessian = self._loss_hessian()  # refuses reduction="none"
         defaults = {
             "lr": lr,
             "beta": beta,
@@ -153,7 +148,7 @@ class Adler(Optimizer):
             "jvp": jvp,
             "curvature_every": curvature_every,
         }
-        _check_hyperparameters(defaults)
+        hyperparameters.check(defaults)
         self._names = _names_of(model)
         super().__init__(params, defaults)
         self._attach()
@@ -188,10 +183,14 @@ class Adler(Optimizer):
         }
         return cls(params, model, criterion, **{**published, **overrides})
 
+    def _loss_hessian(self) -> losses.LossHessian:
+        """What takes the place of ``Q``."""
+        return losses.loss_hessian(self.criterion)
+
     # --- the step --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -221,18 +220,18 @@ class Adler(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_hyperparameters(group)
+            hyperparameters.check(group)
         params, direction = self._directions()
         scale, veto = self._amp_unscale(direction)
         shared = self.param_groups[0]
-        average = Average(shared["rate_total"], shared["rate_count"])
+        average = _average(shared)
         squared_norm = update.squared_norm(direction, self._home)
         measures = shared["steps"] % shared["curvature_every"] == 0
         found: StepLength
         curvature = torch.full_like(squared_norm, math.nan)
         if measures:
             batch = self._batch(inputs, targets)
-            curvature, finite = self._measure(batch, params, direction, squared_norm, scale)
+            curvature, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
             found, average = step_length(
                 Measurement(squared_norm, curvature, squared_norm, finite & ~veto),
                 average,
@@ -260,8 +259,8 @@ class Adler(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             raise RuntimeError(
-                "step(): no parameter has a gradient: call loss.backward() before step(), on a loss "
-                "that depends on the parameters given to the optimizer"
+                "step(): no parameter has a gradient: call loss.backward() before step(), on a "
+                "loss that depends on the parameters given to the optimizer"
             )
         if any(p.grad.is_sparse for p in params if p.grad is not None):
             raise RuntimeError(
@@ -283,79 +282,24 @@ class Adler(Optimizer):
         direction: list[Tensor],
         squared_norm: Tensor,
         scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Curvature of the backpropagated loss along the direction, and whether the loss is finite.
-
-        The GGN of a weighted sum of losses is the weighted sum of their GGNs.
-        """
-        named = {self._names[p]: p for p in params}
-        along = dict(zip(named, direction))
-        curvature = torch.zeros_like(squared_norm)
-        finite = torch.ones_like(squared_norm, dtype=torch.bool)
-        by_call: dict[Call, list[RecordedLoss]] = {}
-        for loss in batch:
-            by_call.setdefault(loss.call, []).append(loss)
-        weights = _weights(batch, squared_norm, scale)
-        with replaying():
-            for call, members in by_call.items():
-                known = members[0].outputs
-                outputs, tangents = self._tangents(call, named, along, squared_norm, known)
-                for loss in members:
-                    value = self._check(loss, outputs, tangents)
-                    form = self._hessian.quadratic_form(
-                        outputs if loss.outputs is None else loss.outputs,
-                        loss.targets[0] if len(loss.targets) == 1 else loss.targets,
-                        tangents,
-                    )
-                    curvature = curvature + weights[loss] * form.to(curvature)
-                    finite = finite & torch.isfinite(value).to(finite.device)
-        return curvature, finite
-
-    def _tangents(
-        self,
-        call: Call,
-        named: Mapping[str, Tensor],
-        along: Mapping[str, Tensor],
-        squared_norm: Tensor,
-        known: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs and tangents of one call; remembers a fallback from the forward engine."""
+    ) -> BatchCurvature:
+        """The batch's curvature; remembers a fallback from the forward engine."""
         shared = self.param_groups[0]
-        step = None
-        if shared["jvp"] != "double_backward" and shared["steps"] > 0:
-            rate = self._mean.read(Average(shared["rate_total"], shared["rate_count"]))
-            dtype = next(iter(along.values())).dtype if known is None else known.dtype
-            step = _FD_FRACTION[dtype] * rate
-            step = torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())  # no average yet
-        outputs, tangents, engine = directional_derivative(
-            call, named, along, shared["jvp"], step=step, outputs=known
+        names = [self._names[p] for p in params]
+        found = batch_curvature(
+            batch,
+            dict(zip(names, params, strict=True)),
+            dict(zip(names, direction, strict=True)),
+            self.criterion,
+            self._hessian,
+            jvp=shared["jvp"],
+            squared_norm=squared_norm,
+            rate=self._mean.read(_average(shared)) if shared["steps"] > 0 else None,
+            amp_scale=scale,
         )
         for group in self.param_groups:
-            group["jvp"] = engine
-        return outputs, tangents
-
-    def _check(self, loss: RecordedLoss, outputs: Tensor, tangents: Tensor) -> Tensor:
-        """The loss; whether the replay and the record are of one shape, and explicit targets fit."""
-        if loss.value is None:
-            try:
-                with warnings.catch_warnings():
-                    # PyTorch only warns of a broadcast between outputs and targets.
-                    warnings.filterwarnings("error", message="Using a target size")
-                    return self.criterion(outputs, *loss.targets)
-            except Exception as error:
-                shapes = [tuple(t.shape) for t in loss.targets if isinstance(t, Tensor)]
-                raise ValueError(
-                    f"step(targets=...): the criterion refuses outputs of shape "
-                    f"{tuple(outputs.shape)} with targets of shape {shapes}: {error}"
-                ) from error
-        assert loss.outputs is not None
-        if loss.outputs.shape != tangents.shape:
-            raise RuntimeError(
-                f"step(): the criterion received shape {tuple(loss.outputs.shape)}, but output_fn "
-                f"makes {tuple(tangents.shape)} of what the model returns: do in output_fn what the "
-                "loop does between model and criterion"
-            )
-        return loss.value
+            group["jvp"] = found.engine
+        return found
 
     def _apply(self, found: StepLength) -> None:
         for group in self.param_groups:
@@ -371,7 +315,7 @@ class Adler(Optimizer):
 
     def _carry(self, found: StepLength, average: Average, steps: int) -> None:
         for group in self.param_groups:
-            group["rate_total"], group["rate_count"] = average
+            group["rate_total"], group["rate_weight"] = average
             group["minibatch_lr"], group["steps"] = found.minibatch_lr, steps
 
     def _report(self, found: StepLength, slope: Tensor, curvature: Tensor) -> None:
@@ -434,7 +378,7 @@ class Adler(Optimizer):
         group, first = self.param_groups[-1], self.param_groups[0]
         if group is first:
             average = Average.empty(self._home)
-            first["rate_total"], first["rate_count"] = average
+            first["rate_total"], first["rate_weight"] = average
             first["minibatch_lr"] = torch.full_like(average.total, math.nan)
             first["steps"] = 0
         group.update({key: first[key] for key in _CARRIED})
@@ -447,13 +391,14 @@ class Adler(Optimizer):
                 f"unknown option {unknown[0]!r} in a parameter group: a group may set lr and "
                 "weight_decay"
             )
-        _check_hyperparameters({**self.defaults, **group})
+        hyperparameters.check({**self.defaults, **group})
         shared = self.param_groups[0] if self.param_groups else self.defaults
         for key in _SHARED:
             if group.get(key, shared[key]) != shared[key]:
                 raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group: one step length serves all groups, "
-                    f"so {key} is the optimizer's ({shared[key]!r}); only lr and weight_decay differ"
+                    f"{key}={group[key]!r} in a parameter group: one step length serves all "
+                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only lr and "
+                    "weight_decay may differ"
                 )
         names = self._names
         for entry in group["params"]:
@@ -478,14 +423,14 @@ class Adler(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # a copy or a pickle; otherwise load_state_dict
-            self._hessian = self._loss_hessian(self.criterion)
+            self._hessian = self._loss_hessian()
             self._names = _names_of(self.model)
             self._attach()
         first = self.param_groups[0]
         empty = Average.empty(self._home)
         fresh = {
             "rate_total": empty.total,
-            "rate_count": empty.count,
+            "rate_weight": empty.weight,
             "minibatch_lr": torch.full_like(empty.total, math.nan),
             "steps": 0,
             "effective_lr": torch.zeros_like(empty.total),
@@ -493,7 +438,7 @@ class Adler(Optimizer):
         for group in self.param_groups:
             for key, default in {**self.defaults, **fresh}.items():
                 group.setdefault(key, first.get(key, default))
-            for key in ("rate_total", "rate_count", "minibatch_lr", "effective_lr"):
+            for key in ("rate_total", "rate_weight", "minibatch_lr", "effective_lr"):
                 group[key] = torch.as_tensor(group[key]).to(empty.total)
 
     def _attach(self) -> None:
@@ -506,7 +451,7 @@ class Adler(Optimizer):
             return (p for group in groups for p in group["params"])
 
         self._recorder = Recorder(self.model, self.criterion, self.output_fn, params)
-        self._last_step: StepRecord | None = None
+        self._last_step = None
         self._watch = Watch()
 
     @property
@@ -519,9 +464,9 @@ class Adler(Optimizer):
 class GaussNewton(Adler):
     r"""The baseline that ADLER is compared with: outer products of output gradients.
 
-    Everything is as in `Adler` but two pieces. The loss Hessian is replaced by the outer products of
-    the per-example output gradients (in the field's terms the empirical Fisher of the outputs, BHHH),
-    and the minibatch rates are averaged arithmetically:
+    Everything is as in `Adler` but two pieces. The loss Hessian is replaced by the outer products
+    of the per-example output gradients (in the field's terms the empirical Fisher of the outputs,
+    BHHH), and the minibatch rates are averaged arithmetically:
 
     .. math::
         c = \frac{1}{b} \sum_i (\nabla \ell_i^\top v_i)^2, \qquad
@@ -537,22 +482,13 @@ class GaussNewton(Adler):
     """
 
     _mean = averaging.arithmetic
-    _loss_hessian = losses.EmpiricalFisher
+
+    def _loss_hessian(self) -> losses.LossHessian:
+        return losses.EmpiricalFisher(self.criterion)
 
 
-def _weights(
-    batch: list[RecordedLoss], like: Tensor, scale: Tensor | None
-) -> dict[RecordedLoss, Tensor]:
-    """Factor with which each loss entered the gradients as they now are."""
-    one = torch.ones_like(like)
-    weights = {loss: loss.weight.to(one) for loss in batch if loss.weight is not None}
-    if scale is not None and weights:
-        # Under a GradScaler the weights carry its scale. Where the user has called unscale_, the
-        # scale is not known here, and the weights are taken to sum to one.
-        total = torch.stack(list(weights.values())).sum()
-        divisor = torch.where(torch.isnan(scale), total, scale.to(total))
-        weights = {loss: weight / divisor for loss, weight in weights.items()}
-    return {loss: weights.get(loss, one) for loss in batch}
+def _average(group: Mapping[str, Any]) -> Average:
+    return Average(group["rate_total"], group["rate_weight"])
 
 
 def _names_of(model: nn.Module) -> dict[Tensor, str]:
@@ -564,41 +500,3 @@ def _as_list(params: Any) -> Any:
     if isinstance(params, Tensor):
         return [params]
     return params if isinstance(params, (set, list, tuple)) else list(params)
-
-
-def _check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Raises a ValueError that names the option, its value and its range."""
-
-    def require(key: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"{key}={group[key]!r}: expected {expected}")
-
-    def number(key: str) -> bool:
-        return isinstance(group[key], (int, float)) and not isinstance(group[key], bool)
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        require("lr", lr.numel() == 1, "a number or a tensor of one element")
-    else:
-        require("lr", number("lr") and 0 <= lr < math.inf, "a finite number of at least 0")
-    require("beta", number("beta") and 0 <= group["beta"] < 1, "a number in [0, 1)")
-    require("eps", number("eps") and 0 <= group["eps"] < math.inf, "a finite number of at least 0")
-    radius = group["trust_region"]
-    require(
-        "trust_region",
-        radius is None or (number("trust_region") and 0 < radius < math.inf),
-        "a positive number, or None for no guard",
-    )
-    decay = group["weight_decay"]
-    require(
-        "weight_decay",
-        number("weight_decay") and 0 <= decay < math.inf,
-        "a finite number of at least 0",
-    )
-    require("jvp", group["jvp"] in ENGINES, f"one of {', '.join(map(repr, ENGINES))}")
-    every = group["curvature_every"]
-    require(
-        "curvature_every",
-        isinstance(every, int) and not isinstance(every, bool) and every >= 1,
-        "a whole number of at least 1",
-    )

@@ -141,7 +141,7 @@ class Call:
 
         Args:
             model: The module to call.
-            inputs: One argument, a tuple of positional arguments, or a mapping of keyword arguments.
+            inputs: One argument, a tuple of positional arguments, or a mapping of keyword ones.
             output_fn: See the class.
         """
         args: tuple[Any, ...] = ()

@@ -90,14 +90,17 @@ def step_length(
         admitted = admitted & (curvature > 0)
 
     pushed = mean.push(average, minibatch_lr, beta)
-    average = Average(*(torch.where(admitted, new, old) for new, old in zip(pushed, average)))
+    average = Average(
+        torch.where(admitted, pushed.total, average.total),
+        torch.where(admitted, pushed.weight, average.weight),
+    )
     rate = mean.read(average)
     clipped = usable & ~admitted
     if trust_region is not None:
         bound = trust_region * minibatch_lr
         clipped = clipped | (admitted & (rate > bound))
         rate = torch.where(admitted, torch.minimum(rate, bound), rate)
-    skipped = ~usable | (average.count == 0)
+    skipped = ~usable | (average.weight == 0)
     rate = torch.where(skipped, torch.zeros_like(rate), rate)
     return StepLength(rate, minibatch_lr, clipped & ~skipped, skipped), average
 
@@ -125,6 +128,6 @@ def remembered_step_length(
         bound = trust_region * minibatch_lr
         clipped = (bound > 0) & (rate > bound)
         rate = torch.where(clipped, bound, rate)
-    skipped = ~torch.isfinite(squared_norm) | (squared_norm == 0) | (average.count == 0)
+    skipped = ~torch.isfinite(squared_norm) | (squared_norm == 0) | (average.weight == 0)
     rate = torch.where(skipped, torch.zeros_like(rate), rate)
     return StepLength(rate, minibatch_lr, clipped & ~skipped, skipped)

@@ -1,4 +1,4 @@
-"""Arithmetic in parameter space: one kernel for all tensors where PyTorch has one, no temporaries."""
+"""Arithmetic in parameter space: one kernel for all tensors where PyTorch has one."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def descend_(
             )
         else:
             step, veto = rate.to(device), skip.to(device).bool()
-            for param, direction in zip(p, d):
+            for param, direction in zip(p, d, strict=True):
                 param.copy_(torch.where(veto, param, param - step * direction))
 
 
@@ -90,6 +90,6 @@ def _by_device_and_dtype(
     )
     for row in zip(*lists, strict=True):
         group = groups[row[0].device, row[0].dtype]
-        for members, tensor in zip(group, row):
+        for members, tensor in zip(group, row, strict=True):
             members.append(tensor)
     return groups

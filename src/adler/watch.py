@@ -51,12 +51,12 @@ class Watch:
         seen = None
         if self._copy is not None:
             host, event = self._copy
-            if not event.query():
+            if not event.query():  # type: ignore[no-untyped-call]
                 return None
             seen = int(host.numpy())
         host = torch.empty_like(self._count, device="cpu", pin_memory=True)
         host.copy_(self._count, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._copy = host, event
         return seen

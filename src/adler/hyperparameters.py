@@ -1,0 +1,49 @@
+"""What an option may be: checked when the optimizer is made, and again at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adler.curvature import ENGINES
+
+__all__ = ["check"]
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Checks the options of a parameter group.
+
+    Raises:
+        ValueError: Names the option, its value and what it may be.
+    """
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        _require(options, "lr", lr.numel() == 1, "a number or a tensor of one element")
+    else:
+        _require(options, "lr", _number(lr) and 0 <= lr < math.inf, "a finite number of at least 0")
+    beta = options["beta"]
+    _require(options, "beta", _number(beta) and 0 <= beta < 1, "a number in [0, 1)")
+    for key in ("eps", "weight_decay"):
+        valid = _number(options[key]) and 0 <= options[key] < math.inf
+        _require(options, key, valid, "a finite number of at least 0")
+    radius = options["trust_region"]
+    valid = radius is None or (_number(radius) and 0 < radius < math.inf)
+    _require(options, "trust_region", valid, "a positive number, or None for no guard")
+    jvp = options["jvp"]
+    valid = isinstance(jvp, str) and jvp in ENGINES
+    _require(options, "jvp", valid, f"one of {', '.join(map(repr, ENGINES))}")
+    every = options["curvature_every"]
+    valid = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    _require(options, "curvature_every", valid, "a whole number of at least 1")
+
+
+def _require(options: Mapping[str, Any], key: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{key}={options[key]!r}: expected {expected}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,137 @@
+"""What a batch says of the loss along a direction: replay the forward, take the quadratic form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adler.capture import RecordedLoss
+from adler.curvature import directional_derivative
+from adler.losses import LossHessian
+from adler.replay import Call, replaying
+
+__all__ = ["BatchCurvature", "batch_curvature"]
+
+# Finite differences step this fraction of the learning rate along -d: truncation grows with it,
+# rounding shrinks.
+_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+
+
+class BatchCurvature(NamedTuple):
+    """Curvature of the backpropagated loss along a direction.
+
+    Attributes:
+        value: ``c``, 0-dim.
+        finite: Whether the recorded losses are finite, 0-dim bool.
+        engine: Name of the engine that computed the tangents, after any fallback.
+    """
+
+    value: Tensor
+    finite: Tensor
+    engine: str
+
+
+def batch_curvature(
+    batch: list[RecordedLoss],
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    criterion: Callable[..., Tensor],
+    hessian: LossHessian,
+    *,
+    jvp: str,
+    squared_norm: Tensor,
+    rate: Tensor | None = None,
+    amp_scale: Tensor | None = None,
+) -> BatchCurvature:
+    """Sums ``vᵀ Q v`` over the losses that made the gradient.
+
+    The GGN of a weighted sum of losses is the weighted sum of their GGNs. Losses of one call share
+    its replay.
+
+    Args:
+        batch: The losses.
+        params: Parameters with a gradient, by name.
+        direction: Same names and shapes.
+        criterion: The loss, for batches that the loop did not show.
+        hessian: Its quadratic form.
+        jvp: Name of the engine.
+        squared_norm: ``d·d``, 0-dim; gives the result its dtype and device.
+        rate: Learning rate of now, which scales the finite difference; not positive: unknown.
+        amp_scale: Scale of a `torch.amp.GradScaler` in the recorded weights; NaN: unknown, because
+            the gradients are already unscaled.
+
+    Raises:
+        RuntimeError: If a replay makes another shape than the criterion received.
+        ValueError: If explicit targets do not fit the outputs.
+    """
+    value = torch.zeros_like(squared_norm)
+    finite = torch.ones_like(squared_norm, dtype=torch.bool)
+    weights = _weights(batch, value, amp_scale)
+    by_call: dict[Call, list[RecordedLoss]] = {}
+    for loss in batch:
+        by_call.setdefault(loss.call, []).append(loss)
+    with replaying():
+        for call, losses in by_call.items():
+            known = losses[0].outputs
+            dtype = next(iter(direction.values())).dtype if known is None else known.dtype
+            step = None if rate is None else _difference_step(rate, squared_norm, dtype)
+            outputs, tangents, jvp = directional_derivative(
+                call, params, direction, jvp, step=step, outputs=known
+            )
+            for loss in losses:
+                height = _checked(loss, criterion, outputs)
+                finite = finite & torch.isfinite(height).to(finite.device)
+                form = hessian.quadratic_form(
+                    outputs if loss.outputs is None else loss.outputs,
+                    loss.targets[0] if len(loss.targets) == 1 else loss.targets,
+                    tangents,
+                )
+                value = value + weights[loss] * form.to(value)
+    return BatchCurvature(value, finite, jvp)
+
+
+def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    step = _DIFFERENCE[dtype] * rate
+    return torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())
+
+
+def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tensor) -> Tensor:
+    """The loss, once the replay is of the record's shape and explicit targets fit."""
+    if loss.value is None:
+        try:
+            with warnings.catch_warnings():
+                # PyTorch only warns of a broadcast between outputs and targets.
+                warnings.filterwarnings("error", message="Using a target size")
+                return criterion(outputs, *loss.targets)
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in loss.targets if isinstance(t, Tensor)]
+            raise ValueError(
+                f"step(targets=...): the criterion refuses outputs of shape "
+                f"{tuple(outputs.shape)} with targets of shape {shapes}: {error}"
+            ) from error
+    assert loss.outputs is not None
+    if loss.outputs.shape != outputs.shape:
+        raise RuntimeError(
+            f"step(): the criterion received shape {tuple(loss.outputs.shape)}, but output_fn "
+            f"makes {tuple(outputs.shape)} of what the model returns: do in output_fn what the "
+            "loop does between model and criterion"
+        )
+    return loss.value
+
+
+def _weights(
+    batch: list[RecordedLoss], like: Tensor, amp_scale: Tensor | None
+) -> dict[RecordedLoss, Tensor]:
+    """Factor with which each loss entered the gradients as they now are."""
+    one = torch.ones_like(like)
+    weights = {loss: loss.weight.to(one) for loss in batch if loss.weight is not None}
+    if amp_scale is not None and weights:
+        # Gradients that the user has unscaled: the weights are taken to sum to one.
+        total = torch.stack(list(weights.values())).sum()
+        divisor = torch.where(torch.isnan(amp_scale), total, amp_scale.to(total))
+        weights = {loss: weight / divisor for loss, weight in weights.items()}
+    return {loss: weights.get(loss, one) for loss in batch}
