@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint format types pytest docs clean
+.PHONY: demo test lint format types pytest docs readme clean
 .DEFAULT_GOAL := test
 
 # A stamp per extra, so that the demo does not wait for the test tools.
@@ -34,6 +34,9 @@ types: $(VENV)/.test $(VENV)/.examples
 
 pytest: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/python -m pytest -n 2 src tests
+
+readme:  ## renders the measured tables into the README
+	$(PYTHON) docs/readme.py
 
 docs: $(VENV)/.docs  ## the site, into build/site; a broken link or reference is an error
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml

@@ -2,9 +2,10 @@ r"""Discounted means of a sequence of learning rates.
 
 Both methods keep two numbers, a discounted total and its weight:
 
-.. math::
-    s \leftarrow \beta s + T(\eta_k), \qquad n \leftarrow \beta n + 1, \qquad
-    \hat\eta_k = T^{-1}(s / n).
+$$
+s \leftarrow \beta s + T(\eta_k), \qquad n \leftarrow \beta n + 1, \qquad
+\hat\eta_k = T^{-1}(s / n).
+$$
 
 ``T = log`` gives the geometric mean (ADLER, Algorithm 1), ``T = identity`` the arithmetic mean (the
 Gauss-Newton baseline). The weight makes the mean unbiased from the first value on.
@@ -42,7 +43,7 @@ class DiscountedMean(NamedTuple):
         transform: ``T``, applied to each value.
         inverse: Its inverse.
 
-    Example:
+    Examples:
         >>> average = Average.empty()
         >>> for rate in (1.0, 100.0):
         ...     average = geometric.push(average, torch.tensor(rate), beta=1.0)

@@ -1,18 +1,19 @@
 r"""Curvature of a loss along a direction in parameter space: pure functions.
 
-For network outputs :math:`F(\theta)` and a loss :math:`L(F)`, the generalized Gauss-Newton (GGN)
-quadratic form along :math:`d` needs one Jacobian-vector product and no matrix:
+For network outputs $F(\theta)$ and a loss $L(F)$, the generalized Gauss-Newton (GGN)
+quadratic form along $d$ needs one Jacobian-vector product and no matrix:
 
-.. math::
-    v = J_F(\theta)\, d, \qquad c = v^\top \nabla^2 L(F)\, v = d^\top (J^\top Q J)\, d.
+$$
+v = J_F(\theta)\, d, \qquad c = v^\top \nabla^2 L(F)\, v = d^\top (J^\top Q J)\, d.
+$$
 
 Three engines compute ``v``:
 
-================== ======================================= ============================
-``forward``        `torch.func.jvp`                        exact; the default
-``finite_difference`` one more forward, any op             first order in its step
-``double_backward`` transposed twice                       exact; any op with a double backward
-================== ======================================= ============================
+| engine | how | |
+|---|---|---|
+| ``forward`` | `torch.func.jvp` | exact; the default |
+| ``finite_difference`` | one more forward, any op | first order in its step |
+| ``double_backward`` | transposed twice | exact; any op with a double backward |
 
 Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola
 Normale Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
@@ -104,7 +105,7 @@ def finite_difference(
     step: float | Tensor | None = None,
     outputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Outputs and tangents :math:`v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha`.
+    r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$.
 
     The parameters themselves are not touched: the perturbed ones are copies, so there is nothing
     to restore, whatever happens in ``f``.
@@ -139,7 +140,7 @@ def double_backward(
 ) -> tuple[Tensor, Tensor]:
     r"""Outputs and exact tangents by transposing a vector-Jacobian product.
 
-    :math:`u \mapsto J^\top u` is linear, so its derivative along ``d`` is :math:`J d`.
+    $u \mapsto J^\top u$ is linear, so its derivative along ``d`` is $J d$.
 
     Args:
         f: Pure function of named parameters.
@@ -234,7 +235,7 @@ def jvp(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Outputs of a module and their derivative :math:`v = J_F(\theta)\, d` along a direction.
+    r"""Outputs of a module and their derivative $v = J_F(\theta)\, d$ along a direction.
 
     Buffers, random number generators, ``.grad`` and train/eval mode are as before afterwards.
     Dropout draws the mask that it would draw next.
@@ -254,7 +255,7 @@ def jvp(
     Raises:
         ValueError: If names, lengths or shapes do not fit, or the engine is unknown.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 2.0]])
         >>> outputs, tangents = jvp(model, model.parameters(), x, [torch.tensor([[10.0, 1.0]])])
@@ -278,7 +279,7 @@ def quadratic_form(
     *,
     output_fn: Callable[[Any], Tensor] | None = None,
 ) -> Tensor:
-    r"""The GGN quadratic form :math:`c = d^\top (J^\top \nabla^2 L\, J)\, d` of one batch.
+    r"""The GGN quadratic form $c = d^\top (J^\top \nabla^2 L\, J)\, d$ of one batch.
 
     Args:
         model: The network.
@@ -296,7 +297,7 @@ def quadratic_form(
     Raises:
         ValueError: As `jvp`; or if the criterion does not reduce, or targets do not fit outputs.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x, y = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
         >>> direction = [torch.tensor([[10.0, 1.0]])]
@@ -314,7 +315,7 @@ def quadratic_form(
 def learning_rate(
     slope: Tensor, curvature: Tensor, squared_norm: Tensor, eps: float = 1e-10
 ) -> Tensor:
-    r"""The minimiser of the quadratic model, :math:`\eta = g^\top d / (c + \epsilon\, d^\top d)`.
+    r"""The minimiser of the quadratic model, $\eta = g^\top d / (c + \epsilon\, d^\top d)$.
 
     Args:
         slope: ``g·d``, 0-dim.
@@ -322,7 +323,7 @@ def learning_rate(
         squared_norm: ``d·d``, 0-dim.
         eps: ``ε``, bounds the rate by ``1/ε`` where the curvature vanishes.
 
-    Example:
+    Examples:
         >>> four, two = torch.tensor(4.0), torch.tensor(2.0)
         >>> float(learning_rate(slope=four, curvature=two, squared_norm=four))
         2.0

@@ -1,9 +1,10 @@
 r"""Loss Hessians: the quadratic form of a loss at the network outputs.
 
-For outputs :math:`F` and tangents :math:`v` of the same shape, a `LossHessian` computes
+For outputs $F$ and tangents $v$ of the same shape, a `LossHessian` computes
 
-.. math::
-    c = v^\top \nabla^2 L(F)\, v
+$$
+c = v^\top \nabla^2 L(F)\, v
+$$
 
 without ever forming a matrix. PyTorch's losses have closed forms, written as sums of squares where
 the loss is convex, so that rounding cannot make them negative. Any other criterion is
@@ -56,7 +57,7 @@ class LossHessian(abc.ABC):
     Raises:
         ValueError: If the criterion does not reduce.
 
-    Example:
+    Examples:
         >>> class Cosh(torch.nn.Module):
         ...     def forward(self, outputs, targets):
         ...         return (outputs - targets).cosh().sum()
@@ -107,17 +108,18 @@ class LossHessian(abc.ABC):
 class CrossEntropyHessian(LossHessian):
     r"""Of `torch.nn.CrossEntropyLoss`, with all its options.
 
-    With :math:`p = \mathrm{softmax}(F)` and :math:`\bar v_i = \sum_c p_{ic} v_{ic}`,
+    With $p = \mathrm{softmax}(F)$ and $\bar v_i = \sum_c p_{ic} v_{ic}$,
 
-    .. math::
-        c = \sum_i \omega_i \sum_c p_{ic} (v_{ic} - \bar v_i)^2 .
+    $$
+    c = \sum_i \omega_i \sum_c p_{ic} (v_{ic} - \bar v_i)^2 .
+    $$
 
-    The weights hold reduction and targets: :math:`1/b` for the plain mean, 1 for the sum; with
-    class weights :math:`w`, :math:`\omega_i = \sum_c t_{ic} w_c / W`, where :math:`t_i` is the
-    smoothed target distribution and :math:`W` what PyTorch divides by (:math:`\sum_i w_{y_i}`, or
+    The weights hold reduction and targets: $1/b$ for the plain mean, 1 for the sum; with
+    class weights $w$, $\omega_i = \sum_c t_{ic} w_c / W$, where $t_i$ is the
+    smoothed target distribution and $W$ what PyTorch divides by ($\sum_i w_{y_i}$, or
     ``b`` for probability targets); 0 where the target is ``ignore_index``.
 
-    Example:
+    Examples:
         >>> hessian = CrossEntropyHessian(torch.nn.CrossEntropyLoss())
         >>> outputs, tangents = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
         >>> float(hessian.quadratic_form(outputs, torch.tensor([0]), tangents))
@@ -167,11 +169,11 @@ class NLLHessian(CrossEntropyHessian):
     r"""Of `torch.nn.NLLLoss` on log-probabilities.
 
     The loss is linear in its inputs, so its own Hessian vanishes. What curves is the log-softmax
-    before it: the Fisher information of the class distribution, for :math:`F = \log p`,
-    :math:`c = \sum_i \omega_i \sum_c p_{ic} (v_{ic} - \bar v_i)^2`. It equals the cross-entropy's
+    before it: the Fisher information of the class distribution, for $F = \log p$,
+    $c = \sum_i \omega_i \sum_c p_{ic} (v_{ic} - \bar v_i)^2$. It equals the cross-entropy's
     form on the logits that made the log-probabilities.
 
-    Example:
+    Examples:
         >>> logits, v = torch.tensor([[0.3, -1.0]]), torch.tensor([[1.0, 2.0]])
         >>> y = torch.tensor([1])
         >>> outputs, tangents = torch.func.jvp(lambda f: f.log_softmax(1), (logits,), (v,))
@@ -211,9 +213,9 @@ class _ElementwiseHessian(LossHessian):
 
 
 class MSEHessian(_ElementwiseHessian):
-    r"""Of `torch.nn.MSELoss`: :math:`c = \frac{2}{bC} \|v\|^2`, or :math:`2 \|v\|^2` for the sum.
+    r"""Of `torch.nn.MSELoss`: $c = \frac{2}{bC} \|v\|^2$, or $2 \|v\|^2$ for the sum.
 
-    Example:
+    Examples:
         >>> F, y, v = torch.zeros(2, 2), torch.ones(2, 2), torch.full((2, 2), 3.0)
         >>> float(MSEHessian(torch.nn.MSELoss()).quadratic_form(F, y, v))
         18.0
@@ -227,12 +229,12 @@ class MSEHessian(_ElementwiseHessian):
 
 
 class BCEWithLogitsHessian(_ElementwiseHessian):
-    r"""Of `torch.nn.BCEWithLogitsLoss`: :math:`w\,(r y + 1 - y)\,\sigma(F)\,\sigma(-F)\,v^2`.
+    r"""Of `torch.nn.BCEWithLogitsLoss`: $w\,(r y + 1 - y)\,\sigma(F)\,\sigma(-F)\,v^2$.
 
     ``w`` is the criterion's ``weight``, ``r`` its ``pos_weight``. Targets beyond [0, 1] can make it
     negative.
 
-    Example:
+    Examples:
         >>> F, y, v = torch.zeros(4), torch.ones(4), torch.full((4,), 2.0)
         >>> float(BCEWithLogitsHessian(torch.nn.BCEWithLogitsLoss()).quadratic_form(F, y, v))
         1.0
@@ -251,9 +253,9 @@ class BCEWithLogitsHessian(_ElementwiseHessian):
 
 
 class HuberHessian(_ElementwiseHessian):
-    r"""Of `torch.nn.HuberLoss`: :math:`v^2` where the residual is below ``delta``.
+    r"""Of `torch.nn.HuberLoss`: $v^2$ where the residual is below ``delta``.
 
-    Example:
+    Examples:
         >>> F, y, v = torch.tensor([0.5, 9.0]), torch.zeros(2), torch.ones(2)
         >>> float(HuberHessian(torch.nn.HuberLoss()).quadratic_form(F, y, v))
         0.5
@@ -268,9 +270,9 @@ class HuberHessian(_ElementwiseHessian):
 
 
 class SmoothL1Hessian(_ElementwiseHessian):
-    r"""Of `torch.nn.SmoothL1Loss`: :math:`v^2 / \beta` where the residual is below ``beta``.
+    r"""Of `torch.nn.SmoothL1Loss`: $v^2 / \beta$ where the residual is below ``beta``.
 
-    Example:
+    Examples:
         >>> F, y, v = torch.tensor([0.5, 9.0]), torch.zeros(2), torch.ones(2)
         >>> float(SmoothL1Hessian(torch.nn.SmoothL1Loss(beta=2.0)).quadratic_form(F, y, v))
         0.25
@@ -287,9 +289,9 @@ class SmoothL1Hessian(_ElementwiseHessian):
 
 
 class PoissonNLLHessian(_ElementwiseHessian):
-    r"""Of `torch.nn.PoissonNLLLoss`: :math:`e^F v^2`; on rates, :math:`y (F + \epsilon)^{-2} v^2`.
+    r"""Of `torch.nn.PoissonNLLLoss`: $e^F v^2$; on rates, $y (F + \epsilon)^{-2} v^2$.
 
-    Example:
+    Examples:
         >>> F, y, v = torch.zeros(3), torch.ones(3), torch.full((3,), 2.0)
         >>> float(PoissonNLLHessian(torch.nn.PoissonNLLLoss()).quadratic_form(F, y, v))
         4.0
@@ -307,12 +309,12 @@ class PoissonNLLHessian(_ElementwiseHessian):
 
 
 class GaussianNLLHessian(_ElementwiseHessian):
-    r"""Of `torch.nn.GaussianNLLLoss` in the mean: :math:`v^2 / \max(\sigma^2, \epsilon)`.
+    r"""Of `torch.nn.GaussianNLLLoss` in the mean: $v^2 / \max(\sigma^2, \epsilon)$.
 
     The targets are ``(target, var)``; the variance is a constant, as what a model predicts reaches
     the criterion through one tensor.
 
-    Example:
+    Examples:
         >>> F, y, v = torch.zeros(3), torch.ones(3), torch.full((3,), 2.0)
         >>> hessian = GaussianNLLHessian(torch.nn.GaussianNLLLoss())
         >>> float(hessian.quadratic_form(F, (y, torch.full((3,), 4.0)), v))
@@ -339,7 +341,7 @@ class AutogradHessian(LossHessian):
     One Hessian-vector product of the loss alone: the network is not involved. Where the loss is not
     convex the result can be negative; the optimizer's rule for that is in `adler.search`.
 
-    Example:
+    Examples:
         >>> hessian = AutogradHessian(lambda outputs, targets: (outputs - targets).pow(4).sum())
         >>> F, y, v = torch.ones(2), torch.zeros(2), torch.tensor([1.0, 2.0])
         >>> float(hessian.quadratic_form(F, y, v))
@@ -360,13 +362,14 @@ class AutogradHessian(LossHessian):
 class EmpiricalFisher(LossHessian):
     r"""Outer products of the per-example output gradients, in place of the loss Hessian.
 
-    .. math::
-        c = \sum_i \omega_i (\nabla \ell_i^\top v_i)^2
+    $$
+    c = \sum_i \omega_i (\nabla \ell_i^\top v_i)^2
+    $$
 
-    with the weights of the criterion's provider, :math:`1/b` for a plain mean. This is the
+    with the weights of the criterion's provider, $1/b$ for a plain mean. This is the
     Gauss-Newton baseline of the thesis (ch. 7); in the field's terms BHHH.
 
-    Example:
+    Examples:
         >>> hessian = EmpiricalFisher(torch.nn.MSELoss())
         >>> F, y, v = torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1), 3.0)
         >>> float(hessian.quadratic_form(F, y, v))

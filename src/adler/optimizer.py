@@ -63,11 +63,12 @@ class Adler(Optimizer):
     Each step minimises the minibatch's generalized Gauss-Newton model along the gradient and
     averages the minimisers, with discount, in log space:
 
-    .. math::
-        g = \nabla h(\theta), \quad v = J_F(\theta)\, g, \quad
-        \eta_k = \frac{g^\top g}{v^\top \nabla^2 L\, v + \epsilon\, g^\top g}, \quad
-        \hat\eta_k = \exp\Bigl(\tfrac{\sum_j \beta^{k-j} \log \eta_j}{\sum_j \beta^{k-j}}\Bigr),
-        \quad \theta \leftarrow \theta - \min(\hat\eta_k, 2 \eta_k)\, g.
+    $$
+    g = \nabla h(\theta), \quad v = J_F(\theta)\, g, \quad
+    \eta_k = \frac{g^\top g}{v^\top \nabla^2 L\, v + \epsilon\, g^\top g}, \quad
+    \hat\eta_k = \exp\Bigl(\tfrac{\sum_j \beta^{k-j} \log \eta_j}{\sum_j \beta^{k-j}}\Bigr),
+    \quad \theta \leftarrow \theta - \min(\hat\eta_k, 2 \eta_k)\, g.
+    $$
 
     The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
 
@@ -98,7 +99,7 @@ class Adler(Optimizer):
     Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, SNS 2025,
     ch. 7, Algorithm 1; D. Balboni, D. Bacciu, arXiv 2305.16396. The bound is ours: `as_published`.
 
-    Example:
+    Examples:
         >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
         >>> optimizer = Adler(model.parameters(), model, criterion)
         >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
@@ -468,13 +469,14 @@ class GaussNewton(Adler):
     of the per-example output gradients (in the field's terms the empirical Fisher of the outputs,
     BHHH), and the minibatch rates are averaged arithmetically:
 
-    .. math::
-        c = \frac{1}{b} \sum_i (\nabla \ell_i^\top v_i)^2, \qquad
-        \hat\eta_k = \frac{\sum_j \beta^{k-j} \eta_j}{\sum_j \beta^{k-j}}.
+    $$
+    c = \frac{1}{b} \sum_i (\nabla \ell_i^\top v_i)^2, \qquad
+    \hat\eta_k = \frac{\sum_j \beta^{k-j} \eta_j}{\sum_j \beta^{k-j}}.
+    $$
 
     The arguments, the guards and the errors are those of `Adler`.
 
-    Example:
+    Examples:
         >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
         >>> optimizer = GaussNewton(model.parameters(), model, criterion)
         >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()

@@ -114,7 +114,7 @@ class Call:
             the replay. Either way the generators are put back afterwards.
         autocast: Autocast states of the call.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         >>> call = Call.of(model, torch.randn(5, 3))
         >>> outputs = call(dict(model.named_parameters()))

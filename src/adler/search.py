@@ -3,15 +3,15 @@ r"""The search: from a measured slope and curvature to the length of the step.
 This is the one room for guards: what enters the average, what bounds the step, what is skipped.
 Everything is a 0-dim tensor on the device, chosen with ``torch.where``: the host never waits.
 
-With :math:`\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)` the rules are
+With $\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)$ the rules are
 
 1. Gradient zero or not finite, loss or curvature not finite: the step is *skipped*, the average
    unchanged.
-2. Guarded and :math:`c \le 0` (a linear or non-convex loss along ``d``): the quadratic model has no
+2. Guarded and $c \le 0$ (a linear or non-convex loss along ``d``): the quadratic model has no
    minimiser, so the average is unchanged and its present value is used (*clipped*), or the step is
    skipped while there is none.
-3. Otherwise :math:`\eta_k` enters the average. Along ``d`` the model is back at its start at
-   :math:`2\eta_k`, so the step is at most ``trust_region`` times :math:`\eta_k` (*clipped*).
+3. Otherwise $\eta_k$ enters the average. Along ``d`` the model is back at its start at
+   $2\eta_k$, so the step is at most ``trust_region`` times $\eta_k$ (*clipped*).
 
 ``trust_region=None`` is Algorithm 1 to the letter: only rule 1 remains.
 """
@@ -72,7 +72,7 @@ def step_length(
 ) -> tuple[StepLength, Average]:
     """Applies the rules above.
 
-    Example:
+    Examples:
         >>> one = torch.ones((), dtype=torch.float64)
         >>> measured = Measurement(slope=4 * one, curvature=2 * one, squared_norm=4 * one,
         ...                        finite=one.bool())

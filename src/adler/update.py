@@ -24,7 +24,7 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
     Returns:
         0-dim, float64 (float32 where the device has no float64).
 
-    Example:
+    Examples:
         >>> float(squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])]))
         25.0
     """
@@ -43,7 +43,7 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
 def descend_(
     params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor, skip: Tensor
 ) -> None:
-    r"""In place, :math:`\theta \leftarrow \theta - \eta\, d`, or nothing at all.
+    r"""In place, $\theta \leftarrow \theta - \eta\, d$, or nothing at all.
 
     Args:
         params: Tensors to update.
@@ -76,7 +76,7 @@ def descend_(
 
 
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
-    r"""In place, :math:`\theta \leftarrow (1 - \min(a, 1))\,\theta`: decay never flips a sign."""
+    r"""In place, $\theta \leftarrow (1 - \min(a, 1))\,\theta$: decay never flips a sign."""
     keep = 1 - amount.clamp(max=1)
     for (device, dtype), (members,) in _by_device_and_dtype(params).items():
         torch._foreach_mul_(members, keep.to(device, dtype))

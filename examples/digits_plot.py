@@ -1,0 +1,76 @@
+"""The demo's picture: accuracy, training loss and learning rate over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+COLOURS = {"Adler": "#D55E00", "GaussNewton": "#009E73", "AdamW, default": "#0072B2"}
+GREY, BLACK = "#BBBBBB", "#222222"
+
+
+def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
+    """Draws means over seeds; the ten SGD rates in grey, the best of them in black.
+
+    Args:
+        runs: Records of `examples.digits.train`.
+        best: Name of the SGD rate to highlight.
+        file: Where to write.
+    """
+    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        names = list(dict.fromkeys(run["optimizer"] for run in runs))
+        for name in sorted(names, key=lambda n: (n in COLOURS, n == best)):  # the grid beneath
+            mine = [run for run in runs if run["optimizer"] == name]
+            look = _look(name, best)
+            accuracy = np.mean([run["test_accuracy"] for run in mine], axis=0)
+            loss = np.mean([run["train_loss"] for run in mine], axis=0)
+            epochs = np.arange(1, len(accuracy) + 1)
+            left.plot(epochs, accuracy, **look)
+            middle.plot(epochs, loss, **look)
+            if name == "AdamW, default":
+                continue  # its rate multiplies another direction
+            rates = np.exp(np.mean(np.log([run["learning_rate"] for run in mine]), axis=0))
+            right.plot(np.linspace(0, len(accuracy), len(rates)), rates, **look)
+        left.set(xlabel="epoch", ylabel="test accuracy", title="Accuracy on unseen digits")
+        left.set_ylim(0, 1.02)
+        middle.set(xlabel="epoch", ylabel="cross-entropy, nats", title="Training loss")
+        middle.set_yscale("log")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.set(xlabel="epoch", ylabel="learning rate", title="Learning rate of each step")
+        right.set_yscale("log")
+        drawn = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+        labels = [look["label"] for look in (_look(n, best) for n in names) if look["label"]]
+        figure.legend(
+            [drawn[label] for label in labels],
+            labels,
+            loc="outside lower center",
+            ncols=5,
+            frameon=False,
+        )
+        figure.savefig(file, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _look(name: str, best: str) -> dict[str, Any]:
+    if name in COLOURS:
+        untuned = ", untuned" if name != "AdamW, default" else ""
+        return {"color": COLOURS[name], "linewidth": 2.2, "label": name + untuned}
+    if name == best:
+        return {
+            "color": BLACK,
+            "linewidth": 2.2,
+            "linestyle": "--",
+            "label": f"best of ten: {name}",
+        }
+    first = name == "SGD 1.0e-05"
+    return {"color": GREY, "linewidth": 1.0, "label": "the other nine SGD rates" if first else None}

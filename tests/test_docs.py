@@ -1,0 +1,67 @@
+"""What the README and the site show runs, and their numbers are the measured ones."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "docs"))
+
+PAGES = ["README.md", "docs/pages/index.md", "docs/pages/use.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_run_in_order(page, capsys):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert snippets
+    torch.manual_seed(0)
+    namespace = {"__name__": page}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"{page}[{number}]", "exec"), namespace)
+    optimizer = namespace["optimizer"]
+    assert optimizer.last_step is not None
+    assert not optimizer.last_step.skipped
+
+
+def test_the_readme_shows_the_measured_tables():
+    from readme import BLOCK, render
+
+    text = (ROOT / "README.md").read_text()
+    assert len(BLOCK.findall(text)) == 2
+    assert render(text) == text, "run make readme"
+
+
+def test_the_demo_runs_and_redraws(tmp_path):
+    command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path)]
+    subprocess.run([*command, "--epochs", "1", "--seeds", "1"], cwd=ROOT, check=True)
+    table = (tmp_path / "table.md").read_text()
+    assert "**Adler**, untuned" in table
+    assert "best of ten" in table
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    subprocess.run([*command, "--redraw"], cwd=ROOT, check=True)
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_the_committed_digits_table_is_that_of_the_committed_results():
+    import json
+
+    from examples.digits import table
+
+    folder = ROOT / "docs/pages/assets/digits"
+    assert table(json.loads((folder / "results.json").read_text())) == (
+        folder / "table.md"
+    ).read_text()
+
+
+def test_the_committed_step_cost_table_is_that_of_the_committed_results():
+    import json
+
+    from benchmarks.step_cost import table
+
+    folder = ROOT / "benchmarks/results"
+    results = json.loads((folder / "step_cost.json").read_text())
+    assert table(results) == (folder / "step_cost.md").read_text()
