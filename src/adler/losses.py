@@ -70,11 +70,7 @@ class LossHessian(abc.ABC):
     """
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
-        if getattr(criterion, "reduction", None) == "none":
-            raise ValueError(
-                "criterion: reduction='none' gives one loss per example, not one to minimise: use "
-                "reduction='mean' or 'sum'"
-            )
+        _refuse_unreduced(criterion)
         self.criterion = criterion
 
     @abc.abstractmethod
@@ -156,11 +152,12 @@ class CrossEntropyHessian(LossHessian):
         else:
             kept = targets != criterion.ignore_index
             y = torch.where(kept, targets, 0)
-            of_class = kept.to(dtype) if w is None else torch.where(kept, w[y], 0)
+            # `take`, as indexing waits for the host where y is 0-dim, and takes uint8 for a mask.
+            of_class = kept.to(dtype) if w is None else torch.where(kept, w.take(y.long()), 0)
             total = of_class.sum()
             everywhere = classes if w is None else w.sum()
-            smooth = torch.where(kept, smoothing / classes * everywhere, 0)
-            weights = (1 - smoothing) * of_class + smooth
+            weights = (1 - smoothing) * of_class
+            weights = weights + kept.to(dtype) * (smoothing / classes * everywhere)
         normalised: Tensor = weights if criterion.reduction == "sum" else weights / total
         return normalised
 
@@ -176,7 +173,8 @@ class NLLHessian(CrossEntropyHessian):
     Examples:
         >>> logits, v = torch.tensor([[0.3, -1.0]]), torch.tensor([[1.0, 2.0]])
         >>> y = torch.tensor([1])
-        >>> outputs, tangents = torch.func.jvp(lambda f: f.log_softmax(1), (logits,), (v,))
+        >>> outputs = logits.log_softmax(1)
+        >>> tangents = v - (outputs.exp() * v).sum(1, keepdim=True)
         >>> a = NLLHessian(torch.nn.NLLLoss()).quadratic_form(outputs, y, tangents)
         >>> torch.testing.assert_close(a, CrossEntropyHessian().quadratic_form(logits, y, v))
     """
@@ -447,9 +445,11 @@ def loss_hessian(criterion: Any) -> LossHessian:
         raise TypeError(f"criterion: expected a loss, got {type(criterion).__name__}")
     if isinstance(criterion, nn.Module):
         criterion = unwrap(criterion)
-    forward = getattr(type(criterion), "forward", None)
+    _refuse_unreduced(criterion)
+    computes = "forward" if isinstance(criterion, nn.Module) else "__call__"
+    own = getattr(type(criterion), computes)
     for parent in type(criterion).__mro__:
-        if parent in _providers and getattr(parent, "forward", None) is forward:
+        if parent in _providers and getattr(parent, computes, None) is own:
             provider = _providers[parent]
             made = provider if isinstance(provider, LossHessian) else provider(criterion)
             if not isinstance(made, LossHessian):
@@ -462,6 +462,14 @@ def loss_hessian(criterion: Any) -> LossHessian:
 
 
 # --- helpers -------------------------------------------------------------------------------------
+
+
+def _refuse_unreduced(criterion: object) -> None:
+    if getattr(criterion, "reduction", None) == "none":
+        raise ValueError(
+            "criterion: reduction='none' gives one loss per example, not one to minimise: use "
+            "reduction='mean' or 'sum'"
+        )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -486,14 +494,15 @@ def _output_gradient(
     """Outputs as a leaf of at least float32, and the loss's gradient there."""
     several = targets if isinstance(targets, tuple) else (targets,)
     F, several = _widen((outputs.detach(), several))
-    F = F.clone().requires_grad_()
+    F = F.detach().requires_grad_()
+    passed = F.clone()  # a criterion may work in place
     on_device = [F.device] if F.device.type == "cuda" else []
     with torch.random.fork_rng(on_device):  # a criterion may draw
         if isinstance(criterion, nn.Module) and F.dtype != outputs.dtype:
             own = dict(itertools.chain(criterion.named_parameters(), criterion.named_buffers()))
-            value = functional_call(criterion, _widen(own), (F, *several))
+            value = functional_call(criterion, _widen(own), (passed, *several))
         else:
-            value = criterion(F, *several)
+            value = criterion(passed, *several)
         if value.ndim != 0:
             raise ValueError(
                 f"criterion: it returned shape {tuple(value.shape)}, not a scalar: use "
