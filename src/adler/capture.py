@@ -61,6 +61,7 @@ class _Hook:
         self._module = None if module is None else weakref.ref(module)
         self._method = method
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, module: nn.Module, *call: Any) -> None:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is None or self._module is None or self._module() is not module:

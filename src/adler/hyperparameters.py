@@ -21,7 +21,10 @@ def check(options: Mapping[str, Any]) -> None:
     """
     lr = options["lr"]
     if isinstance(lr, Tensor):
-        _require(options, "lr", lr.numel() == 1, "a number or a tensor of one element")
+        one = lr.numel() == 1
+        if one and lr.device.type == "cpu":  # elsewhere a look would wait for the device
+            one = 0 <= lr.detach().double().numpy().item() < math.inf
+        _require(options, "lr", one, "a finite number, or a tensor of one, of at least 0")
     else:
         _require(options, "lr", _number(lr) and 0 <= lr < math.inf, "a finite number of at least 0")
     beta = options["beta"]

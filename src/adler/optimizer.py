@@ -6,6 +6,7 @@ moves the parameters. What is kept between steps lives in the param groups.
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -222,6 +223,7 @@ class Adler(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             hyperparameters.check(group)
+            self._check_shared(group)
         params, direction = self._directions()
         scale, veto = self._amp_unscale(direction)
         shared = self.param_groups[0]
@@ -375,6 +377,9 @@ class Adler(Optimizer):
         if isinstance(param_group, dict) and "params" in param_group:
             param_group = {**param_group, "params": _as_list(param_group["params"])}
             self._check_group(param_group)
+            if self.param_groups:
+                shared = {key: self.param_groups[0][key] for key in _SHARED}
+                param_group = {**shared, **param_group}
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
         if group is first:
@@ -386,26 +391,23 @@ class Adler(Optimizer):
         group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        allowed = {"params", "param_names", "effective_lr", *self.defaults, *_CARRIED}
+        # A scheduler made in the middle of training needs initial_lr.
+        known = {"params", "param_names", "effective_lr", "initial_lr"}
+        allowed = {*known, *self.defaults, *_CARRIED}
         if unknown := sorted(group.keys() - allowed):
             raise ValueError(
                 f"unknown option {unknown[0]!r} in a parameter group: a group may set lr and "
                 "weight_decay"
             )
         hyperparameters.check({**self.defaults, **group})
-        shared = self.param_groups[0] if self.param_groups else self.defaults
-        for key in _SHARED:
-            if group.get(key, shared[key]) != shared[key]:
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group: one step length serves all "
-                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only lr and "
-                    "weight_decay may differ"
-                )
+        self._check_shared(group)
         names = self._names
         for entry in group["params"]:
             parameter = entry[1] if isinstance(entry, tuple) else entry
             if not isinstance(parameter, Tensor):
                 continue  # the base class says so
+            if parameter.layout != torch.strided:
+                raise TypeError("params: sparse parameters are not supported")
             if parameter.is_complex():
                 raise TypeError("params: complex parameters are not supported")
             if parameter not in names:
@@ -416,6 +418,38 @@ class Adler(Optimizer):
                     "the model given to the optimizer; the curvature needs the model that holds it"
                 )
 
+    def _check_shared(self, group: Mapping[str, Any]) -> None:
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        for key in _SHARED:
+            if group.get(key, shared[key]) != shared[key]:
+                raise ValueError(
+                    f"{key}={group[key]!r} in a parameter group: one step length serves all "
+                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only lr and "
+                    "weight_decay may differ"
+                )
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """A twin on the copied model; a criterion without parameters is shared with the loop."""
+        if not (
+            isinstance(self.criterion, nn.Module) and any(True for _ in self.criterion.parameters())
+        ):
+            memo.setdefault(id(self.criterion), self.criterion)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __repr__(self) -> str:
+        """The options, without the state."""
+        lines = [f"{type(self).__name__} ("]
+        for number, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {number}")
+            for key in sorted(self.defaults):
+                value = group[key]
+                shown = float(value) if isinstance(value, Tensor) else value
+                lines.append(f"    {key}: {shown}")
+        return "\n".join([*lines, ")"])
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the hooks, which are made anew."""
         kept = ("model", "criterion", "output_fn")
@@ -423,6 +457,7 @@ class Adler(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # the base class adds what is no option here
         if "model" in state:  # a copy or a pickle; otherwise load_state_dict
             self._hessian = self._loss_hessian()
             self._names = _names_of(self.model)
