@@ -52,9 +52,10 @@ def test_the_committed_digits_table_is_that_of_the_committed_results():
     from examples.digits import table
 
     folder = ROOT / "docs/pages/assets/digits"
-    assert table(json.loads((folder / "results.json").read_text())) == (
-        folder / "table.md"
-    ).read_text()
+    assert (
+        table(json.loads((folder / "results.json").read_text()))
+        == (folder / "table.md").read_text()
+    )
 
 
 def test_the_committed_step_cost_table_is_that_of_the_committed_results():

@@ -6,22 +6,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adler.averaging import Average, geometric
-from adler.search import Measurement, remembered_step_length, step_length
+from adler.search import Guard, Measurement, remembered_step_length, step_length
 
 
 def scalar(value):
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-def search(slope, curvature, average=None, finite=True, trust_region=2.0, eps=0.0, beta=0.99):
-    measured = Measurement(scalar(slope), scalar(curvature), scalar(slope), torch.tensor(finite))
+def search(
+    slope,
+    curvature,
+    average=None,
+    finite=True,
+    trust_region=2.0,
+    eps=0.0,
+    beta=0.99,
+    nat=1.0,
+    reach=math.inf,
+    max_kl=None,
+    max_relative_change=None,
+):
+    measured = Measurement(
+        *(scalar(value) for value in (slope, curvature, slope, nat, reach)), torch.tensor(finite)
+    )
     return step_length(
         measured,
         Average.empty() if average is None else average,
         geometric,
+        Guard(trust_region, max_kl, max_relative_change),
         beta=beta,
         eps=eps,
-        trust_region=trust_region,
     )
 
 
@@ -50,6 +64,37 @@ def test_the_trust_region_bounds_the_step_not_the_average():
 def test_without_trust_region_the_average_is_applied():
     found, average = search(1.0, 1.0, averaged(1e6), trust_region=None)
     assert float(found.rate) == float(geometric.read(average))
+    assert not found.clipped
+
+
+def test_predictions_move_by_no_more_than_max_kl():
+    # ½ η² c / nat = max_kl
+    found, average = search(8.0, 2.0, averaged(3.0), nat=4.0, max_kl=0.25)
+    assert float(found.rate) == pytest.approx(1.0)
+    assert found.clipped
+    assert float(geometric.read(average)) > 3.0
+
+
+def test_an_unknown_likelihood_is_not_bounded_by_max_kl():
+    found, _ = search(8.0, 2.0, nat=math.inf, max_kl=1e-9)
+    assert float(found.rate) == pytest.approx(4.0)
+
+
+def test_weights_move_by_no_more_than_max_relative_change():
+    found, _ = search(8.0, 2.0, reach=5.0, max_relative_change=0.1)
+    assert float(found.rate) == pytest.approx(0.5)
+    assert found.clipped
+
+
+def test_weights_are_bounded_where_there_is_no_curvature():
+    found, _ = search(1.0, 0.0, averaged(3.0), reach=5.0, max_relative_change=0.1)
+    assert float(found.rate) == pytest.approx(0.5)
+
+
+def test_without_trust_region_there_is_no_guard_at_all():
+    options = {"nat": 1e-9, "reach": 1e-9, "max_kl": 1e-9, "max_relative_change": 1e-9}
+    found, _ = search(8.0, 2.0, trust_region=None, **options)
+    assert float(found.rate) == pytest.approx(4.0)
     assert not found.clipped
 
 
@@ -130,22 +175,34 @@ def test_no_sequence_of_measurements_breaks_the_average(measurements):
         assert all(torch.isfinite(t) for t in average)
 
 
-def remembered(squared_norm, minibatch_lr, average, trust_region=2.0):
-    return remembered_step_length(
-        scalar(squared_norm), scalar(minibatch_lr), average, geometric, trust_region=trust_region
-    )
+def remembered(squared_norm, bound, average, reach=math.inf):
+    numbers = (scalar(value) for value in (squared_norm, reach, 0.5, bound))
+    guard = Guard(max_relative_change=0.1)
+    return remembered_step_length(*numbers, average, geometric, guard)
 
 
 def test_a_step_between_measurements_uses_the_average():
-    found = remembered(1.0, 0.5, averaged(0.7))
+    found = remembered(1.0, math.inf, averaged(0.7))
     assert float(found.rate) == pytest.approx(0.7)
     assert not found.clipped
 
 
 def test_a_step_between_measurements_stays_within_the_last_bound():
-    found = remembered(1.0, 0.1, averaged(0.7))
+    found = remembered(1.0, 0.2, averaged(0.7))
     assert float(found.rate) == pytest.approx(0.2)
     assert found.clipped
+
+
+def test_a_step_between_measurements_looks_at_its_own_reach():
+    found = remembered(1.0, 0.2, averaged(0.7), reach=0.5)
+    assert float(found.rate) == pytest.approx(0.05)
+    assert found.clipped
+
+
+def test_the_bound_of_a_measurement_lasts_until_the_next():
+    found, average = search(1.0, 1.0, averaged(1e6), nat=8.0, max_kl=0.04)
+    assert float(found.bound) == pytest.approx(0.8)
+    assert float(remembered(1.0, float(found.bound), average).rate) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("squared_norm", [0.0, math.nan, math.inf])

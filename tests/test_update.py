@@ -4,7 +4,7 @@ import pytest
 import torch
 from loops import NoSynchronisation
 
-from adler.update import decay_, descend_, squared_norm
+from adler.update import decay_, descend_, reach, squared_norm
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -39,6 +39,29 @@ def test_squared_norm_shows_bad_entries(bad):
     tensors = mixed(dtypes=[torch.float32])
     tensors[0][1, 2] = bad
     assert not math.isfinite(float(squared_norm(tensors)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reach_is_the_least_ratio_of_norms_over_matrices(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (2, 1, 3)]
+    params = [3 * torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    directions = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    directions[1] *= 1000  # a vector: does not count
+    ratios = [float(p.double().norm() / d.double().norm()) for p, d in zip(params, directions)]
+    assert float(reach(params, directions)) == pytest.approx(min(ratios[0], ratios[2]), rel=1e-3)
+
+
+def test_reach_lets_weights_leave_zero():
+    linear = torch.nn.Linear(50, 300)  # PyTorch's default initialisation is at the floor
+    direction = torch.randn(300, 50)
+    default = float(reach([linear.weight.detach()], [direction]))
+    from_zero = float(reach([torch.zeros(300, 50)], [direction]))
+    assert from_zero == pytest.approx(default, rel=0.02)
+
+
+def test_reach_without_matrices_is_infinite():
+    assert float(reach([torch.ones(3)], [torch.ones(3)])) == math.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,5 +111,6 @@ def test_nothing_waits_for_the_device():
     params, directions = mixed(0), mixed(1)
     with NoSynchronisation():
         size = squared_norm(directions)
+        reach(params, directions)
         decay_(params, size * 1e-3)
         descend_(params, directions, size, size > 1)

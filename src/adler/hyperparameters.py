@@ -32,9 +32,10 @@ def check(options: Mapping[str, Any]) -> None:
     for key in ("eps", "weight_decay"):
         valid = _number(options[key]) and 0 <= options[key] < math.inf
         _require(options, key, valid, "a finite number of at least 0")
-    radius = options["trust_region"]
-    valid = radius is None or (_number(radius) and 0 < radius < math.inf)
-    _require(options, "trust_region", valid, "a positive number, or None for no guard")
+    for key in ("trust_region", "max_kl", "max_relative_change"):
+        bound = options[key]
+        valid = bound is None or (_number(bound) and 0 < bound < math.inf)
+        _require(options, key, valid, "a positive number, or None for no bound")
     jvp = options["jvp"]
     valid = isinstance(jvp, str) and jvp in ENGINES
     _require(options, "jvp", valid, f"one of {', '.join(map(repr, ENGINES))}")

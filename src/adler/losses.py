@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +87,23 @@ class LossHessian(abc.ABC):
             0-dim, float32 or wider.
         """
 
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """What one nat an example is worth, in units of the reduced loss.
+
+        Predictions that move by ``v`` diverge, in the sense of Kullback and Leibler and to second
+        order, by ``½ vᵀQv / nat`` a nat and example. Infinite where the loss is not known as a
+        likelihood.
+
+        Args:
+            outputs: As for `quadratic_form`.
+            targets: As for `quadratic_form`.
+            value: The loss there, 0-dim.
+
+        Returns:
+            0-dim.
+        """
+        return torch.full_like(value, math.inf)
+
     def example_weights(self, outputs: Tensor, targets: Any) -> Tensor:
         """Factor with which each example's loss enters the reduced one.
 
@@ -136,6 +154,10 @@ class CrossEntropyHessian(LossHessian):
         weights = self.example_weights(outputs, targets)
         # An ignored example counts as nothing even where its outputs are not finite.
         return torch.where(weights == 0, 0, weights * q).sum()
+
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """``Σ_i ω_i``: 1 for the plain mean."""
+        return self.example_weights(outputs, targets).sum()
 
     def example_weights(self, outputs: Tensor, targets: Any) -> Tensor:
         """``ω``, of the shape of the outputs without their class dimension."""
@@ -205,12 +227,27 @@ class _ElementwiseHessian(LossHessian):
         terms = self.second_derivative(F, *y) * v.square()
         # The loss counts the entries of outputs and targets broadcast together.
         terms = terms if terms.shape == y[0].shape else terms + torch.zeros_like(y[0])
-        summed = getattr(self.criterion, "reduction", "mean") == "sum"
-        total: Tensor = terms.sum() if summed else terms.mean()
+        total: Tensor = terms.sum() if self._summed else terms.mean()
         return total
 
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """Every entry is an example: their number for a sum, else 1."""
+        return torch.full_like(value, float(outputs.numel() if self._summed else 1))
 
-class MSEHessian(_ElementwiseHessian):
+    @property
+    def _summed(self) -> bool:
+        return getattr(self.criterion, "reduction", "mean") == "sum"
+
+
+class _RegressionHessian(_ElementwiseHessian):
+    """Of a loss that is quadratic around the target, on a scale of its own."""
+
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """``2 L``: of a Gaussian whose variance is the mean squared residual of now."""
+        return 2 * value
+
+
+class MSEHessian(_RegressionHessian):
     r"""Of `torch.nn.MSELoss`: $c = \frac{2}{bC} \|v\|^2$, or $2 \|v\|^2$ for the sum.
 
     Examples:
@@ -250,7 +287,7 @@ class BCEWithLogitsHessian(_ElementwiseHessian):
         return s if criterion.weight is None else s * criterion.weight.to(outputs)
 
 
-class HuberHessian(_ElementwiseHessian):
+class HuberHessian(_RegressionHessian):
     r"""Of `torch.nn.HuberLoss`: $v^2$ where the residual is below ``delta``.
 
     Examples:
@@ -267,7 +304,7 @@ class HuberHessian(_ElementwiseHessian):
         return ((outputs - targets[0]).abs() < delta).to(outputs)
 
 
-class SmoothL1Hessian(_ElementwiseHessian):
+class SmoothL1Hessian(_RegressionHessian):
     r"""Of `torch.nn.SmoothL1Loss`: $v^2 / \beta$ where the residual is below ``beta``.
 
     Examples:
@@ -391,6 +428,10 @@ class EmpiricalFisher(LossHessian):
         # The gradient of the reduced loss already holds ω_i once.
         return torch.where(weights == 0, 0, slopes.square() / weights).sum()
 
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """That of the criterion."""
+        return self._provider.nat(outputs, targets, value)
+
 
 # --- the registry --------------------------------------------------------------------------------
 
@@ -405,6 +446,17 @@ _providers: dict[type, Provider | LossHessian] = {
     nn.NLLLoss: NLLHessian,
     nn.PoissonNLLLoss: PoissonNLLHessian,
     nn.SmoothL1Loss: SmoothL1Hessian,
+}
+
+
+# With their default arguments, as the optimizer calls them.
+_functions: dict[Any, Callable[[], LossHessian]] = {
+    nn.functional.binary_cross_entropy_with_logits: BCEWithLogitsHessian,
+    nn.functional.cross_entropy: CrossEntropyHessian,
+    nn.functional.huber_loss: HuberHessian,
+    nn.functional.mse_loss: MSEHessian,
+    nn.functional.nll_loss: NLLHessian,
+    nn.functional.smooth_l1_loss: SmoothL1Hessian,
 }
 
 
@@ -446,6 +498,8 @@ def loss_hessian(criterion: Any) -> LossHessian:
     if isinstance(criterion, nn.Module):
         criterion = unwrap(criterion)
     _refuse_unreduced(criterion)
+    if isinstance(criterion, Hashable) and criterion in _functions:
+        return _functions[criterion]()
     computes = "forward" if isinstance(criterion, nn.Module) else "__call__"
     own = getattr(type(criterion), computes)
     for parent in type(criterion).__mro__:

@@ -26,11 +26,13 @@ class BatchCurvature(NamedTuple):
 
     Attributes:
         value: ``c``, 0-dim.
+        nat: What one nat an example is worth in units of the loss, 0-dim; see `LossHessian.nat`.
         finite: Whether the recorded losses are finite, 0-dim bool.
         engine: Name of the engine that computed the tangents, after any fallback.
     """
 
     value: Tensor
+    nat: Tensor
     finite: Tensor
     engine: str
 
@@ -68,7 +70,7 @@ def batch_curvature(
         RuntimeError: If a replay makes another shape than the criterion received.
         ValueError: If explicit targets do not fit the outputs.
     """
-    value = torch.zeros_like(squared_norm)
+    value = nat = torch.zeros_like(squared_norm)
     finite = torch.ones_like(squared_norm, dtype=torch.bool)
     weights = _weights(batch, value, amp_scale)
     by_call: dict[Call, list[RecordedLoss]] = {}
@@ -85,13 +87,12 @@ def batch_curvature(
             for loss in losses:
                 height = _checked(loss, criterion, outputs)
                 finite = finite & torch.isfinite(height).to(finite.device)
-                form = hessian.quadratic_form(
-                    outputs if loss.outputs is None else loss.outputs,
-                    loss.targets[0] if len(loss.targets) == 1 else loss.targets,
-                    tangents,
-                )
+                at = outputs if loss.outputs is None else loss.outputs
+                targets = loss.targets[0] if len(loss.targets) == 1 else loss.targets
+                form = hessian.quadratic_form(at, targets, tangents)
                 value = value + weights[loss] * form.to(value)
-    return BatchCurvature(value, finite, jvp)
+                nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
+    return BatchCurvature(value, nat, finite, jvp)
 
 
 def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from adler.averaging import Average, DiscountedMean
 from adler.capture import RecordedLoss, Recorder
 from adler.measurement import BatchCurvature, batch_curvature
 from adler.replay import unwrap
-from adler.search import Measurement, StepLength, remembered_step_length, step_length
+from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
 from adler.watch import Watch
 
 __all__ = ["Adler", "GaussNewton", "StepRecord"]
@@ -29,9 +29,17 @@ __all__ = ["Adler", "GaussNewton", "StepRecord"]
 Self = TypeVar("Self", bound="Adler")
 
 # One step length serves all groups, so these have one value.
-_SHARED = ("beta", "eps", "trust_region", "jvp", "curvature_every")
+_SHARED = (
+    "beta",
+    "eps",
+    "trust_region",
+    "max_kl",
+    "max_relative_change",
+    "jvp",
+    "curvature_every",
+)
 # What a step hands to the next one. Tensors are replaced, never mutated, so groups share them.
-_CARRIED = ("rate_total", "rate_weight", "minibatch_lr", "steps")
+_CARRIED = ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "steps")
 
 
 class StepRecord(NamedTuple):
@@ -68,8 +76,10 @@ class Adler(Optimizer):
     g = \nabla h(\theta), \quad v = J_F(\theta)\, g, \quad
     \eta_k = \frac{g^\top g}{v^\top \nabla^2 L\, v + \epsilon\, g^\top g}, \quad
     \hat\eta_k = \exp\Bigl(\tfrac{\sum_j \beta^{k-j} \log \eta_j}{\sum_j \beta^{k-j}}\Bigr),
-    \quad \theta \leftarrow \theta - \min(\hat\eta_k, 2 \eta_k)\, g.
+    \quad \theta \leftarrow \theta - \min(\hat\eta_k, \rho_k)\, g,
     $$
+
+    where $\rho_k$ is how far the model is trusted: the rules are in `adler.search`.
 
     The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
 
@@ -82,7 +92,12 @@ class Adler(Optimizer):
         beta: Discount of the average, in [0, 1).
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
         trust_region: A step is at most this many minibatch rates long: the model is back at its
-            start at 2. ``None``: no guard.
+            start at 2. ``None``: no guard at all, whatever the next two say.
+        max_kl: A step moves the batch's predictions by at most so many nats an example, for losses
+            that are log-likelihoods; regression losses take the residuals' variance for scale.
+            Try 0.1.
+        max_relative_change: No weight tensor moves by more than this fraction of its norm. Try 0.1,
+            for networks without normalisation above all.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
@@ -128,6 +143,8 @@ class Adler(Optimizer):
         beta: float = 0.99,
         eps: float = 1e-10,
         trust_region: float | None = 2.0,
+        max_kl: float | None = None,
+        max_relative_change: float | None = None,
         weight_decay: float = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
@@ -146,6 +163,8 @@ class Adler(Optimizer):
             "beta": beta,
             "eps": eps,
             "trust_region": trust_region,
+            "max_kl": max_kl,
+            "max_relative_change": max_relative_change,
             "weight_decay": weight_decay,
             "jvp": jvp,
             "curvature_every": curvature_every,
@@ -179,6 +198,8 @@ class Adler(Optimizer):
             "beta": 0.99,
             "eps": 1e-10,
             "trust_region": None,
+            "max_kl": None,
+            "max_relative_change": None,
             "weight_decay": 0.0,
             "jvp": "forward",
             "curvature_every": 1,
@@ -229,27 +250,33 @@ class Adler(Optimizer):
         shared = self.param_groups[0]
         average = _average(shared)
         squared_norm = update.squared_norm(direction, self._home)
+        guard = Guard(*(shared[key] for key in Guard._fields))
+        reach = torch.full_like(squared_norm, math.inf)
+        if guard.max_relative_change is not None:
+            reach = update.reach(params, direction, self._home)
         measures = shared["steps"] % shared["curvature_every"] == 0
         found: StepLength
         curvature = torch.full_like(squared_norm, math.nan)
         if measures:
             batch = self._batch(inputs, targets)
-            curvature, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
+            curvature, nat, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
             found, average = step_length(
-                Measurement(squared_norm, curvature, squared_norm, finite & ~veto),
+                Measurement(squared_norm, curvature, squared_norm, nat, reach, finite & ~veto),
                 average,
                 self._mean,
+                guard,
                 beta=shared["beta"],
                 eps=shared["eps"],
-                trust_region=shared["trust_region"],
             )
         else:
             found = remembered_step_length(
                 torch.where(veto, math.nan, squared_norm),
+                reach,
                 shared["minibatch_lr"],
+                shared["rate_bound"],
                 average,
                 self._mean,
-                trust_region=shared["trust_region"],
+                guard,
             )
         self._apply(found)
         self._carry(found, average, shared["steps"] + 1)
@@ -319,7 +346,8 @@ class Adler(Optimizer):
     def _carry(self, found: StepLength, average: Average, steps: int) -> None:
         for group in self.param_groups:
             group["rate_total"], group["rate_weight"] = average
-            group["minibatch_lr"], group["steps"] = found.minibatch_lr, steps
+            group["minibatch_lr"], group["rate_bound"] = found.minibatch_lr, found.bound
+            group["steps"] = steps
 
     def _report(self, found: StepLength, slope: Tensor, curvature: Tensor) -> None:
         last = self._last_step
@@ -386,6 +414,7 @@ class Adler(Optimizer):
             average = Average.empty(self._home)
             first["rate_total"], first["rate_weight"] = average
             first["minibatch_lr"] = torch.full_like(average.total, math.nan)
+            first["rate_bound"] = torch.full_like(average.total, math.inf)
             first["steps"] = 0
         group.update({key: first[key] for key in _CARRIED})
         group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
@@ -468,13 +497,14 @@ class Adler(Optimizer):
             "rate_total": empty.total,
             "rate_weight": empty.weight,
             "minibatch_lr": torch.full_like(empty.total, math.nan),
+            "rate_bound": torch.full_like(empty.total, math.inf),
             "steps": 0,
             "effective_lr": torch.zeros_like(empty.total),
         }
         for group in self.param_groups:
             for key, default in {**self.defaults, **fresh}.items():
                 group.setdefault(key, first.get(key, default))
-            for key in ("rate_total", "rate_weight", "minibatch_lr", "effective_lr"):
+            for key in ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "effective_lr"):
                 group[key] = torch.as_tensor(group[key]).to(empty.total)
 
     def _attach(self) -> None:

@@ -10,14 +10,21 @@ With $\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)$ the rules are
 2. Guarded and $c \le 0$ (a linear or non-convex loss along ``d``): the quadratic model has no
    minimiser, so the average is unchanged and its present value is used (*clipped*), or the step is
    skipped while there is none.
-3. Otherwise $\eta_k$ enters the average. Along ``d`` the model is back at its start at
-   $2\eta_k$, so the step is at most ``trust_region`` times $\eta_k$ (*clipped*).
+3. Otherwise $\eta_k$ enters the average.
+4. The step is no longer than (*clipped*)
+    - ``trust_region`` times $\eta_k$: along ``d`` the model is back at its start at $2\eta_k$;
+    - $\sqrt{2\, \mathtt{max\_kl} \cdot \mathrm{nat} / c}$: the batch's predictions move by at
+      most ``max_kl`` nats an example. One batch is weak evidence for more;
+    - ``max_relative_change`` times `adler.update.reach`: no weight tensor moves by more than that
+      fraction of its norm. Further away the network is not linear, whatever the model says: on the
+      plateau where a deep network starts, $c \approx 0$ and one step could kill every unit.
 
 ``trust_region=None`` is Algorithm 1 to the letter: only rule 1 remains.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,7 +33,7 @@ from torch import Tensor
 from adler.averaging import Average, DiscountedMean
 from adler.curvature import learning_rate
 
-__all__ = ["Measurement", "StepLength", "remembered_step_length", "step_length"]
+__all__ = ["Guard", "Measurement", "StepLength", "remembered_step_length", "step_length"]
 
 
 class Measurement(NamedTuple):
@@ -36,13 +43,31 @@ class Measurement(NamedTuple):
         slope: ``g·d``.
         curvature: ``c = vᵀ Q v``, with ``v = J d``.
         squared_norm: ``d·d``.
+        nat: What one nat an example is worth in units of the loss.
+        reach: Step length at which some weight tensor has moved by its own norm.
         finite: Whether the loss, where known, is finite.
     """
 
     slope: Tensor
     curvature: Tensor
     squared_norm: Tensor
+    nat: Tensor
+    reach: Tensor
     finite: Tensor
+
+
+class Guard(NamedTuple):
+    """How long a step may be.
+
+    Attributes:
+        trust_region: In minibatch rates; None: no guard at all.
+        max_kl: In nats an example; None: any.
+        max_relative_change: As a fraction of a weight tensor's norm; None: any.
+    """
+
+    trust_region: float | None = 2.0
+    max_kl: float | None = None
+    max_relative_change: float | None = None
 
 
 class StepLength(NamedTuple):
@@ -51,12 +76,14 @@ class StepLength(NamedTuple):
     Attributes:
         rate: Length of the step along ``-d``; 0 where skipped.
         minibatch_lr: The minimiser of this minibatch's model.
+        bound: What the batch allows, for steps until the next measurement.
         clipped: Whether a guard, not the average, set the rate.
         skipped: Whether there is no step.
     """
 
     rate: Tensor
     minibatch_lr: Tensor
+    bound: Tensor
     clipped: Tensor
     skipped: Tensor
 
@@ -65,69 +92,85 @@ def step_length(
     measured: Measurement,
     average: Average,
     mean: DiscountedMean,
+    guard: Guard,
     *,
     beta: float,
     eps: float,
-    trust_region: float | None,
 ) -> tuple[StepLength, Average]:
     """Applies the rules above.
 
     Examples:
         >>> one = torch.ones((), dtype=torch.float64)
         >>> measured = Measurement(slope=4 * one, curvature=2 * one, squared_norm=4 * one,
-        ...                        finite=one.bool())
+        ...                        nat=one, reach=100 * one, finite=one.bool())
         >>> from adler.averaging import geometric
         >>> found, average = step_length(measured, Average.empty(), geometric,
-        ...                              beta=0.99, eps=0.0, trust_region=2.0)
+        ...                              Guard(), beta=0.99, eps=0.0)
         >>> float(found.rate), bool(found.clipped)
         (2.0, False)
     """
-    slope, curvature, squared_norm, finite = measured
+    slope, curvature, squared_norm, nat, reach, finite = measured
     minibatch_lr = learning_rate(slope, curvature, squared_norm, eps)
     usable = finite & torch.isfinite(slope) & (slope > 0) & torch.isfinite(curvature)
     admitted = usable & torch.isfinite(minibatch_lr) & (minibatch_lr > 0)
-    if trust_region is not None:
+    bound = torch.full_like(minibatch_lr, math.inf)
+    if guard.trust_region is not None:
         admitted = admitted & (curvature > 0)
+        bound = torch.minimum(bound, guard.trust_region * minibatch_lr)
+        if guard.max_kl is not None:
+            bound = torch.minimum(bound, (2 * guard.max_kl * nat / curvature).sqrt())
+        bound = torch.where(admitted, bound, math.inf)
 
     pushed = mean.push(average, minibatch_lr, beta)
     average = Average(
         torch.where(admitted, pushed.total, average.total),
         torch.where(admitted, pushed.weight, average.weight),
     )
-    rate = mean.read(average)
-    clipped = usable & ~admitted
-    if trust_region is not None:
-        bound = trust_region * minibatch_lr
-        clipped = clipped | (admitted & (rate > bound))
-        rate = torch.where(admitted, torch.minimum(rate, bound), rate)
+    found = _bounded(mean.read(average), bound, reach, guard)
     skipped = ~usable | (average.weight == 0)
-    rate = torch.where(skipped, torch.zeros_like(rate), rate)
-    return StepLength(rate, minibatch_lr, clipped & ~skipped, skipped), average
+    return _outcome(
+        found, minibatch_lr, bound, (usable & ~admitted) | found.clipped, skipped
+    ), average
 
 
 def remembered_step_length(
     squared_norm: Tensor,
+    reach: Tensor,
     minibatch_lr: Tensor,
+    bound: Tensor,
     average: Average,
     mean: DiscountedMean,
-    *,
-    trust_region: float | None,
+    guard: Guard,
 ) -> StepLength:
     """The length of a step that measures no curvature: the average, under the last bound.
 
     Args:
         squared_norm: ``d·d`` of this step.
-        minibatch_lr: The last step's that measured; NaN or not positive: none.
+        reach: Of this step.
+        minibatch_lr: The last step's that measured.
+        bound: The last step's that measured.
         average: Of all measured so far; unchanged by this.
         mean: How to read it.
-        trust_region: As in `step_length`.
+        guard: As in `step_length`.
     """
-    rate = mean.read(average)
-    clipped = torch.zeros_like(squared_norm, dtype=torch.bool)
-    if trust_region is not None:
-        bound = trust_region * minibatch_lr
-        clipped = (bound > 0) & (rate > bound)
-        rate = torch.where(clipped, bound, rate)
+    found = _bounded(mean.read(average), bound, reach, guard)
     skipped = ~torch.isfinite(squared_norm) | (squared_norm == 0) | (average.weight == 0)
-    rate = torch.where(skipped, torch.zeros_like(rate), rate)
-    return StepLength(rate, minibatch_lr, clipped & ~skipped, skipped)
+    return _outcome(found, minibatch_lr, bound, found.clipped, skipped)
+
+
+class _Bounded(NamedTuple):
+    rate: Tensor
+    clipped: Tensor
+
+
+def _bounded(rate: Tensor, bound: Tensor, reach: Tensor, guard: Guard) -> _Bounded:
+    if guard.trust_region is not None and guard.max_relative_change is not None:
+        bound = torch.minimum(bound, guard.max_relative_change * reach)
+    return _Bounded(torch.minimum(rate, bound), rate > bound)
+
+
+def _outcome(
+    found: _Bounded, minibatch_lr: Tensor, bound: Tensor, clipped: Tensor, skipped: Tensor
+) -> StepLength:
+    rate = torch.where(skipped, torch.zeros_like(found.rate), found.rate)
+    return StepLength(rate, minibatch_lr, bound, clipped & ~skipped, skipped)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["decay_", "descend_", "squared_norm"]
+__all__ = ["decay_", "descend_", "reach", "squared_norm"]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -29,15 +30,45 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
         25.0
     """
     home = tensors[0].device if home is None else home
-    wide = torch.float32 if home.type == "mps" else torch.float64
-    total = torch.zeros((), dtype=wide, device=home)
-    for (device, dtype), group in _by_device_and_dtype(tensors).items():
-        (members,) = group
-        accumulate = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        norms = torch._foreach_norm(members, 2, accumulate if accumulate != dtype else None)
-        local = torch.float32 if device.type == "mps" else torch.float64
-        total = total + torch.stack(norms).to(local).square().sum().to(total)
+    total = torch.zeros((), dtype=_widest(home), device=home)
+    for (device, _), (members,) in _by_device_and_dtype(tensors).items():
+        norms = torch.stack(_norms(members)).to(_widest(device))
+        total = total + norms.square().sum().to(total)
     return total
+
+
+def reach(
+    params: Sequence[Tensor], directions: Sequence[Tensor], home: torch.device | None = None
+) -> Tensor:
+    r"""Step length at which some weight tensor has moved by its own norm.
+
+    $$
+    \min_W \; \max(\|W\|, \sqrt{n_W / 3}) \,/\, \|d_W\|
+    $$
+
+    over tensors of at least two dimensions, of $n_W$ rows. The floor is the norm that PyTorch's
+    default initialisation gives, so that weights that start at zero can leave it.
+
+    Args:
+        params: Any shapes, floating dtypes and devices, at least one.
+        directions: As many, of the same shapes, dtypes and devices.
+        home: Device of the result; default: that of the first parameter.
+
+    Returns:
+        0-dim, float64 (float32 where the device has no float64); infinite without such tensors.
+
+    Examples:
+        >>> float(reach([torch.full((3, 1), 2.0)], [torch.tensor([[0.0], [3.0], [4.0]])]))
+        0.6928203105926514
+    """
+    home = params[0].device if home is None else home
+    least = torch.full((), math.inf, dtype=_widest(home), device=home)
+    matrices = [pair for pair in zip(params, directions, strict=True) if pair[0].ndim > 1]
+    for p, d in _by_device_and_dtype(*zip(*matrices, strict=True)).values():
+        sizes = torch._foreach_clamp_min(_norms(p), [math.sqrt(len(weight) / 3) for weight in p])
+        ratios = torch.stack(torch._foreach_div(sizes, _norms(d)))
+        least = torch.minimum(least, ratios.min().to(least))
+    return least
 
 
 def descend_(
@@ -80,6 +111,16 @@ def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
     keep = 1 - amount.clamp(max=1)
     for (device, dtype), (members,) in _by_device_and_dtype(params).items():
         torch._foreach_mul_(members, keep.to(device, dtype))
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Of each; tensors of one dtype. Halves are accumulated in float32."""
+    half = tensors[0].dtype in (torch.float16, torch.bfloat16)
+    return list(torch._foreach_norm(tensors, 2, torch.float32 if half else None))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _by_device_and_dtype(

@@ -1,0 +1,180 @@
+"""The thesis's figures: accuracy and loss over epochs (7.1), learning rates over epochs (7.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from examples.cifar import records
+from examples.cifar.optimizers import OPTIMIZERS
+from examples.cifar.records import Record
+
+__all__ = ["draw", "learning_curves", "learning_rates"]
+
+Values = npt.NDArray[np.float64]
+Cells = dict[tuple[str, str], list[Record]]
+
+_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
+_COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+_MARKERS = "so^Dv*Px"
+# Published and default ADLER often lie on each other: the blue shows through the green's gaps.
+_LINES = ("-", "-", "-", "--", "-", "-.", "--", ":")
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "adler",  # else the identifiers are random
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+
+
+def draw(found: Sequence[Record], directory: Path) -> list[Path]:
+    """Draws both figures of each data set, as PNG and SVG; the same records, the same SVG."""
+    written = []
+    for dataset, cells in records.by_cell(found).items():
+        figures = {"figure-7-1": learning_curves, "figure-7-2": learning_rates}
+        for name, make in figures.items():
+            with mpl.rc_context(_STYLE):
+                figure = make(dataset, cells)
+                for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+                    path = directory / f"{name}-{dataset}{suffix}"
+                    figure.savefig(path, dpi=150, metadata=metadata)
+                    written.append(path)
+    return written
+
+
+def learning_curves(dataset: str, cells: Cells) -> Figure:
+    """Figure 7.1: test accuracy and training loss, mean over runs and its 95 % band.
+
+    After a divergence the last accuracy stands for the epochs that were not run; the loss, which
+    is not finite, is left out.
+    """
+    figure, axes = _panels(cells, ("Test accuracy (%)", "Training loss (nats)"))
+    for (models, activation), cell in cells.items():
+        for name, runs in records.competitors(cell).items():
+            accuracy = 100 * _curves(runs, "test_accuracy", carried=True)
+            _band(axes[models, activation, 0], name, *_mean(accuracy))
+            _band(axes[models, activation, 1], name, *_mean(_curves(runs, "train_loss")))
+    _finish(figure, f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)")
+    return figure
+
+
+def learning_rates(dataset: str, cells: Cells) -> Figure:
+    """Figure 7.2: the learning rates, geometric mean over runs and its 95 % band.
+
+    A tuned optimizer's is, at each epoch, the constant rate whose run is then the most accurate.
+    Epochs in which every step was skipped have no rate.
+    """
+    figure, axes = _panels(cells, ("Learning rate",))
+    for (models, activation), cell in cells.items():
+        for name in records.competitors(cell):
+            runs = [r for r in cell if r["optimizer"] == name]
+            rates = _best_rates(runs) if OPTIMIZERS[name].tuned else _curves(runs, "learning_rate")
+            logarithms = np.log(np.where(rates > 0, rates, np.nan))
+            low, middle, high = (np.exp(line) for line in _mean(logarithms))
+            _band(axes[models, activation, 0], name, low, middle, high)
+        axes[models, activation, 0].set_yscale("log")
+    title = f"{_TITLES[dataset]}: geometric mean over runs, with its 95 % band"
+    _finish(
+        figure, f"{title}\nADLER, GN: mean rate of an epoch. SGD: the grid's best at each epoch"
+    )
+    return figure
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def _curves(runs: Sequence[Record], name: str, *, carried: bool = False) -> Values:
+    """``[runs, epochs]``, NaN where there is none; or carried on from the last epoch there is."""
+    found = np.full((len(runs), max(r["epochs"] for r in runs)), np.nan)
+    for row, run in zip(found, runs, strict=True):
+        curve = run["curves"][name]
+        row[: len(curve)] = [np.nan if value is None else value for value in curve]
+        if carried:
+            row[len(curve) :] = row[len(curve) - 1]
+    return found
+
+
+def _best_rates(runs: Sequence[Record]) -> Values:
+    """``[settings, epochs]``: of each setting's runs, the rate of the most accurate so far."""
+    settings: dict[str, list[Record]] = {}
+    for run in runs:
+        settings.setdefault(records.setting(run), []).append(run)
+    best = []
+    for group in settings.values():
+        accuracy = _curves(group, "test_accuracy", carried=True)
+        best.append(np.array([r["lr"] for r in group])[accuracy.argmax(0)])
+    return np.stack(best)
+
+
+def _mean(curves: Values) -> tuple[Values, Values, Values]:
+    """The mean over runs less 1.96 standard errors, itself, and plus; NaN where no run is left."""
+    there = np.isfinite(curves)
+    count = there.sum(0)
+    mean = np.where(there, curves, 0).sum(0) / np.where(count > 0, count, np.nan)
+    squares = np.where(there, (curves - mean) ** 2, 0).sum(0)
+    error = 1.96 * np.sqrt(squares / np.maximum(count - 1, 1) / np.maximum(count, 1))
+    return mean - error, mean, mean + error
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+
+def _panels(
+    cells: Cells, quantities: Sequence[str]
+) -> tuple[Figure, dict[tuple[str, str, int], Axes]]:
+    """A panel for each cell and quantity: activations are columns, models and quantities rows."""
+    models = list(dict.fromkeys(m for m, _ in cells))
+    activations = list(dict.fromkeys(a for _, a in cells))
+    rows = len(models) * len(quantities)
+    figure = Figure(figsize=(1.2 + 2.9 * len(activations), 1.2 + 2.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    shared: Literal["row", "all"] = "row" if len(quantities) > 1 else "all"
+    grid = figure.subplots(rows, len(activations), squeeze=False, sharex=True, sharey=shared)
+    axes = {}
+    for i, model in enumerate(models):
+        for j, activation in enumerate(activations):
+            for k, quantity in enumerate(quantities):
+                axis = grid[i * len(quantities) + k, j]
+                axis.set_title(f"{model}, {activation}", fontsize="medium")
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+                if j == 0:
+                    axis.set_ylabel(quantity)
+                if i == len(models) - 1 and k == len(quantities) - 1:
+                    axis.set_xlabel("Epoch")
+                axes[model, activation, k] = axis
+    return figure, axes
+
+
+def _band(axis: Axes, name: str, low: Values, middle: Values, high: Values) -> None:
+    """A line and its band, in the optimizer's colour and with its marker."""
+    index = list(OPTIMIZERS).index(name) % len(_COLOURS)
+    colour, marker, style = _COLOURS[index], _MARKERS[index], _LINES[index]
+    epochs = np.arange(1, len(middle) + 1)
+    label = OPTIMIZERS[name].label
+    every = max(1, len(middle) // 10)
+    axis.plot(epochs, middle, style, color=colour, marker=marker, markevery=every, label=label)
+    axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _finish(figure: Figure, title: str) -> None:
+    """The title, and one legend for all panels."""
+    figure.suptitle(title, fontsize="large")
+    handles: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))

@@ -1,0 +1,124 @@
+"""The grids of runs, as data.
+
+The thesis names the networks, the activations, the optimizers and the ten learning rates. It does
+not give batch size, epochs, widths, normalisation or augmentation. These are our choices:
+
+- no augmentation, no momentum, no weight decay, no schedule;
+- plain CNNs go without normalisation and ResNets with BatchNorm, so that the row CNN+ResNet holds
+  both: networks with BatchNorm train where plain ones need not, and the records say which is which;
+- transformers have LayerNorm, without which they hardly train;
+- each seed has its own width and depth, so that the spread over seeds is also one over shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.cifar.config import Run
+from examples.cifar.optimizers import OPTIMIZERS
+
+__all__ = ["GRID", "PRESETS", "Preset"]
+
+# The thesis's constant learning rates: ten, log-spaced from 1e-5 to 3e-1.
+GRID = tuple(
+    float(f"{rate:.6g}") for rate in np.logspace(np.log10(1e-5), np.log10(3e-1), 10).tolist()
+)
+# The thesis's optimizers, this library's default and its stronger guards, in the order of running.
+COMPARED = ("adler", "adler-published", "adler-guarded", "gauss-newton-published", "sgd")
+ACTIVATIONS = ("relu", "sigmoid", "tanh")
+NORMALISATIONS = {"cnn": "none", "resnet": "batch", "vit": "layer"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A grid of runs.
+
+    Attributes:
+        shapes: ``(width, depth)`` of every seed, by model.
+        train_examples: Of every run.
+        test_examples: Of every run.
+        epochs: Of every run.
+        batch_size: Of every run.
+        datasets: Which data sets.
+        synthetic: Whether the data is made, where the archive is not there.
+    """
+
+    shapes: dict[str, tuple[tuple[int, int], ...]]
+    train_examples: int
+    test_examples: int
+    epochs: int
+    batch_size: int
+    datasets: tuple[str, ...] = ("cifar100", "cifar10")
+    synthetic: bool = False
+
+    def runs(self, optimizers: tuple[str, ...] = COMPARED) -> Iterator[Run]:
+        """Seed by seed, and all optimizers of a network together.
+
+        A grid that was stopped early therefore holds comparisons that are complete.
+        """
+        for seed in range(len(self.shapes["cnn"])):
+            for dataset in self.datasets:
+                for activation in ACTIVATIONS:
+                    for model, shapes in self.shapes.items():
+                        width, depth = shapes[seed]
+                        for optimizer in optimizers:
+                            for lr in GRID if OPTIMIZERS[optimizer].tuned else (None,):
+                                yield Run(
+                                    dataset=dataset,
+                                    model=model,
+                                    activation=activation,
+                                    normalisation=NORMALISATIONS[model],
+                                    width=width,
+                                    depth=depth,
+                                    optimizer=optimizer,
+                                    lr=lr,
+                                    batch_size=self.batch_size,
+                                    epochs=self.epochs,
+                                    train_examples=self.train_examples,
+                                    test_examples=self.test_examples,
+                                    seed=seed,
+                                )
+
+
+PRESETS = {
+    # A minute on two cores, without any download.
+    "smoke": Preset(
+        shapes={"cnn": ((4, 2), (8, 1)), "resnet": ((4, 1), (4, 2)), "vit": ((16, 1), (16, 1))},
+        train_examples=160,
+        test_examples=100,
+        epochs=2,
+        batch_size=32,
+        datasets=("cifar10",),
+        synthetic=True,
+    ),
+    # 756 runs. Subset, epochs and shapes are what two cores train in three quarters of an hour:
+    # 3 to 5 seconds an SGD run on one thread, 2 to 3 times that with Jacobian-vector products.
+    # Thirty pictures of a class in CIFAR-100 do not reach the thesis's accuracies: the preset
+    # compares optimizers on equal terms, and `full` is for its numbers.
+    "laptop": Preset(
+        shapes={
+            "cnn": ((12, 3), (8, 4), (16, 2)),
+            "resnet": ((8, 2), (6, 3), (10, 1)),
+            "vit": ((32, 2), (32, 3), (48, 1)),
+        },
+        train_examples=3000,
+        test_examples=2000,
+        epochs=4,
+        batch_size=64,
+    ),
+    # All pictures, and the epochs within which the thesis's test losses have long turned.
+    "full": Preset(
+        shapes={
+            "cnn": ((64, 4), (96, 4), (64, 6)),
+            "resnet": ((64, 4), (96, 4), (64, 6)),
+            "vit": ((192, 6), (256, 6), (192, 9)),
+        },
+        train_examples=50000,
+        test_examples=10000,
+        epochs=50,
+        batch_size=128,
+    ),
+}
