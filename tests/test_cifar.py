@@ -195,6 +195,34 @@ def test_a_truncated_pickle_is_named(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("examples.cifar.data.pooch.retrieve", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"cifar-100-python.tar.gz.*no route.*by hand"):
+        data.load("cifar100", tmp_path)
+
+
+def test_an_absent_archive_is_downloaded_with_its_checksum(root, tmp_path, monkeypatch):
+    asked = []
+
+    def retrieve(url, known_hash, fname, path, progressbar):
+        asked.append((url.rsplit("/", 1)[1], known_hash, progressbar))
+        (path / fname).write_bytes(b"not it")
+
+    monkeypatch.setattr("examples.cifar.data.pooch.retrieve", retrieve)
+    with pytest.raises(ValueError, match="its MD5 is"):  # checked again after the download
+        data.load("cifar10", tmp_path)
+    name, checksum = "cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"
+    assert asked == [(name, checksum, True)]
+
+
+def test_an_unknown_data_set(tmp_path):
+    with pytest.raises(ValueError, match="dataset='mnist': expected one of cifar"):
+        data.load("mnist", tmp_path)
+
+
 def test_more_examples_than_there_are(root):
     with pytest.raises(ValueError, match="train_examples=501: the data set has 500"):
         data.load("cifar10", root, train_examples=501)

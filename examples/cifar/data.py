@@ -102,6 +102,8 @@ def load(
             what it should be. The message names the file and says what to do.
         FileNotFoundError: If the extracted folder lacks a file.
     """
+    if dataset not in ARCHIVES:
+        raise ValueError(f"dataset={dataset!r}: expected one of {', '.join(ARCHIVES)}")
     archive = ARCHIVES[dataset]
     source = locate(archive, root)
     train_pixels, train_labels, test_pixels, test_labels = read(archive, source)
@@ -142,7 +144,13 @@ def locate(archive: Archive, root: Path) -> Path:
         return folder
     if not packed.is_file():
         # Pooch downloads to a temporary name and moves the file after the checksum.
-        pooch.retrieve(archive.url, f"md5:{archive.md5}", archive.name, root, progressbar=True)
+        try:
+            pooch.retrieve(archive.url, f"md5:{archive.md5}", archive.name, root, progressbar=True)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{packed}: missing, and {archive.url} could not be downloaded ({error}): download "
+                f"it by hand into {root}"
+            ) from error
     digest = pooch.file_hash(str(packed), alg="md5")
     if digest != archive.md5:
         raise ValueError(
@@ -192,7 +200,7 @@ def _part(
                 x, y = _batch(archive, file.read())
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source / name}: missing: {remedy}") from error
-        except _MalformedError as error:
+        except (_MalformedError, OSError, TypeError) as error:  # a folder is no file
             raise ValueError(f"{source / name}: {error}: {remedy}") from error
         pixels.append(x)
         labels.append(y)

@@ -12,8 +12,8 @@ not give batch size, epochs, widths, normalisation or augmentation. These are ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,8 +28,7 @@ GRID = tuple(
 )
 # The thesis's optimizers, this library's default and its stronger guards, in the order of running.
 COMPARED = ("adler", "adler-published", "adler-guarded", "gauss-newton-published", "sgd")
-ACTIVATIONS = ("relu", "sigmoid", "tanh")
-NORMALISATIONS = {"cnn": "none", "resnet": "batch", "vit": "layer"}
+_USUAL = {"cnn": "none", "resnet": "batch", "vit": "layer"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Preset:
         epochs: Of every run.
         batch_size: Of every run.
         datasets: Which data sets.
+        activations: Which activations.
+        normalisations: Of every model.
         synthetic: Whether the data is made, where the archive is not there.
     """
 
@@ -52,6 +53,8 @@ class Preset:
     epochs: int
     batch_size: int
     datasets: tuple[str, ...] = ("cifar100", "cifar10")
+    activations: tuple[str, ...] = ("relu", "sigmoid", "tanh")
+    normalisations: Mapping[str, str] = field(default_factory=_USUAL.copy)
     synthetic: bool = False
 
     def runs(self, optimizers: tuple[str, ...] = COMPARED) -> Iterator[Run]:
@@ -59,9 +62,9 @@ class Preset:
 
         A grid that was stopped early therefore holds comparisons that are complete.
         """
-        for seed in range(len(self.shapes["cnn"])):
+        for seed in range(max(map(len, self.shapes.values()))):
             for dataset in self.datasets:
-                for activation in ACTIVATIONS:
+                for activation in self.activations:
                     for model, shapes in self.shapes.items():
                         width, depth = shapes[seed]
                         for optimizer in optimizers:
@@ -70,7 +73,7 @@ class Preset:
                                     dataset=dataset,
                                     model=model,
                                     activation=activation,
-                                    normalisation=NORMALISATIONS[model],
+                                    normalisation=self.normalisations[model],
                                     width=width,
                                     depth=depth,
                                     optimizer=optimizer,
@@ -83,6 +86,16 @@ class Preset:
                                 )
 
 
+_ONE = Preset(
+    shapes={"cnn": ((12, 3),), "resnet": ((8, 2),)},
+    train_examples=2500,
+    test_examples=2000,
+    epochs=4,
+    batch_size=64,
+    datasets=("cifar10",),
+    activations=("relu",),
+)
+
 PRESETS = {
     # A minute on two cores, without any download.
     "smoke": Preset(
@@ -94,9 +107,9 @@ PRESETS = {
         datasets=("cifar10",),
         synthetic=True,
     ),
-    # 756 runs. Subset, epochs and shapes are what two cores train in three quarters of an hour:
+    # 756 runs. Subset, epochs and shapes are what two cores train in about forty minutes:
     # 3 to 5 seconds an SGD run on one thread, 2 to 3 times that with Jacobian-vector products.
-    # Thirty pictures of a class in CIFAR-100 do not reach the thesis's accuracies: the preset
+    # Twenty-five pictures of a class in CIFAR-100 do not reach the thesis's accuracies: the preset
     # compares optimizers on equal terms, and `full` is for its numbers.
     "laptop": Preset(
         shapes={
@@ -104,11 +117,16 @@ PRESETS = {
             "resnet": ((8, 2), (6, 3), (10, 1)),
             "vit": ((32, 2), (32, 3), (48, 1)),
         },
-        train_examples=3000,
+        train_examples=2500,
         test_examples=2000,
         epochs=4,
         batch_size=64,
     ),
+    # One choice of `laptop` changed at a time, on two of its networks and one seed.
+    "batch-16": replace(_ONE, batch_size=16),
+    "batch-256": replace(_ONE, batch_size=256),
+    "normalised": replace(_ONE, normalisations={"cnn": "batch", "resnet": "none"}),
+    "longer": replace(_ONE, epochs=12),
     # All pictures, and the epochs within which the thesis's test losses have long turned.
     "full": Preset(
         shapes={

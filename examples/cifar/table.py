@@ -24,6 +24,7 @@ from examples.cifar.optimizers import OPTIMIZERS
 from examples.cifar.plots import draw
 from examples.cifar.presets import PRESETS, Preset
 from examples.cifar.records import Record
+from examples.cifar.thesis import comparison
 
 __all__ = ["markdown"]
 
@@ -267,6 +268,8 @@ def _write(results: Path, preset: str, wanted: Iterable[str]) -> None:
         return
     text = markdown(found, preset)
     (results / "table.md").write_text(text)
+    if any(r["dataset"] == "cifar100" for r in found):
+        (results / "thesis.md").write_text(comparison(found))
     draw(found, results)
     print(text)
 
