@@ -61,6 +61,20 @@ def test_finite_difference_converges_at_first_order(name):
     assert all(0.9 < order < 1.1 for order in orders[2:]), (errors, orders)
 
 
+@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("name", ["mlp-tanh", "cnn", "batchnorm", "transformer"])
+def test_central_differences_converge_to_the_exact_engines_at_second_order(name, engine):
+    model, criterion, x, _, direction = setting(name)
+    dense, d = Dense(model, criterion), flatten(direction)
+    _, v = curvature.jvp(model, dict(model.named_parameters()), x, direction, engine)
+    errors = []
+    for step in (2.0**-k for k in range(5, 10)):
+        ahead, behind = (dense.outputs(dense.flat() + s * step * d, x) for s in (1, -1))
+        errors.append(float(((ahead - behind) / (2 * step) - v).norm() / v.norm()))
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert all(1.9 < order < 2.1 for order in orders[1:]), (errors, orders)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_finite_difference_by_default_is_accurate_to_the_square_root_of_precision(name):
     model, _, x, _, direction = setting(name)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pkgutil
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from loops import NoSynchronisation
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from adler import losses
-from adler.losses import AutogradHessian, EmpiricalFisher, LossHessian, loss_hessian, register
+from adler.losses import (
+    AutogradHessian,
+    EmpiricalFisher,
+    LossHessian,
+    loss_hessian,
+    register,
+)
 
 # PyTorch warns of targets that broadcast against the outputs, which is here on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
@@ -394,7 +400,8 @@ class Overrides(nn.MSELoss):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(losses, "_providers", dict(losses._providers))
+    providers = "adler.losses.registry._providers"
+    monkeypatch.setattr(providers, dict(pkgutil.resolve_name(providers)))
 
 
 PROVIDERS = {

@@ -1,0 +1,110 @@
+"""The interface of a loss Hessian, and what all of them share."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["LossHessian", "class_axis", "refuse_unreduced", "wide", "widen"]
+
+
+class LossHessian(abc.ABC):
+    """The quadratic form of a criterion's Hessian with respect to the network outputs.
+
+    Subclass it for a loss of your own, and `register` the subclass.
+
+    Args:
+        criterion: The loss, reduced to a scalar.
+
+    Raises:
+        ValueError: If the criterion does not reduce.
+
+    Examples:
+        >>> from adler.losses import loss_hessian, register
+        >>> class Cosh(torch.nn.Module):
+        ...     def forward(self, outputs, targets):
+        ...         return (outputs - targets).cosh().sum()
+        >>> class CoshHessian(LossHessian):
+        ...     def quadratic_form(self, outputs, targets, tangents):
+        ...         return ((outputs - targets).cosh() * tangents.square()).sum()
+        >>> register(Cosh, CoshHessian)
+        >>> type(loss_hessian(Cosh())).__name__
+        'CoshHessian'
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
+        refuse_unreduced(criterion)
+        self.criterion = criterion
+
+    @abc.abstractmethod
+    def quadratic_form(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        """``c = vᵀ ∇²L(F) v``.
+
+        Args:
+            outputs: ``F``, what the criterion receives first, ``(b, C)`` or ``(b, C, *D)``.
+            targets: What it receives after them; a tuple where it receives several.
+            tangents: ``v``, of the shape of ``F``.
+
+        Returns:
+            0-dim, float32 or wider.
+        """
+
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """What one nat an example is worth, in units of the reduced loss.
+
+        Predictions that move by ``v`` diverge, in the sense of Kullback and Leibler and to second
+        order, by ``½ vᵀQv / nat`` a nat and example. Infinite where the loss is not known as a
+        likelihood.
+
+        Args:
+            outputs: As for `quadratic_form`.
+            targets: As for `quadratic_form`.
+            value: The loss there, 0-dim.
+
+        Returns:
+            0-dim.
+        """
+        return torch.full_like(value, math.inf)
+
+    def example_weights(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Factor with which each example's loss enters the reduced one.
+
+        Returns:
+            Shape ``(b,)``: an example is an entry of the first dimension. Classification losses
+            return ``(b, *D)``: every position is an example.
+        """
+        b = outputs.shape[0] if outputs.ndim else 1
+        factor = 1.0 if getattr(self.criterion, "reduction", "mean") == "sum" else 1.0 / max(b, 1)
+        return torch.full((b,), factor, dtype=wide(outputs.dtype), device=outputs.device)
+
+
+def refuse_unreduced(criterion: object) -> None:
+    """Raises a ValueError for a criterion that says that it does not reduce."""
+    if getattr(criterion, "reduction", None) == "none":
+        raise ValueError(
+            "criterion: reduction='none' gives one loss per example, not one to minimise: use "
+            "reduction='mean' or 'sum'"
+        )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are accumulated."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen(tree: Any) -> Any:
+    """Half-precision tensors in a tree as float32."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.to(wide(t.dtype)) if t.is_floating_point() else t, tree
+    )
+
+
+def class_axis(outputs: Tensor) -> int:
+    """Classes are the second dimension, or the only one."""
+    return min(1, outputs.ndim - 1)

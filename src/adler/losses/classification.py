@@ -1,0 +1,98 @@
+"""Losses of class distributions: every position is an example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adler.losses.base import LossHessian, class_axis, wide, widen
+
+__all__ = ["CrossEntropyHessian", "NLLHessian"]
+
+
+class CrossEntropyHessian(LossHessian):
+    r"""Of `torch.nn.CrossEntropyLoss`, with all its options.
+
+    With $p = \mathrm{softmax}(F)$ and $\bar v_i = \sum_c p_{ic} v_{ic}$,
+
+    $$
+    c = \sum_i \omega_i \sum_c p_{ic} (v_{ic} - \bar v_i)^2 .
+    $$
+
+    The weights hold reduction and targets: $1/b$ for the plain mean, 1 for the sum; with
+    class weights $w$, $\omega_i = \sum_c t_{ic} w_c / W$, where $t_i$ is the
+    smoothed target distribution and $W$ what PyTorch divides by ($\sum_i w_{y_i}$, or
+    ``b`` for probability targets); 0 where the target is ``ignore_index``.
+
+    Examples:
+        >>> hessian = CrossEntropyHessian(torch.nn.CrossEntropyLoss())
+        >>> outputs, tangents = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
+        >>> float(hessian.quadratic_form(outputs, torch.tensor([0]), tangents))
+        1.0
+    """
+
+    def __init__(self, criterion: nn.CrossEntropyLoss | nn.NLLLoss | None = None) -> None:
+        super().__init__(nn.CrossEntropyLoss() if criterion is None else criterion)
+
+    def quadratic_form(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        """See the class; targets are class indices ``(b, *D)`` or probabilities ``(b, C, *D)``."""
+        F, v = widen((outputs, tangents))
+        axis = class_axis(F)
+        p = F.softmax(axis)
+        v = torch.where(p > 0, v, 0)  # a class masked by -inf has no tangent to speak of
+        mean = (p * v).sum(axis, keepdim=True)
+        q = (p * (v - mean).square()).sum(axis)
+        weights = self.example_weights(outputs, targets)
+        # An ignored example counts as nothing even where its outputs are not finite.
+        return torch.where(weights == 0, 0, weights * q).sum()
+
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """``Σ_i ω_i``: 1 for the plain mean."""
+        return self.example_weights(outputs, targets).sum()
+
+    def example_weights(self, outputs: Tensor, targets: Any) -> Tensor:
+        """``ω``, of the shape of the outputs without their class dimension."""
+        criterion: Any = self.criterion
+        axis, dtype = class_axis(outputs), wide(outputs.dtype)
+        classes = outputs.shape[axis]
+        smoothing = getattr(criterion, "label_smoothing", 0.0)
+        w = None if criterion.weight is None else criterion.weight.to(outputs.device, dtype)
+        if targets.is_floating_point():
+            t = targets.to(dtype)
+            t = t * (1 - smoothing) + smoothing / classes
+            weights = t.sum(axis) if w is None else torch.tensordot(t, w, dims=([axis], [0]))
+            total = torch.full_like(weights, 1.0).sum()
+        else:
+            kept = targets != criterion.ignore_index
+            y = torch.where(kept, targets, 0)
+            # `take`, as indexing waits for the host where y is 0-dim, and takes uint8 for a mask.
+            of_class = kept.to(dtype) if w is None else torch.where(kept, w.take(y.long()), 0)
+            total = of_class.sum()
+            everywhere = classes if w is None else w.sum()
+            weights = (1 - smoothing) * of_class
+            weights = weights + kept.to(dtype) * (smoothing / classes * everywhere)
+        normalised: Tensor = weights if criterion.reduction == "sum" else weights / total
+        return normalised
+
+
+class NLLHessian(CrossEntropyHessian):
+    r"""Of `torch.nn.NLLLoss` on log-probabilities.
+
+    The loss is linear in its inputs, so its own Hessian vanishes. What curves is the log-softmax
+    before it: the Fisher information of the class distribution, for $F = \log p$,
+    $c = \sum_i \omega_i \sum_c p_{ic} (v_{ic} - \bar v_i)^2$. It equals the cross-entropy's
+    form on the logits that made the log-probabilities.
+
+    Examples:
+        >>> logits, v = torch.tensor([[0.3, -1.0]]), torch.tensor([[1.0, 2.0]])
+        >>> y = torch.tensor([1])
+        >>> outputs = logits.log_softmax(1)
+        >>> tangents = v - (outputs.exp() * v).sum(1, keepdim=True)
+        >>> a = NLLHessian(torch.nn.NLLLoss()).quadratic_form(outputs, y, tangents)
+        >>> torch.testing.assert_close(a, CrossEntropyHessian().quadratic_form(logits, y, v))
+    """
+
+    def __init__(self, criterion: nn.NLLLoss | None = None) -> None:
+        super().__init__(nn.NLLLoss() if criterion is None else criterion)

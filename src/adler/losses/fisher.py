@@ -1,0 +1,54 @@
+"""The baseline's stand-in for the loss Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adler.losses.base import LossHessian, class_axis
+from adler.losses.generic import output_gradient
+from adler.losses.registry import loss_hessian
+
+__all__ = ["EmpiricalFisher"]
+
+
+class EmpiricalFisher(LossHessian):
+    r"""Outer products of the per-example output gradients, in place of the loss Hessian.
+
+    $$
+    c = \sum_i \omega_i (\nabla \ell_i^\top v_i)^2
+    $$
+
+    with the weights of the criterion's provider, $1/b$ for a plain mean. This is the
+    Gauss-Newton baseline of the thesis (ch. 7); in the field's terms BHHH.
+
+    Examples:
+        >>> hessian = EmpiricalFisher(torch.nn.MSELoss())
+        >>> F, y, v = torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1), 3.0)
+        >>> float(hessian.quadratic_form(F, y, v))
+        36.0
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
+        super().__init__(criterion)
+        self._provider = loss_hessian(criterion)
+
+    def quadratic_form(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        """See the class."""
+        with torch.enable_grad():
+            F, gradient = output_gradient(self.criterion, outputs, targets)
+        products = gradient * tangents.to(F)
+        weights = self._provider.example_weights(outputs, targets).to(F)
+        if weights.ndim == products.ndim - 1:
+            slopes = products.sum(class_axis(products))
+        else:
+            slopes = products.reshape(weights.numel(), -1).sum(1)
+        # The gradient of the reduced loss already holds ω_i once.
+        return torch.where(weights == 0, 0, slopes.square() / weights).sum()
+
+    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+        """That of the criterion."""
+        return self._provider.nat(outputs, targets, value)
