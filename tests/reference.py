@@ -51,6 +51,22 @@ class Dense:
         F = self.outputs(theta, x).detach()
         return hessian(lambda f: self.criterion(f.view_as(F), y), F.flatten())
 
+    def nat(self, theta: Tensor, x: Any, y: Any) -> float:
+        """What one nat an example is worth: of a class distribution, or of a Gaussian."""
+        if isinstance(self.criterion, nn.MSELoss):
+            return 2 * float(self.criterion(self.outputs(theta, x), y))
+        return 1.0 if self.criterion.reduction == "mean" else float(len(y))
+
+    def reach(self, theta: Tensor, g: Tensor) -> float:
+        """Step length at which the first weight matrix has moved by its norm."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        ratios = [
+            max(float(w.norm()), math.sqrt(shape[0] / 3)) / float(d.norm())
+            for w, d, shape in zip(theta.split(sizes), g.split(sizes), self.shapes.values())
+            if len(shape) > 1
+        ]
+        return min(ratios)
+
     def output_outer_products(self, theta: Tensor, x: Any, y: Any) -> Tensor:
         """The baseline's matrix: mean or sum over examples of ``∇ℓ_i ∇ℓ_iᵀ``."""
         F = self.outputs(theta, x).detach()
@@ -80,6 +96,8 @@ def run(
     beta: float = 0.99,
     eps: float = 1e-10,
     trust_region: float | None = None,
+    max_kl: float | None = None,
+    max_relative_change: float | None = None,
 ) -> Trajectory:
     """Algorithm 1 (``kind="adler"``) or the Gauss-Newton baseline (``kind="gauss_newton"``)."""
     dense = Dense(model, criterion)
@@ -102,6 +120,10 @@ def run(
             mean = sum(d * r for d, r in zip(discounts, rates)) / sum(discounts)
         if trust_region is not None:
             mean = min(mean, trust_region * rate)
+        if max_kl is not None:
+            mean = min(mean, math.sqrt(2 * max_kl * dense.nat(theta, x, y) / float(g @ G @ g)))
+        if max_relative_change is not None:
+            mean = min(mean, max_relative_change * dense.reach(theta, g))
         theta = theta - mean * g
         out.parameters.append(theta)
         out.minibatch_lrs.append(rate)

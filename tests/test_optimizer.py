@@ -14,6 +14,8 @@ from adler import Adler, GaussNewton
 
 KINDS = {"adler": Adler, "gauss_newton": GaussNewton}
 STEPS = 20
+GUARDS = {"trust_region": 2.0, "max_kl": 0.1, "max_relative_change": 0.1}
+TRUST_REGION_ONLY = {"trust_region": 2.0, "max_kl": None, "max_relative_change": None}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,18 +41,23 @@ def test_published_trajectories_equal_the_dense_reference(name, criterion_name, 
 def test_the_other_engines_follow_the_same_trajectory(name, jvp):
     model, criterion = network(name), nn.CrossEntropyLoss()
     data = batches(name, criterion, STEPS)
-    expected = run(model, criterion, data, trust_region=2.0)
-    train(model, criterion, Adler(model.parameters(), model, criterion, jvp=jvp), data)
+    expected = run(model, criterion, data, **GUARDS)
+    optimizer = Adler(model.parameters(), model, criterion, jvp=jvp, **GUARDS)
+    train(model, criterion, optimizer, data)
     error = (flat(model) - expected.parameters[-1]).norm() / expected.parameters[-1].norm()
     assert error < (1e-9 if jvp == "double_backward" else 1e-4)  # first order in a step of 1e-6 η
 
 
+@pytest.mark.parametrize("guards", [GUARDS, TRUST_REGION_ONLY])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("criterion_name", CRITERIA)
 @pytest.mark.parametrize("name", ["mlp-relu", "cnn"])
-def test_the_guarded_default_equals_the_guarded_reference(name):
-    model, criterion = network(name), nn.CrossEntropyLoss()
+def test_guarded_trajectories_equal_the_guarded_reference(name, criterion_name, kind, guards):
+    model, criterion = network(name), CRITERIA[criterion_name]()
     data = batches(name, criterion, STEPS)
-    expected = run(model, criterion, data, trust_region=2.0)
-    optimizer = Adler(model.parameters(), model, criterion)
+    expected = run(model, criterion, data, kind=kind, **guards)
+    options = {} if guards is TRUST_REGION_ONLY else guards  # the default
+    optimizer = KINDS[kind](model.parameters(), model, criterion, **options)
     train(model, criterion, optimizer, data)
     torch.testing.assert_close(flat(model), expected.parameters[-1], rtol=1e-9, atol=1e-12)
 

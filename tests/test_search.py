@@ -177,7 +177,7 @@ def test_no_sequence_of_measurements_breaks_the_average(measurements):
 
 def remembered(squared_norm, bound, average, reach=math.inf):
     numbers = (scalar(value) for value in (squared_norm, reach, 0.5, bound))
-    guard = Guard(max_relative_change=0.1)
+    guard = Guard(2.0, None, 0.1)
     return remembered_step_length(*numbers, average, geometric, guard)
 
 

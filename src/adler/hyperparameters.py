@@ -36,6 +36,14 @@ def check(options: Mapping[str, Any]) -> None:
         bound = options[key]
         valid = bound is None or (_number(bound) and 0 < bound < math.inf)
         _require(options, key, valid, "a positive number, or None for no bound")
+    if "betas" in options:
+        betas = options["betas"]
+        valid = isinstance(betas, (tuple, list)) and len(betas) == 2
+        valid = valid and all(_number(b) and 0 <= b < 1 for b in betas)
+        _require(options, "betas", valid, "two numbers in [0, 1)")
+        offset = options["adam_eps"]
+        valid = _number(offset) and 0 < offset < math.inf
+        _require(options, "adam_eps", valid, "a positive number")
     jvp = options["jvp"]
     valid = isinstance(jvp, str) and jvp in ENGINES
     _require(options, "jvp", valid, f"one of {', '.join(map(repr, ENGINES))}")

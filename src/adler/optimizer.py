@@ -1,72 +1,22 @@
-"""`Adler` and `GaussNewton`: gradient descent that measures its own learning rate.
-
-The optimizers are thin: `capture` knows the batch, `curvature` measures, `search` decides, `update`
-moves the parameters. What is kept between steps lives in the param groups.
-"""
+"""`Adler`, `GaussNewton` and `AdlerAdam`: what they search along, and how they average."""
 
 from __future__ import annotations
 
-import copy
-import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from adler import averaging, hyperparameters, losses, update
-from adler.averaging import Average, DiscountedMean
-from adler.capture import RecordedLoss, Recorder
-from adler.measurement import BatchCurvature, batch_curvature
-from adler.replay import unwrap
-from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
-from adler.watch import Watch
+from adler import averaging, losses
+from adler.measured import MeasuredOptimizer
 
-__all__ = ["Adler", "GaussNewton", "StepRecord"]
+__all__ = ["Adler", "GaussNewton"]
 
 Self = TypeVar("Self", bound="Adler")
 
-# One step length serves all groups, so these have one value.
-_SHARED = (
-    "beta",
-    "eps",
-    "trust_region",
-    "max_kl",
-    "max_relative_change",
-    "jvp",
-    "curvature_every",
-)
-# What a step hands to the next one. Tensors are replaced, never mutated, so groups share them.
-_CARRIED = ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "steps")
 
-
-class StepRecord(NamedTuple):
-    """What the last `Adler.step` did; 0-dim tensors on the device, read with ``float()``.
-
-    Attributes:
-        minibatch_lr: ``η_k``, the minimiser of this minibatch's quadratic model.
-        effective_lr: The rate applied, before a group's ``lr``; 0 where the step was skipped.
-        slope: ``g·d``.
-        curvature: ``c = vᵀ Q v``; NaN where this step did not measure (``curvature_every``).
-        clipped: Whether a guard shortened the step.
-        skipped: Whether there was no step.
-        clipped_total: Steps clipped since the optimizer was made.
-        skipped_total: Steps skipped since the optimizer was made.
-    """
-
-    minibatch_lr: Tensor
-    effective_lr: Tensor
-    slope: Tensor
-    curvature: Tensor
-    clipped: Tensor
-    skipped: Tensor
-    clipped_total: Tensor
-    skipped_total: Tensor
-
-
-class Adler(Optimizer):
+class Adler(MeasuredOptimizer):
     r"""Stochastic gradient descent with a measured learning rate: nothing to tune.
 
     Each step minimises the minibatch's generalized Gauss-Newton model along the gradient and
@@ -97,7 +47,7 @@ class Adler(Optimizer):
             that are log-likelihoods; regression losses take the residuals' variance for scale.
             Try 0.1.
         max_relative_change: No weight tensor moves by more than this fraction of its norm. Try 0.1,
-            for networks without normalisation above all.
+            for deep networks above all.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
@@ -116,6 +66,7 @@ class Adler(Optimizer):
     ch. 7, Algorithm 1; D. Balboni, D. Bacciu, arXiv 2305.16396. The bound is ours: `as_published`.
 
     Examples:
+        >>> import torch
         >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
         >>> optimizer = Adler(model.parameters(), model, criterion)
         >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
@@ -127,11 +78,7 @@ class Adler(Optimizer):
         True
     """
 
-    _mean: ClassVar[DiscountedMean] = averaging.geometric
-    _last_step: StepRecord | None
-
-    # GradScaler then hands over its scale instead of unscaling behind our back.
-    _step_supports_amp_scaling = True
+    _mean = averaging.geometric
 
     def __init__(
         self,
@@ -150,15 +97,7 @@ class Adler(Optimizer):
         curvature_every: int = 1,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if not callable(criterion):
-            raise TypeError(f"criterion: expected a loss, got {type(criterion).__name__}")
-        if output_fn is not None and not callable(output_fn):
-            raise TypeError(f"output_fn: expected a function, got {type(output_fn).__name__}")
-        self.model, self.criterion, self.output_fn = model, criterion, output_fn
-        self._hessian = self._loss_hessian()  # refuses reduction="none"
-        defaults = {
+        options = {
             "lr": lr,
             "beta": beta,
             "eps": eps,
@@ -169,10 +108,7 @@ class Adler(Optimizer):
             "jvp": jvp,
             "curvature_every": curvature_every,
         }
-        hyperparameters.check(defaults)
-        self._names = _names_of(model)
-        super().__init__(params, defaults)
-        self._attach()
+        super().__init__(params, model, criterion, options, output_fn)
 
     @classmethod
     def as_published(
@@ -206,326 +142,6 @@ class Adler(Optimizer):
         }
         return cls(params, model, criterion, **{**published, **overrides})
 
-    def _loss_hessian(self) -> losses.LossHessian:
-        """What takes the place of ``Q``."""
-        return losses.loss_hessian(self.criterion)
-
-    # --- the step --------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        inputs: Any = None,
-        targets: Any = None,
-    ) -> Any:
-        """Measures the curvature along the gradient and moves the parameters.
-
-        Args:
-            closure: Zeroes the gradients, computes the loss, backpropagates, returns it.
-            inputs: What the model was called with, for loops that hooks cannot see: one argument, a
-                tuple of them, or a mapping of keyword arguments. Needs ``targets``.
-            targets: What the criterion receives after the outputs (a tuple where it receives
-                several), for loops that do not call the criterion module. The loss that was
-                backpropagated must be ``criterion(outputs, targets)``.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: If there is no gradient, or the batch that made it is unknown. The message
-                says what to do; parameters and state are unchanged.
-            ValueError: If explicit targets do not fit the outputs.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            hyperparameters.check(group)
-            self._check_shared(group)
-        params, direction = self._directions()
-        scale, veto = self._amp_unscale(direction)
-        shared = self.param_groups[0]
-        average = _average(shared)
-        squared_norm = update.squared_norm(direction, self._home)
-        guard = Guard(*(shared[key] for key in Guard._fields))
-        reach = torch.full_like(squared_norm, math.inf)
-        if guard.max_relative_change is not None:
-            reach = update.reach(params, direction, self._home)
-        measures = shared["steps"] % shared["curvature_every"] == 0
-        found: StepLength
-        curvature = torch.full_like(squared_norm, math.nan)
-        if measures:
-            batch = self._batch(inputs, targets)
-            curvature, nat, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
-            found, average = step_length(
-                Measurement(squared_norm, curvature, squared_norm, nat, reach, finite & ~veto),
-                average,
-                self._mean,
-                guard,
-                beta=shared["beta"],
-                eps=shared["eps"],
-            )
-        else:
-            found = remembered_step_length(
-                torch.where(veto, math.nan, squared_norm),
-                reach,
-                shared["minibatch_lr"],
-                shared["rate_bound"],
-                average,
-                self._mean,
-                guard,
-            )
-        self._apply(found)
-        self._carry(found, average, shared["steps"] + 1)
-        self._report(found, squared_norm, curvature)
-        self._recorder.clear()
-        return loss
-
-    def _directions(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters with a gradient, and the direction along which to search: the gradient."""
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params:
-            raise RuntimeError(
-                "step(): no parameter has a gradient: call loss.backward() before step(), on a "
-                "loss that depends on the parameters given to the optimizer"
-            )
-        if any(p.grad.is_sparse for p in params if p.grad is not None):
-            raise RuntimeError(
-                "step(): sparse gradients are not supported: build the embedding with sparse=False"
-            )
-        return params, [p.grad for p in params if p.grad is not None]
-
-    def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
-        if targets is not None:
-            return self._recorder.explicit(inputs, targets)
-        if inputs is not None:
-            raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
-        return self._recorder.losses()
-
-    def _measure(
-        self,
-        batch: list[RecordedLoss],
-        params: list[Tensor],
-        direction: list[Tensor],
-        squared_norm: Tensor,
-        scale: Tensor | None,
-    ) -> BatchCurvature:
-        """The batch's curvature; remembers a fallback from the forward engine."""
-        shared = self.param_groups[0]
-        names = [self._names[p] for p in params]
-        found = batch_curvature(
-            batch,
-            dict(zip(names, params, strict=True)),
-            dict(zip(names, direction, strict=True)),
-            self.criterion,
-            self._hessian,
-            jvp=shared["jvp"],
-            squared_norm=squared_norm,
-            rate=self._mean.read(_average(shared)) if shared["steps"] > 0 else None,
-            amp_scale=scale,
-        )
-        for group in self.param_groups:
-            group["jvp"] = found.engine
-        return found
-
-    def _apply(self, found: StepLength) -> None:
-        for group in self.param_groups:
-            lr = group["lr"]
-            rate = found.rate * (lr.to(found.rate).squeeze() if isinstance(lr, Tensor) else lr)
-            group["effective_lr"] = rate
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            if group["weight_decay"] != 0:
-                update.decay_(params, rate * group["weight_decay"])
-            update.descend_(params, [p.grad for p in params], rate, found.skipped)
-
-    def _carry(self, found: StepLength, average: Average, steps: int) -> None:
-        for group in self.param_groups:
-            group["rate_total"], group["rate_weight"] = average
-            group["minibatch_lr"], group["rate_bound"] = found.minibatch_lr, found.bound
-            group["steps"] = steps
-
-    def _report(self, found: StepLength, slope: Tensor, curvature: Tensor) -> None:
-        last = self._last_step
-        clipped, skipped = found.clipped.long(), found.skipped.long()
-        self._last_step = StepRecord(
-            found.minibatch_lr,
-            found.rate,
-            slope,
-            curvature,
-            found.clipped,
-            found.skipped,
-            clipped if last is None else last.clipped_total + clipped,
-            skipped if last is None else last.skipped_total + skipped,
-        )
-        self._watch.observe(found.skipped)
-
-    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor]:
-        """Takes over from a GradScaler: its scale (unscales in place), and whether it vetoes."""
-        found_inf = getattr(self, "found_inf", None)
-        veto = torch.zeros((), dtype=torch.bool, device=self._home)
-        if found_inf is None:
-            return None, veto
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            for gradient in gradients:
-                gradient.div_(scale.to(gradient.device))
-        else:
-            scale = torch.full((), math.nan, device=self._home)  # unscaled by the user
-        return scale.to(self._home), found_inf.to(self._home).bool().squeeze()
-
-    # --- what a user reads -----------------------------------------------------------------------
-
-    @property
-    def last_step(self) -> StepRecord | None:
-        """What the last step did; None before the first."""
-        return self._last_step
-
-    def remove_hooks(self) -> None:
-        """Takes the hooks off the model and the criterion; `step` then needs inputs and targets."""
-        self._recorder.remove()
-
-    # --- the contract of torch.optim.Optimizer ---------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients, and forgets the batches that made them."""
-        super().zero_grad(set_to_none)
-        self._recorder.forget_backpropagated()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters of the model, with its own ``lr`` and ``weight_decay``.
-
-        Raises:
-            ValueError: If a parameter is not the model's, or a shared option differs.
-        """
-        if isinstance(param_group, dict) and "params" in param_group:
-            param_group = {**param_group, "params": _as_list(param_group["params"])}
-            self._check_group(param_group)
-            if self.param_groups:
-                shared = {key: self.param_groups[0][key] for key in _SHARED}
-                param_group = {**shared, **param_group}
-        super().add_param_group(param_group)
-        group, first = self.param_groups[-1], self.param_groups[0]
-        if group is first:
-            average = Average.empty(self._home)
-            first["rate_total"], first["rate_weight"] = average
-            first["minibatch_lr"] = torch.full_like(average.total, math.nan)
-            first["rate_bound"] = torch.full_like(average.total, math.inf)
-            first["steps"] = 0
-        group.update({key: first[key] for key in _CARRIED})
-        group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        # A scheduler made in the middle of training needs initial_lr.
-        known = {"params", "param_names", "effective_lr", "initial_lr"}
-        allowed = {*known, *self.defaults, *_CARRIED}
-        if unknown := sorted(group.keys() - allowed):
-            raise ValueError(
-                f"unknown option {unknown[0]!r} in a parameter group: a group may set lr and "
-                "weight_decay"
-            )
-        hyperparameters.check({**self.defaults, **group})
-        self._check_shared(group)
-        names = self._names
-        for entry in group["params"]:
-            parameter = entry[1] if isinstance(entry, tuple) else entry
-            if not isinstance(parameter, Tensor):
-                continue  # the base class says so
-            if parameter.layout != torch.strided:
-                raise TypeError("params: sparse parameters are not supported")
-            if parameter.is_complex():
-                raise TypeError("params: complex parameters are not supported")
-            if parameter not in names:
-                names = self._names = _names_of(self.model)  # the model may have grown
-            if parameter not in names:
-                raise ValueError(
-                    f"params: a parameter of shape {tuple(parameter.shape)} is not a parameter of "
-                    "the model given to the optimizer; the curvature needs the model that holds it"
-                )
-
-    def _check_shared(self, group: Mapping[str, Any]) -> None:
-        shared = self.param_groups[0] if self.param_groups else self.defaults
-        for key in _SHARED:
-            if group.get(key, shared[key]) != shared[key]:
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group: one step length serves all "
-                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only lr and "
-                    "weight_decay may differ"
-                )
-
-    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
-        """A twin on the copied model; a criterion without parameters is shared with the loop."""
-        if not (
-            isinstance(self.criterion, nn.Module) and any(True for _ in self.criterion.parameters())
-        ):
-            memo.setdefault(id(self.criterion), self.criterion)
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
-    def __repr__(self) -> str:
-        """The options, without the state."""
-        lines = [f"{type(self).__name__} ("]
-        for number, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {number}")
-            for key in sorted(self.defaults):
-                value = group[key]
-                shown = float(value) if isinstance(value, Tensor) else value
-                lines.append(f"    {key}: {shown}")
-        return "\n".join([*lines, ")"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the hooks, which are made anew."""
-        kept = ("model", "criterion", "output_fn")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # the base class adds what is no option here
-        if "model" in state:  # a copy or a pickle; otherwise load_state_dict
-            self._hessian = self._loss_hessian()
-            self._names = _names_of(self.model)
-            self._attach()
-        first = self.param_groups[0]
-        empty = Average.empty(self._home)
-        fresh = {
-            "rate_total": empty.total,
-            "rate_weight": empty.weight,
-            "minibatch_lr": torch.full_like(empty.total, math.nan),
-            "rate_bound": torch.full_like(empty.total, math.inf),
-            "steps": 0,
-            "effective_lr": torch.zeros_like(empty.total),
-        }
-        for group in self.param_groups:
-            for key, default in {**self.defaults, **fresh}.items():
-                group.setdefault(key, first.get(key, default))
-            for key in ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "effective_lr"):
-                group[key] = torch.as_tensor(group[key]).to(empty.total)
-
-    def _attach(self) -> None:
-        """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
-        me = weakref.ref(self)
-
-        def params() -> Iterable[Tensor]:
-            alive = me()
-            groups = [] if alive is None else alive.param_groups
-            return (p for group in groups for p in group["params"])
-
-        self._recorder = Recorder(self.model, self.criterion, self.output_fn, params)
-        self._last_step = None
-        self._watch = Watch()
-
-    @property
-    def _home(self) -> torch.device:
-        """Where the scalars live: with the first parameter."""
-        everything = (p for group in self.param_groups for p in group["params"])
-        return next((p.device for p in everything), torch.device("cpu"))
-
 
 class GaussNewton(Adler):
     r"""The baseline that ADLER is compared with: outer products of output gradients.
@@ -542,6 +158,7 @@ class GaussNewton(Adler):
     The arguments, the guards and the errors are those of `Adler`.
 
     Examples:
+        >>> import torch
         >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
         >>> optimizer = GaussNewton(model.parameters(), model, criterion)
         >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
@@ -552,18 +169,3 @@ class GaussNewton(Adler):
 
     def _loss_hessian(self) -> losses.LossHessian:
         return losses.EmpiricalFisher(self.criterion)
-
-
-def _average(group: Mapping[str, Any]) -> Average:
-    return Average(group["rate_total"], group["rate_weight"])
-
-
-def _names_of(model: nn.Module) -> dict[Tensor, str]:
-    return {p: name for name, p in unwrap(model).named_parameters()}
-
-
-def _as_list(params: Any) -> Any:
-    """A list, so that looking at the parameters does not use an iterator up."""
-    if isinstance(params, Tensor):
-        return [params]
-    return params if isinstance(params, (set, list, tuple)) else list(params)

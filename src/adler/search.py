@@ -65,9 +65,9 @@ class Guard(NamedTuple):
         max_relative_change: As a fraction of a weight tensor's norm; None: any.
     """
 
-    trust_region: float | None = 2.0
-    max_kl: float | None = None
-    max_relative_change: float | None = None
+    trust_region: float | None
+    max_kl: float | None
+    max_relative_change: float | None
 
 
 class StepLength(NamedTuple):
@@ -105,7 +105,7 @@ def step_length(
         ...                        nat=one, reach=100 * one, finite=one.bool())
         >>> from adler.averaging import geometric
         >>> found, average = step_length(measured, Average.empty(), geometric,
-        ...                              Guard(), beta=0.99, eps=0.0)
+        ...                              Guard(2.0, None, None), beta=0.99, eps=0.0)
         >>> float(found.rate), bool(found.clipped)
         (2.0, False)
     """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["decay_", "descend_", "reach", "squared_norm"]
+__all__ = ["adam_", "decay_", "descend_", "dot", "reach", "squared_norm"]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -34,6 +34,31 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
     for (device, _), (members,) in _by_device_and_dtype(tensors).items():
         norms = torch.stack(_norms(members)).to(_widest(device))
         total = total + norms.square().sum().to(total)
+    return total
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = None) -> Tensor:
+    """Sum of products of all entries.
+
+    Args:
+        a: Any shapes, floating dtypes and devices, at least one.
+        b: As many, of the same shapes, dtypes and devices.
+        home: Device of the result; default: that of the first tensor.
+
+    Returns:
+        0-dim, float64 (float32 where the device has no float64).
+
+    Examples:
+        >>> float(dot([torch.tensor([3.0, 1.0])], [torch.tensor([2.0, 4.0])]))
+        10.0
+    """
+    home = a[0].device if home is None else home
+    total = torch.zeros((), dtype=_widest(home), device=home)
+    for (device, dtype), (left, right) in _by_device_and_dtype(a, b).items():
+        wide = torch.promote_types(dtype, torch.float32)
+        products = torch._foreach_mul([t.to(wide) for t in left], [t.to(wide) for t in right])
+        sums = torch.stack([product.sum() for product in products])
+        total = total + sums.to(_widest(device)).sum().to(total)
     return total
 
 
@@ -104,6 +129,57 @@ def descend_(
             step, veto = rate.to(device), skip.to(device).bool()
             for param, direction in zip(p, d, strict=True):
                 param.copy_(torch.where(veto, param, param - step * direction))
+
+
+def adam_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """In place, a step of Adam with decoupled weight decay, or nothing at all.
+
+    Args:
+        params: Tensors to update.
+        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        exp_avgs: First moments; updated.
+        exp_avg_sqs: Second moments; updated.
+        steps: Steps so far, 0-dim float32; updated.
+        rate: 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        betas: Discounts of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: ``θ ← θ − rate · weight_decay · θ``.
+    """
+    rows = _by_device_and_dtype(params, gradients, exp_avgs, exp_avg_sqs, steps)
+    for (device, _), (p, g, first, second, counts) in rows.items():
+        veto = skip.to(device, torch.float32)
+        torch._foreach_add_(counts, 1)
+        torch._fused_adamw_(
+            p,
+            g,
+            first,
+            second,
+            [],
+            counts,
+            amsgrad=False,
+            lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+            grad_scale=None,
+            found_inf=veto,
+        )
+        torch._foreach_sub_(counts, [veto] * len(counts))
 
 
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
