@@ -438,7 +438,7 @@ def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path, one_thread):
 
 
 def test_shards_are_the_grid():
-    runs = list(PRESETS["laptop"].runs())
+    runs = list(PRESETS["quick"].runs())
     assert len({run.key() for run in runs}) == len(runs) == 756
     parts = [table.part(runs, *table._shard(text)) for text in ("1/3", "2/3", "3/3")]
     assert [len(part) for part in parts] == [252, 252, 252]
