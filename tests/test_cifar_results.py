@@ -1,10 +1,11 @@
 """The committed CIFAR tables are those of the committed records."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from examples.cifar import records, table, thesis
+from examples.cifar import data, rates, records, table, thesis
 from examples.cifar.config import Run
 from examples.cifar.presets import PRESETS
 
@@ -58,3 +59,18 @@ def test_the_thesis_stands_beside_the_records():
     assert "| vit, layer | tanh | adler-published | 0 of 1 | 0 of 1 | 2 | 0.5 |" in text
     assert "| vit, layer | tanh | gauss-newton-published | 1 of 1 | 1 of 1 | – | – |" in text
     assert "| CNN+ResNet | relu | 0.399 ± 0.026 | – |" in text
+
+
+# Ten steps without gradient are worth a warning; here they may come.
+@pytest.mark.filterwarnings("ignore:the last:RuntimeWarning")
+def test_rates_are_recorded_and_drawn(tmp_path):
+    data.synthetic(tmp_path, "cifar10")
+    options = ["--epochs", "1", "--train-examples", "320", "--out", str(tmp_path / "out")]
+    rates.main(["--data", str(tmp_path), *options])
+    assert (tmp_path / "out/rates.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "out/rates.json").read_text())
+    for curves in found.values():
+        default = curves["adler"]
+        bound = [2 * rate for rate in default["minibatch_lr"]]
+        assert len(bound) == 5
+        assert all(r <= b * 1.001 for r, b in zip(default["effective_lr"], bound))

@@ -123,6 +123,17 @@ PRESETS = {
     "laptop": Preset(
         shapes=_SMALL, train_examples=5000, test_examples=2000, epochs=8, batch_size=64
     ),
+    # One network on ten thousand pictures: twenty minutes on two cores.
+    "ten-thousand": Preset(
+        shapes={"cnn": ((16, 3),)},
+        train_examples=10000,
+        test_examples=10000,
+        epochs=10,
+        batch_size=64,
+        datasets=("cifar100",),
+        activations=("relu",),
+        normalisations={"cnn": "batch"},
+    ),
     # One choice of `quick` changed at a time, on two of its networks and one seed.
     "batch-16": replace(_ONE, batch_size=16),
     "batch-256": replace(_ONE, batch_size=256),

@@ -91,13 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="directory of the archives")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rates")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--train-examples", type=int, default=2500)
     parser.add_argument("--redraw", action="store_true", help="from rates.json, without training")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "rates.json"
     if not options.redraw:
         torch.set_num_threads(1)
-        data = cifar.load("cifar10", options.data, train_examples=2500, test_examples=100)
+        data = cifar.load(
+            "cifar10", options.data, train_examples=options.train_examples, test_examples=100
+        )
         results: dict[str, Any] = {}
         pairs = [(network, name) for network in NETWORKS for name in COLOURS]
         for network, name in tqdm(pairs, unit="run"):
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 lr=None,
                 batch_size=64,
                 epochs=options.epochs,
-                train_examples=2500,
+                train_examples=options.train_examples,
                 test_examples=100,
                 seed=0,
             )

@@ -146,10 +146,12 @@ class MeasuredOptimizer(Optimizer):
         for group in self.param_groups:
             hyperparameters.check(group)
             self._check_shared(group)
+        shared = self.param_groups[0]
+        measures = shared["steps"] % shared["curvature_every"] == 0
         params, gradients = self._gradients()
+        batch = self._batch(inputs, targets) if measures else []  # raises before anything changes
         scale, veto = self._amp_unscale(gradients)
         direction = self._search_direction(params, gradients)
-        shared = self.param_groups[0]
         average = _average(shared)
         squared_norm = update.squared_norm(direction, self._home)
         plain = direction is gradients
@@ -158,11 +160,9 @@ class MeasuredOptimizer(Optimizer):
         reach = torch.full_like(squared_norm, math.inf)
         if guard.max_relative_change is not None:
             reach = update.reach(params, direction, self._home)
-        measures = shared["steps"] % shared["curvature_every"] == 0
         found: StepLength
         curvature = torch.full_like(squared_norm, math.nan)
         if measures:
-            batch = self._batch(inputs, targets)
             curvature, nat, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
             found, average = step_length(
                 Measurement(slope, curvature, squared_norm, nat, reach, finite & ~veto),
