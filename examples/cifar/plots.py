@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from examples.cifar import data as cifar
 from examples.cifar import records
 from examples.cifar.optimizers import OPTIMIZERS
 from examples.cifar.records import Record
@@ -60,14 +61,16 @@ def learning_curves(dataset: str, cells: Cells) -> Figure:
     """Figure 7.1: test accuracy and training loss, mean over runs and its 95 % band.
 
     After a divergence the last accuracy stands for the epochs that were not run; the loss, which
-    is not finite, is left out.
+    is not finite, is left out. A run whose loss explodes counts with twice that of guessing.
     """
+    guessing = np.log(cifar.ARCHIVES[dataset].classes)
     figure, axes = _panels(cells, ("Test accuracy (%)", "Training loss (nats)"))
     for (models, activation), cell in cells.items():
         for name, runs in records.competitors(cell).items():
             accuracy = 100 * _curves(runs, "test_accuracy", carried=True)
             _band(axes[models, activation, 0], name, *_mean(accuracy))
-            _band(axes[models, activation, 1], name, *_mean(_curves(runs, "train_loss")))
+            losses = np.minimum(_curves(runs, "train_loss"), 2 * guessing)
+            _band(axes[models, activation, 1], name, *_mean(losses))
     _finish(figure, f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)")
     return figure
 
