@@ -308,6 +308,19 @@ def test_a_loss_without_curvature_never_steps_at_one_over_eps():
     assert bool(optimizer.last_step.skipped)
 
 
+def test_subtracted_losses_never_write_nonsense_into_the_parameters():
+    """Their curvature may be positive where the scale of their likelihoods is negative."""
+    curved = 0
+    for i in range(24):
+        model, criterion, x, y = classification()
+        optimizer = Adler(model.parameters(), model, criterion, **GUARDS)
+        (criterion(model(x), y) - 1.1 * criterion(model(x[[i]]), y[[i]])).backward()
+        optimizer.step()
+        curved += float(optimizer.last_step.curvature) > 0
+        assert flat(model).isfinite().all()
+    assert curved
+
+
 def test_a_non_convex_loss_uses_the_average_where_it_curves_down():
     class Welsch(nn.Module):
         def forward(self, outputs, targets):

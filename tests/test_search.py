@@ -75,6 +75,20 @@ def test_predictions_move_by_no_more_than_max_kl():
     assert float(geometric.read(average)) > 3.0
 
 
+@pytest.mark.parametrize("nat", [0.0, -3.0, math.nan])
+def test_a_scale_that_is_none_does_not_bound(nat):
+    found, _ = search(8.0, 2.0, nat=nat, max_kl=0.1)
+    assert float(found.rate) == pytest.approx(4.0)
+    assert not found.skipped
+
+
+@pytest.mark.parametrize("reach", [math.nan, -math.inf])
+def test_a_rate_that_is_no_number_is_no_step(reach):
+    found, _ = search(8.0, 2.0, reach=reach, max_relative_change=0.1)
+    assert found.skipped
+    assert float(found.rate) == 0.0
+
+
 def test_an_unknown_likelihood_is_not_bounded_by_max_kl():
     found, _ = search(8.0, 2.0, nat=math.inf, max_kl=1e-9)
     assert float(found.rate) == pytest.approx(4.0)
@@ -175,8 +189,8 @@ def test_no_sequence_of_measurements_breaks_the_average(measurements):
         assert all(torch.isfinite(t) for t in average)
 
 
-def remembered(squared_norm, bound, average, reach=math.inf):
-    numbers = (scalar(value) for value in (squared_norm, reach, 0.5, bound))
+def remembered(slope, bound, average, reach=math.inf):
+    numbers = (scalar(value) for value in (slope, reach, 0.5, bound))
     guard = Guard(2.0, None, 0.1)
     return remembered_step_length(*numbers, average, geometric, guard)
 
@@ -205,9 +219,9 @@ def test_the_bound_of_a_measurement_lasts_until_the_next():
     assert float(remembered(1.0, float(found.bound), average).rate) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("squared_norm", [0.0, math.nan, math.inf])
-def test_a_step_between_measurements_skips_bad_gradients(squared_norm):
-    found = remembered(squared_norm, 0.5, averaged(0.7))
+@pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
+def test_a_step_between_measurements_skips_bad_gradients(slope):
+    found = remembered(slope, 0.5, averaged(0.7))
     assert found.skipped
     assert float(found.rate) == 0.0
 

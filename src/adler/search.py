@@ -118,7 +118,9 @@ def step_length(
         admitted = admitted & (curvature > 0)
         bound = torch.minimum(bound, guard.trust_region * minibatch_lr)
         if guard.max_kl is not None:
-            bound = torch.minimum(bound, (2 * guard.max_kl * nat / curvature).sqrt())
+            # Losses subtracted from each other have no such scale: nat may be negative there.
+            divergence_bound = (2 * guard.max_kl * nat / curvature).sqrt()
+            bound = torch.where(nat > 0, torch.minimum(bound, divergence_bound), bound)
         bound = torch.where(admitted, bound, math.inf)
 
     pushed = mean.push(average, minibatch_lr, beta)
@@ -134,7 +136,7 @@ def step_length(
 
 
 def remembered_step_length(
-    squared_norm: Tensor,
+    slope: Tensor,
     reach: Tensor,
     minibatch_lr: Tensor,
     bound: Tensor,
@@ -145,7 +147,7 @@ def remembered_step_length(
     """The length of a step that measures no curvature: the average, under the last bound.
 
     Args:
-        squared_norm: ``d·d`` of this step.
+        slope: ``g·d`` of this step.
         reach: Of this step.
         minibatch_lr: The last step's that measured.
         bound: The last step's that measured.
@@ -154,7 +156,7 @@ def remembered_step_length(
         guard: As in `step_length`.
     """
     found = _bounded(mean.read(average), bound, reach, guard)
-    skipped = ~torch.isfinite(squared_norm) | (squared_norm == 0) | (average.weight == 0)
+    skipped = ~torch.isfinite(slope) | (slope <= 0) | (average.weight == 0)
     return _outcome(found, minibatch_lr, bound, found.clipped, skipped)
 
 
@@ -172,5 +174,6 @@ def _bounded(rate: Tensor, bound: Tensor, reach: Tensor, guard: Guard) -> _Bound
 def _outcome(
     found: _Bounded, minibatch_lr: Tensor, bound: Tensor, clipped: Tensor, skipped: Tensor
 ) -> StepLength:
+    skipped = skipped | ~torch.isfinite(found.rate)  # whatever the reason, never a parameter
     rate = torch.where(skipped, torch.zeros_like(found.rate), found.rate)
     return StepLength(rate, minibatch_lr, bound, clipped & ~skipped, skipped)
