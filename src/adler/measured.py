@@ -242,6 +242,7 @@ class MeasuredOptimizer(Optimizer):
             jvp=shared["jvp"],
             squared_norm=squared_norm,
             rate=self._mean.read(_average(shared)) if shared["steps"] > 0 else None,
+            wants_nat=shared["max_kl"] is not None,
             amp_scale=scale,
         )
         for group in self.param_groups:
@@ -325,11 +326,7 @@ class MeasuredOptimizer(Optimizer):
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
         if group is first:
-            average = Average.empty(self._home)
-            first["rate_total"], first["rate_weight"] = average
-            first["minibatch_lr"] = torch.full_like(average.total, math.nan)
-            first["rate_bound"] = torch.full_like(average.total, math.inf)
-            first["steps"] = 0
+            first.update(_fresh(self._home))
         group.update({key: first[key] for key in _CARRIED})
         group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
 
@@ -406,20 +403,13 @@ class MeasuredOptimizer(Optimizer):
             self._names = _names_of(self.model)
             self._attach()
         first = self.param_groups[0]
-        empty = Average.empty(self._home)
-        fresh = {
-            "rate_total": empty.total,
-            "rate_weight": empty.weight,
-            "minibatch_lr": torch.full_like(empty.total, math.nan),
-            "rate_bound": torch.full_like(empty.total, math.inf),
-            "steps": 0,
-            "effective_lr": torch.zeros_like(empty.total),
-        }
+        fresh = _fresh(self._home)
         for group in self.param_groups:
             for key, default in {**self.defaults, **fresh}.items():
                 group.setdefault(key, first.get(key, default))
-            for key in ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "effective_lr"):
-                group[key] = torch.as_tensor(group[key]).to(empty.total)
+            for key, default in fresh.items():
+                if isinstance(default, Tensor):
+                    group[key] = torch.as_tensor(group[key]).to(default)
 
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
@@ -439,6 +429,19 @@ class MeasuredOptimizer(Optimizer):
         """Where the scalars live: with the first parameter."""
         everything = (p for group in self.param_groups for p in group["params"])
         return next((p.device for p in everything), torch.device("cpu"))
+
+
+def _fresh(home: torch.device) -> dict[str, Any]:
+    """What a group holds besides its options before the first step."""
+    empty = Average.empty(home)
+    return {
+        "rate_total": empty.total,
+        "rate_weight": empty.weight,
+        "minibatch_lr": torch.full_like(empty.total, math.nan),
+        "rate_bound": torch.full_like(empty.total, math.inf),
+        "steps": 0,
+        "effective_lr": torch.zeros_like(empty.total),
+    }
 
 
 def _average(group: Mapping[str, Any]) -> Average:

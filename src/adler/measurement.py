@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -47,6 +48,7 @@ def batch_curvature(
     jvp: str,
     squared_norm: Tensor,
     rate: Tensor | None = None,
+    wants_nat: bool = True,
     amp_scale: Tensor | None = None,
 ) -> BatchCurvature:
     """Sums ``vᵀ Q v`` over the losses that made the gradient.
@@ -63,6 +65,7 @@ def batch_curvature(
         jvp: Name of the engine.
         squared_norm: ``d·d``, 0-dim; gives the result its dtype and device.
         rate: Learning rate of now, which scales the finite difference; not positive: unknown.
+        wants_nat: Whether to compute ``nat``, which is infinite otherwise.
         amp_scale: Scale of a `torch.amp.GradScaler` in the recorded weights; NaN: unknown, because
             the gradients are already unscaled.
 
@@ -70,7 +73,8 @@ def batch_curvature(
         RuntimeError: If a replay makes another shape than the criterion received.
         ValueError: If explicit targets do not fit the outputs.
     """
-    value = nat = torch.zeros_like(squared_norm)
+    value = torch.zeros_like(squared_norm)
+    nat = torch.full_like(value, 0.0 if wants_nat else math.inf)
     finite = torch.ones_like(squared_norm, dtype=torch.bool)
     weights = _weights(batch, value, amp_scale)
     by_call: dict[Call, list[RecordedLoss]] = {}
@@ -91,7 +95,8 @@ def batch_curvature(
                 targets = loss.targets[0] if len(loss.targets) == 1 else loss.targets
                 form = hessian.quadratic_form(at, targets, tangents)
                 value = value + weights[loss] * form.to(value)
-                nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
+                if wants_nat:
+                    nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
     return BatchCurvature(value, nat, finite, jvp)
 
 

@@ -45,7 +45,7 @@ def output_gradient(
     """Outputs as a leaf of at least float32, and the loss's gradient there."""
     several = targets if isinstance(targets, tuple) else (targets,)
     F, several = widen((outputs.detach(), several))
-    F = F.detach().requires_grad_()
+    F.requires_grad_()
     passed = F.clone()  # a criterion may work in place
     on_device = [F.device] if F.device.type == "cuda" else []
     with torch.random.fork_rng(on_device):  # a criterion may draw
