@@ -1,5 +1,6 @@
 """What the README and the site show runs, and their numbers are the measured ones."""
 
+import json
 import re
 import subprocess
 import sys
@@ -47,8 +48,6 @@ def test_the_demo_runs_and_redraws(tmp_path):
 
 
 def test_the_committed_digits_table_is_that_of_the_committed_results():
-    import json
-
     from examples.digits import table
 
     folder = ROOT / "docs/pages/assets/digits"
@@ -59,8 +58,6 @@ def test_the_committed_digits_table_is_that_of_the_committed_results():
 
 
 def test_the_committed_step_cost_table_is_that_of_the_committed_results():
-    import json
-
     from benchmarks.step_cost import table
 
     folder = ROOT / "benchmarks/results"

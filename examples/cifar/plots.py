@@ -143,7 +143,9 @@ def _panels(
     models = list(dict.fromkeys(m for m, _ in cells))
     activations = list(dict.fromkeys(a for _, a in cells))
     rows = len(models) * len(quantities)
-    figure = Figure(figsize=(1.2 + 2.9 * len(activations), 1.2 + 2.2 * rows), layout="constrained")
+    figure = Figure(
+        figsize=(max(7.0, 1.2 + 2.9 * len(activations)), 1.2 + 2.2 * rows), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     shared: Literal["row", "all"] = "row" if len(quantities) > 1 else "all"
     grid = figure.subplots(rows, len(activations), squeeze=False, sharex=True, sharey=shared)
@@ -180,4 +182,5 @@ def _finish(figure: Figure, title: str) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+    columns = min(len(handles), max(3, int(figure.get_figwidth() / 1.9)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
