@@ -195,6 +195,46 @@ def test_quadratic_forms_of_convex_losses(name, sizes, seed):
             close(loss_hessian(problem.criterion).quadratic_form(F, y, v), c)
 
 
+def dense_hessian(problem):
+    """Of the form itself, so that NLL has its Fisher information: polarised on the unit vectors."""
+    hessian, F = loss_hessian(problem.criterion), problem.F
+    basis = torch.eye(F.numel(), dtype=F.dtype).reshape(-1, *F.shape)
+
+    def form(v):
+        return hessian.quadratic_form(F, problem.y, v)
+
+    return torch.stack([torch.stack([(form(a + b) - form(a - b)) / 4 for b in basis]) for a in basis])
+
+
+@every_loss
+@some_shapes
+@few
+def test_products_are_the_forms_polarised_and_norms_bound_them(name, sizes, seed):
+    problem = Problem(name, "mean", sizes[:2], seed)
+    hessian, Q = loss_hessian(problem.criterion), dense_hessian(problem)
+    product = hessian.product(problem.F, problem.y, problem.v)
+    close(product.flatten(), Q @ problem.v.flatten())
+    largest = torch.linalg.eigvalsh(Q).abs().max()
+    norm = hessian.spectral_norm(problem.F, problem.y)
+    if name.startswith(("ce", "nll")):  # Gershgorin: exact for two classes
+        assert norm >= largest * (1 - 1e-9)
+        assert norm <= 2 * largest + 1e-12
+        if problem.F.shape[1] == 2:
+            close(norm, largest)
+    else:
+        close(norm, largest)
+    if not isinstance(problem.criterion, NLL):
+        generic = AutogradHessian(problem.criterion)
+        close(generic.product(problem.F, problem.y, problem.v), product)
+        assert generic.spectral_norm(problem.F, problem.y) <= largest * (1 + 1e-9)
+
+
+def test_power_iteration_finds_the_norm_of_any_loss():
+    criterion, y = (lambda F, y: ((F - y).cosh() * torch.arange(1, 7).view(2, 3)).sum()), 0.0
+    F = torch.zeros(2, 3, dtype=torch.float64)
+    assert float(AutogradHessian(criterion).spectral_norm(F, y)) == pytest.approx(6.0, rel=1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_loss
 def test_every_dtype_is_as_accurate_as_float32(name, dtype):
@@ -271,6 +311,8 @@ def test_the_host_never_waits(name):
     for problem in problems(name):
         with NoSynchronisation():
             problem.form()
+            if not isinstance(problem.criterion, GAUSSIAN):
+                loss_hessian(problem.criterion).spectral_norm(problem.F, problem.y)
             if not isinstance(problem.criterion, GAUSSIAN):  # PyTorch looks at the variance
                 problem.form(EmpiricalFisher)
 

@@ -118,10 +118,10 @@ PRESETS = {
     "quick": Preset(
         shapes=_SMALL, train_examples=2500, test_examples=2000, epochs=4, batch_size=64
     ),
-    # The same networks for four times as many steps: two to three hours on two cores. Accuracies
-    # stay below the thesis's, which `full` is for; the optimizers meet on equal terms.
+    # The same networks for three times as many steps: two hours on two cores. Accuracies stay
+    # below the thesis's, which `full` is for; the optimizers meet on equal terms.
     "laptop": Preset(
-        shapes=_SMALL, train_examples=5000, test_examples=2000, epochs=8, batch_size=64
+        shapes=_SMALL, train_examples=5000, test_examples=2000, epochs=6, batch_size=64
     ),
     # One network on ten thousand pictures: twenty minutes on two cores.
     "ten-thousand": Preset(

@@ -7,13 +7,7 @@ $$
 v = J_F(\theta)\, d, \qquad c = v^\top \nabla^2 L(F)\, v = d^\top (J^\top Q J)\, d.
 $$
 
-Three engines compute ``v``:
-
-| engine | how | |
-|---|---|---|
-| ``forward`` | `torch.func.jvp` | exact; the default |
-| ``finite_difference`` | one more forward, any op | first order in its step |
-| ``double_backward`` | transposed twice | exact; any op with a double backward |
+`adler.engines` computes ``v``; its names are here too.
 
 Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola
 Normale Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
@@ -21,18 +15,21 @@ Normale Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adler.engines import (
+    ENGINES,
+    ForwardModeUnsupportedError,
+    Parameters,
+    directional_derivative,
+    double_backward,
+    finite_difference,
+    forward,
+    transpose,
+)
 from adler.losses import LossHessian, loss_hessian
 from adler.replay import Call, replaying, unwrap
 
@@ -43,187 +40,13 @@ __all__ = [
     "double_backward",
     "finite_difference",
     "forward",
+    "ggn_product",
     "jvp",
     "learning_rate",
+    "named_parameters",
     "quadratic_form",
+    "transpose",
 ]
-
-Parameters = Mapping[str, Tensor]
-Function = Callable[[Parameters], Tensor]
-
-
-class ForwardModeUnsupportedError(RuntimeError):
-    """Forward-mode differentiation met an op that has none.
-
-    Attributes:
-        op: Name of the op, or a description where PyTorch does not name it.
-    """
-
-    def __init__(self, op: str) -> None:
-        super().__init__(
-            f"forward-mode AD is not available for {op}: use jvp='finite_difference' or "
-            "jvp='double_backward'"
-        )
-        self.op = op
-
-
-# --- the engines: (f, params, direction) -> (F, v) -----------------------------------------------
-
-
-def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Tensor, Tensor]:
-    """Outputs and exact tangents by `torch.func.jvp`.
-
-    Args:
-        f: Pure function of named parameters.
-        params: Where to differentiate.
-        direction: Same names, shapes, dtypes.
-
-    Returns:
-        ``F`` and ``v = J d``, of the same shape, detached.
-
-    Raises:
-        ForwardModeUnsupportedError: If an op has no forward-mode derivative, or drops the tangent.
-    """
-    _load_forward_rules()
-    try:
-        # No reverse graph is wanted.
-        with torch.no_grad(), _differentiable_attention():
-            pair = torch.func.jvp(f, (params,), (direction,), strict=True)
-    except (NotImplementedError, RuntimeError) as error:
-        op = _unsupported_op(str(error))
-        if op is None:
-            raise
-        raise ForwardModeUnsupportedError(op) from error
-    return cast(tuple[Tensor, Tensor], pair)
-
-
-def finite_difference(
-    f: Function,
-    params: Parameters,
-    direction: Parameters,
-    *,
-    step: float | Tensor | None = None,
-    outputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$.
-
-    The parameters themselves are not touched: the perturbed ones are copies, so there is nothing
-    to restore, whatever happens in ``f``.
-
-    Args:
-        f: Pure function of named parameters.
-        params: Where to differentiate.
-        direction: Same names, shapes, dtypes.
-        step: ``α``, positive, a number or 0-dim tensor. Default: moves the parameters by the square
-            root of the working precision, relative to their norm.
-        outputs: ``F(θ)`` if known, which saves a forward.
-
-    Returns:
-        ``F`` and ``v``; ``v`` has error O(α) + O(rounding / α).
-    """
-    with torch.no_grad():
-        if outputs is None:
-            outputs = f(params)
-        if step is None:
-            step = _default_step(params, direction, outputs.dtype)
-        alpha = torch.as_tensor(step, device=outputs.device)
-        perturbed = {
-            name: torch.addcmul(params[name], d, alpha.to(d), value=-1)
-            for name, d in direction.items()
-        }
-        change = outputs - f({**params, **perturbed})
-        return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
-
-
-def double_backward(
-    f: Function, params: Parameters, direction: Parameters
-) -> tuple[Tensor, Tensor]:
-    r"""Outputs and exact tangents by transposing a vector-Jacobian product.
-
-    $u \mapsto J^\top u$ is linear, so its derivative along ``d`` is $J d$.
-
-    Args:
-        f: Pure function of named parameters.
-        params: Where to differentiate.
-        direction: Same names, shapes, dtypes.
-
-    Raises:
-        RuntimeError: If the outputs do not depend on the parameters.
-    """
-    with torch.enable_grad(), _differentiable_attention():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        outputs = f(leaves)
-        if not outputs.requires_grad:
-            raise RuntimeError("the outputs do not depend on the parameters: nothing to measure")
-        u = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(
-            outputs, list(leaves.values()), u, create_graph=True, allow_unused=True
-        )
-        reached = [(p, d) for p, d in zip(pulled, direction.values(), strict=True) if p is not None]
-        (tangents,) = torch.autograd.grad(
-            [p for p, _ in reached], u, [d for _, d in reached], materialize_grads=True
-        )
-    return outputs.detach(), tangents
-
-
-class Engine(Protocol):
-    """What computes outputs and tangents."""
-
-    def __call__(
-        self, f: Function, params: Parameters, direction: Parameters, /
-    ) -> tuple[Tensor, Tensor]:
-        """``(F, v)``."""
-        ...
-
-
-ENGINES: dict[str, Engine] = {
-    "forward": forward,
-    "finite_difference": finite_difference,
-    "double_backward": double_backward,
-}
-
-
-def directional_derivative(
-    f: Function,
-    params: Parameters,
-    direction: Parameters,
-    jvp: str = "forward",
-    *,
-    step: float | Tensor | None = None,
-    outputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor, str]:
-    """Runs an engine; where ``forward`` cannot go, warns and takes the finite difference.
-
-    Args:
-        f: Pure function of named parameters.
-        params: Where to differentiate.
-        direction: Same names, shapes, dtypes.
-        jvp: Name of the engine.
-        step: For the finite difference.
-        outputs: Known ``F(θ)``, for the finite difference.
-
-    Returns:
-        ``F``, ``v``, and the name of the engine that computed them.
-    """
-    if jvp not in ENGINES:
-        raise ValueError(f"jvp={jvp!r}: expected one of {', '.join(map(repr, ENGINES))}")
-    if jvp == "forward":
-        try:
-            return *forward(f, params, direction), jvp
-        except ForwardModeUnsupportedError as error:
-            warnings.warn(
-                f"forward-mode AD is not available for {error.op}; the Jacobian-vector product is "
-                "taken by finite difference instead (jvp='finite_difference' says so explicitly)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            jvp = "finite_difference"
-    if jvp == "finite_difference":
-        return *finite_difference(f, params, direction, step=step, outputs=outputs), jvp
-    return *ENGINES[jvp](f, params, direction), jvp
-
-
-# --- on modules ----------------------------------------------------------------------------------
 
 
 def jvp(
@@ -256,13 +79,15 @@ def jvp(
         ValueError: If names, lengths or shapes do not fit, or the engine is unknown.
 
     Examples:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 2.0]])
         >>> outputs, tangents = jvp(model, model.parameters(), x, [torch.tensor([[10.0, 1.0]])])
         >>> float(tangents)
         12.0
     """
-    named, along = _named(model, params, direction)
+    named = named_parameters(model, params)
+    along = _along(named, direction)
     call = Call.of(model, inputs, output_fn)
     outputs, tangents, _ = directional_derivative(call, named, along, jvp)
     return outputs, tangents
@@ -298,6 +123,7 @@ def quadratic_form(
         ValueError: As `jvp`; or if the criterion does not reduce, or targets do not fit outputs.
 
     Examples:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x, y = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
         >>> direction = [torch.tensor([[10.0, 1.0]])]
@@ -305,11 +131,60 @@ def quadratic_form(
         288.0
     """
     hessian = loss_hessian(criterion)
-    named, along = _named(model, params, direction)
+    named = named_parameters(model, params)
+    along = _along(named, direction)
     call = Call.of(model, inputs, output_fn)
     outputs, tangents, _ = directional_derivative(call, named, along, jvp)
     with replaying():
         return hessian.quadratic_form(outputs, targets, tangents)
+
+
+def ggn_product(
+    model: nn.Module,
+    params: Parameters | Iterable[Tensor],
+    inputs: Any,
+    targets: Any,
+    criterion: Callable[..., Tensor] | LossHessian,
+    direction: Parameters | Iterable[Tensor],
+    jvp: str = "forward",
+    *,
+    output_fn: Callable[[Any], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    r"""The GGN times a direction, $J^\top \nabla^2 L\, J d$, of one batch.
+
+    Args:
+        model: The network.
+        params: See `jvp`.
+        inputs: See `jvp`.
+        targets: See `quadratic_form`.
+        criterion: See `quadratic_form`.
+        direction: See `jvp`.
+        jvp: See `jvp`.
+        output_fn: See `jvp`.
+
+    Returns:
+        Names and shapes of ``params``.
+
+    Raises:
+        ValueError: As `quadratic_form`.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
+        >>> direction = [torch.tensor([[10.0, 1.0]])]
+        >>> product = ggn_product(model, model.parameters(), x, y, torch.nn.MSELoss(), direction)
+        >>> product["weight"]
+        tensor([[24., 48.]])
+    """
+    hessian = loss_hessian(criterion)
+    named = named_parameters(model, params)
+    call = Call.of(model, inputs, output_fn)
+    outputs, tangents, _ = directional_derivative(call, named, _along(named, direction), jvp)
+    _, pull = transpose(call, named)
+    with replaying():
+        curved = hessian.product(outputs, targets, tangents)
+    return dict(pull(curved.to(outputs)))
 
 
 def learning_rate(
@@ -324,6 +199,7 @@ def learning_rate(
         eps: ``ε``, bounds the rate by ``1/ε`` where the curvature vanishes.
 
     Examples:
+        >>> import torch
         >>> four, two = torch.tensor(4.0), torch.tensor(2.0)
         >>> float(learning_rate(slope=four, curvature=two, squared_norm=four))
         2.0
@@ -331,68 +207,28 @@ def learning_rate(
     return slope / (curvature.to(slope) + eps * squared_norm)
 
 
-# --- helpers -------------------------------------------------------------------------------------
+def named_parameters(model: nn.Module, params: Parameters | Iterable[Tensor]) -> dict[str, Tensor]:
+    """Parameters by name.
 
-_UNSUPPORTED = re.compile(r"forward AD with (?P<op>\S+?)\.? that does not support")
+    Args:
+        model: The network.
+        params: By name already, or a sequence of parameters of the model.
 
-
-def _unsupported_op(message: str) -> str | None:
-    """What forward mode failed on, or None if the error is about something else."""
-    if match := _UNSUPPORTED.search(message):
-        return match["op"]
-    if "setup_context" in message or "implement the jvp function" in message:
-        return "a custom autograd.Function"
-    if "independent of the inputs" in message:
-        return "an op that drops the tangent (a detach, or reentrant checkpointing)"
-    if "would mutate a captured Tensor" in message:
-        return "an in-place update of a tensor that is not a registered buffer"
-    return None
-
-
-def _differentiable_attention() -> AbstractContextManager[None]:
-    """Of the attention kernels only MATH has a forward derivative and a second backward one."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-@functools.cache
-def _load_forward_rules() -> None:
-    """PyTorch loads them at first use, with a deprecation warning that users can't heed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
-
-
-def _default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
-    """Moves the parameters by the square root of the precision, relative to their norm."""
-    along = torch.stack([torch.linalg.vector_norm(d, dtype=_wide(d)) for d in direction.values()])
-    at = torch.stack(
-        [torch.linalg.vector_norm(params[n], dtype=_wide(params[n])) for n in direction]
-    )
-    length = torch.linalg.vector_norm(along)
-    reach = torch.linalg.vector_norm(at).clamp(min=1.0)
-    step = torch.finfo(dtype).eps ** 0.5 * reach / length
-    return torch.where(length > 0, step, torch.ones_like(step))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _named(
-    model: nn.Module,
-    params: Parameters | Iterable[Tensor],
-    direction: Parameters | Iterable[Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and direction by name, checked against each other."""
+    Raises:
+        ValueError: If one of the sequence is not the model's.
+    """
     if isinstance(params, Mapping):
-        named = dict(params)
-    else:
-        names: dict[Tensor, str] = {p: name for name, p in unwrap(model).named_parameters()}
-        params = list(params)
-        missing = [i for i, p in enumerate(params) if p not in names]
-        if missing:
-            raise ValueError(f"params: entries {missing} are not parameters of the model")
-        named = {names[p]: p for p in params}
+        return dict(params)
+    names: dict[Tensor, str] = {p: name for name, p in unwrap(model).named_parameters()}
+    params = list(params)
+    missing = [i for i, p in enumerate(params) if p not in names]
+    if missing:
+        raise ValueError(f"params: entries {missing} are not parameters of the model")
+    return {names[p]: p for p in params}
+
+
+def _along(named: dict[str, Tensor], direction: Parameters | Iterable[Tensor]) -> dict[str, Tensor]:
+    """The direction by name, checked against the parameters."""
     if isinstance(direction, Mapping):
         along = {name: direction[name] for name in named if name in direction}
         if direction.keys() != named.keys():
@@ -411,4 +247,4 @@ def _named(
                 f"direction: {name!r} has shape {tuple(d.shape)}, its parameter "
                 f"{tuple(named[name].shape)}"
             )
-    return named, along
+    return along

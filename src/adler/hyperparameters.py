@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adler.curvature import ENGINES
+from adler.engines import ENGINES
 
 __all__ = ["check"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adler.capture import RecordedLoss
-from adler.curvature import directional_derivative
+from adler.engines import directional_derivative
 from adler.losses import LossHessian
 from adler.replay import Call, replaying
 

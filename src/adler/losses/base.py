@@ -55,6 +55,53 @@ class LossHessian(abc.ABC):
             0-dim, float32 or wider.
         """
 
+    def product(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        r"""``∇²L(F) v``, as half the gradient of the quadratic form in ``v``.
+
+        Args:
+            outputs: As for `quadratic_form`.
+            targets: As for `quadratic_form`.
+            tangents: As for `quadratic_form`.
+
+        Returns:
+            Shape of the tangents, float32 or wider.
+
+        Examples:
+            >>> from adler.losses import MSEHessian
+            >>> F, y, v = torch.zeros(2), torch.ones(2), torch.tensor([1.0, 3.0])
+            >>> MSEHessian(torch.nn.MSELoss()).product(F, y, v)
+            tensor([1., 3.])
+        """
+        with torch.enable_grad():
+            v = tangents.detach().to(wide(tangents.dtype)).requires_grad_()
+            form = self.quadratic_form(outputs.detach(), targets, v)
+            if not form.requires_grad:  # it does not depend on the tangents: linear
+                return torch.zeros_like(v)
+            (gradient,) = torch.autograd.grad(form, v)
+        return gradient / 2
+
+    def spectral_norm(self, outputs: Tensor, targets: Any) -> Tensor:
+        r"""``‖∇²L(F)‖``, the largest modulus of an eigenvalue, or a bound from above.
+
+        Here by twenty power iterations from a vector of equal entries' moduli, which approach it
+        from below; the closed forms are exact or bounds.
+
+        Args:
+            outputs: As for `quadratic_form`.
+            targets: As for `quadratic_form`.
+
+        Returns:
+            0-dim, float32 or wider.
+        """
+        v = torch.ones_like(outputs, dtype=wide(outputs.dtype))
+        v.view(-1)[::2] = -1.0  # not constant: a shift of all logits has no curvature
+        norm = torch.zeros((), dtype=v.dtype, device=v.device)
+        for _ in range(20):
+            v = v / torch.linalg.vector_norm(v).clamp(min=torch.finfo(v.dtype).tiny)
+            v = self.product(outputs, targets, v)
+            norm = torch.linalg.vector_norm(v)
+        return norm
+
     def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """What one nat an example is worth, in units of the reduced loss.
 

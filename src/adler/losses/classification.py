@@ -48,6 +48,16 @@ class CrossEntropyHessian(LossHessian):
         # An ignored example counts as nothing even where its outputs are not finite.
         return torch.where(weights == 0, 0, weights * q).sum()
 
+    def spectral_norm(self, outputs: Tensor, targets: Any) -> Tensor:
+        r"""Gershgorin's bound $\max_i \omega_i \max_c 2 p_{ic} (1 - p_{ic})$, at most $\omega/2$.
+
+        Of $\mathrm{diag}(p) - p p^\top$, row ``c`` sums to ``2 p_c (1 - p_c)`` in modulus.
+        """
+        p = outputs.to(wide(outputs.dtype)).softmax(class_axis(outputs))
+        rows = (2 * p * (1 - p)).amax(class_axis(outputs))
+        weights = self.example_weights(outputs, targets)
+        return torch.where(weights == 0, 0, weights * rows).max()
+
     def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """``Σ_i ω_i``: 1 for the plain mean."""
         return self.example_weights(outputs, targets).sum()

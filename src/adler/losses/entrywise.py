@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adler.losses.base import LossHessian, widen
+from adler.losses.base import LossHessian, wide, widen
 
 __all__ = [
     "BCEWithLogitsHessian",
@@ -41,6 +41,11 @@ class _EntrywiseHessian(LossHessian):
         terms = terms if terms.shape == y[0].shape else terms + torch.zeros_like(y[0])
         total: Tensor = terms.sum() if self._summed else terms.mean()
         return total
+
+    def spectral_norm(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The largest modulus on the diagonal."""
+        ones = torch.ones_like(outputs, dtype=wide(outputs.dtype))
+        return self.product(outputs, targets, ones).abs().max()
 
     def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """Every entry is an example: their number for a sum, else 1."""

@@ -30,13 +30,17 @@ class AutogradHessian(LossHessian):
 
     def quadratic_form(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
         """See the class."""
+        product = self.product(outputs, targets, tangents)
+        return (tangents.to(product) * product).sum()
+
+    def product(self, outputs: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+        """``∇²L(F) v`` by differentiating twice."""
         with torch.enable_grad():
             F, gradient = output_gradient(self.criterion, outputs, targets, create_graph=True)
             if not gradient.requires_grad:  # linear
-                return torch.zeros((), dtype=F.dtype, device=F.device)
-            v = tangents.to(F)
-            (product,) = torch.autograd.grad(gradient, F, v, materialize_grads=True)
-        return (v * product).sum()
+                return torch.zeros_like(F, requires_grad=False)
+            (product,) = torch.autograd.grad(gradient, F, tangents.to(F), materialize_grads=True)
+        return product
 
 
 def output_gradient(
