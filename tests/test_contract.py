@@ -17,9 +17,14 @@ from loops import train
 from torch import nn
 from torch.optim import lr_scheduler
 
-from adler import Adler, GaussNewton
+from adler import Adler, GaussNewton, SpectralSGD
 
-KINDS = {"adler": Adler, "as-published": Adler.as_published, "gauss-newton": GaussNewton}
+KINDS = {
+    "adler": Adler,
+    "as-published": Adler.as_published,
+    "gauss-newton": GaussNewton,
+    "spectral": SpectralSGD,
+}
 DATA = batches("mlp-tanh", nn.CrossEntropyLoss(), 8)
 
 

@@ -203,7 +203,8 @@ def dense_hessian(problem):
     def form(v):
         return hessian.quadratic_form(F, problem.y, v)
 
-    return torch.stack([torch.stack([(form(a + b) - form(a - b)) / 4 for b in basis]) for a in basis])
+    rows = [[(form(a + b) - form(a - b)) / 4 for b in basis] for a in basis]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 @every_loss

@@ -1,7 +1,8 @@
 """SGD that measures its own learning rate.
 
 `Adler` takes the place of ``torch.optim.SGD``, `AdlerAdam` that of ``torch.optim.AdamW``;
-`GaussNewton` is the baseline that ADLER is compared with.
+`GaussNewton` is the baseline that ADLER is compared with, and `SpectralSGD` takes the rate that is
+safe in every direction.
 `losses` holds the loss Hessians, `curvature` the pure functions beneath.
 """
 
@@ -9,6 +10,15 @@ from adler import curvature, losses
 from adler.adam import AdlerAdam
 from adler.measured import StepRecord
 from adler.optimizer import Adler, GaussNewton
+from adler.spectral import SpectralSGD
 
-__all__ = ["Adler", "AdlerAdam", "GaussNewton", "StepRecord", "curvature", "losses"]
+__all__ = [
+    "Adler",
+    "AdlerAdam",
+    "GaussNewton",
+    "SpectralSGD",
+    "StepRecord",
+    "curvature",
+    "losses",
+]
 __version__ = "0.1.0"

@@ -47,9 +47,10 @@ def check(options: Mapping[str, Any]) -> None:
     jvp = options["jvp"]
     valid = isinstance(jvp, str) and jvp in ENGINES
     _require(options, "jvp", valid, f"one of {', '.join(map(repr, ENGINES))}")
-    every = options["curvature_every"]
-    valid = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-    _require(options, "curvature_every", valid, "a whole number of at least 1")
+    for key in ("curvature_every", "power_iterations"):
+        count = options.get(key, 1)
+        valid = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        _require(options, key, valid, "a whole number of at least 1")
 
 
 def _require(options: Mapping[str, Any], key: str, valid: bool, expected: str) -> None:

@@ -24,12 +24,12 @@ from adler.replay import unwrap
 from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
 from adler.watch import Watch
 
-__all__ = ["MeasuredOptimizer", "StepRecord"]
+__all__ = ["SHARED", "MeasuredOptimizer", "StepRecord"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
 
 # One step length serves all groups, so these have one value.
-_SHARED = (
+SHARED = (
     "beta",
     "eps",
     "trust_region",
@@ -81,6 +81,7 @@ class MeasuredOptimizer(Optimizer):
     """
 
     _mean: ClassVar[DiscountedMean]
+    _shared: ClassVar[tuple[str, ...]] = SHARED
     _last_step: StepRecord | None
 
     # GradScaler then hands over its scale instead of unscaling behind our back.
@@ -245,9 +246,12 @@ class MeasuredOptimizer(Optimizer):
             wants_nat=shared["max_kl"] is not None,
             amp_scale=scale,
         )
-        for group in self.param_groups:
-            group["jvp"] = found.engine
+        self._remember_engine(found.engine)
         return found
+
+    def _remember_engine(self, engine: str) -> None:
+        for group in self.param_groups:
+            group["jvp"] = engine
 
     def _apply(self, found: StepLength) -> None:
         for group in self.param_groups:
@@ -321,7 +325,7 @@ class MeasuredOptimizer(Optimizer):
             param_group = {**param_group, "params": _as_list(param_group["params"])}
             self._check_group(param_group)
             if self.param_groups:
-                shared = {key: self.param_groups[0][key] for key in _SHARED}
+                shared = {key: self.param_groups[0][key] for key in self._shared}
                 param_group = {**shared, **param_group}
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
@@ -360,7 +364,7 @@ class MeasuredOptimizer(Optimizer):
 
     def _check_shared(self, group: Mapping[str, Any]) -> None:
         shared = self.param_groups[0] if self.param_groups else self.defaults
-        for key in _SHARED:
+        for key in self._shared:
             if group.get(key, shared[key]) != shared[key]:
                 raise ValueError(
                     f"{key}={group[key]!r} in a parameter group: one step length serves all "

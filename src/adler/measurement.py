@@ -1,21 +1,22 @@
-"""What a batch says of the loss along a direction: replay the forward, take the quadratic form."""
+"""What a batch says of the loss: replay the forward, take the form or the spectral norm."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adler import update
 from adler.capture import RecordedLoss
-from adler.engines import directional_derivative
+from adler.engines import directional_derivative, transpose
 from adler.losses import LossHessian
 from adler.replay import Call, replaying
 
-__all__ = ["BatchCurvature", "batch_curvature"]
+__all__ = ["BatchCurvature", "batch_curvature", "batch_spectral_curvature"]
 
 # Finite differences step this fraction of the learning rate along -d: truncation grows with it,
 # rounding shrinks.
@@ -77,11 +78,8 @@ def batch_curvature(
     nat = torch.full_like(value, 0.0 if wants_nat else math.inf)
     finite = torch.ones_like(squared_norm, dtype=torch.bool)
     weights = _weights(batch, value, amp_scale)
-    by_call: dict[Call, list[RecordedLoss]] = {}
-    for loss in batch:
-        by_call.setdefault(loss.call, []).append(loss)
     with replaying():
-        for call, losses in by_call.items():
+        for call, losses in _by_call(batch).items():
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
             step = None if rate is None else _difference_step(rate, squared_norm, dtype)
@@ -91,13 +89,97 @@ def batch_curvature(
             for loss in losses:
                 height = _checked(loss, criterion, outputs)
                 finite = finite & torch.isfinite(height).to(finite.device)
-                at = outputs if loss.outputs is None else loss.outputs
-                targets = loss.targets[0] if len(loss.targets) == 1 else loss.targets
+                at, targets = _where(loss, outputs)
                 form = hessian.quadratic_form(at, targets, tangents)
                 value = value + weights[loss] * form.to(value)
                 if wants_nat:
                     nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
     return BatchCurvature(value, nat, finite, jvp)
+
+
+def batch_spectral_curvature(
+    batch: list[RecordedLoss],
+    params: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    criterion: Callable[..., Tensor],
+    hessian: LossHessian,
+    *,
+    iterations: int,
+    jvp: str,
+    squared_norm: Tensor,
+    wants_nat: bool = True,
+    amp_scale: Tensor | None = None,
+) -> tuple[BatchCurvature, dict[str, Tensor]]:
+    r"""``λ_max(A)`` of $A = \sum \|Q\|\, J^\top J$ over the losses, by power iteration.
+
+    No curvature of the batch's GGN exceeds it: $d^\top J^\top Q J d \le \lambda\, d^\top d$.
+    Of one loss it is $\lambda^*(K)\,\|\nabla^2 L\|$ with the tangent kernel $K = J J^\top$. The
+    iteration approaches it from below.
+
+    Args:
+        batch: As for `batch_curvature`.
+        params: As for `batch_curvature`.
+        start: Where the iteration starts; not zero.
+        criterion: As for `batch_curvature`.
+        hessian: Its spectral norm.
+        iterations: How many, each of one Jacobian-vector and one vector-Jacobian product.
+        jvp: As for `batch_curvature`.
+        squared_norm: Gives the result its dtype and device.
+        wants_nat: As for `batch_curvature`.
+        amp_scale: As for `batch_curvature`.
+
+    Returns:
+        The curvature, whose ``value`` is ``λ``, and the vector of unit norm to start from next.
+    """
+    zero = torch.zeros_like(squared_norm)
+    nat = torch.full_like(zero, 0.0 if wants_nat else math.inf)
+    finite = torch.ones_like(squared_norm, dtype=torch.bool)
+    weights = _weights(batch, zero, amp_scale)
+    terms = []
+    with replaying():
+        for call, losses in _by_call(batch).items():
+            outputs, pull = transpose(call, params)
+            norm = zero
+            for loss in losses:
+                height = _checked(loss, criterion, outputs)
+                finite = finite & torch.isfinite(height).to(finite.device)
+                at, targets = _where(loss, outputs)
+                norm = norm + weights[loss].abs() * hessian.spectral_norm(at, targets).to(norm)
+                if wants_nat:
+                    nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
+            terms.append((call, pull, norm))
+        names, vector, value = list(params), [start[name] for name in params], zero
+        for _ in range(iterations):
+            vector = _normalised(vector, zero)
+            direction, value = dict(zip(names, vector, strict=True)), zero
+            image = [torch.zeros_like(part) for part in vector]
+            for call, pull, norm in terms:
+                _, tangents, jvp = directional_derivative(call, params, direction, jvp)
+                value = value + norm * update.squared_norm([tangents], zero.device)
+                pulled = pull(tangents * norm.to(tangents))
+                torch._foreach_add_(image, [pulled[name] for name in names])
+            vector = image
+    after = dict(zip(names, _normalised(vector, zero), strict=True))
+    return BatchCurvature(value, nat, finite, jvp), after
+
+
+def _normalised(vector: list[Tensor], like: Tensor) -> list[Tensor]:
+    length = update.squared_norm(vector, like.device).sqrt()
+    return list(torch._foreach_div(vector, [length.to(part) for part in vector]))
+
+
+def _by_call(batch: list[RecordedLoss]) -> dict[Call, list[RecordedLoss]]:
+    """Losses of one call share its replay."""
+    calls: dict[Call, list[RecordedLoss]] = {}
+    for loss in batch:
+        calls.setdefault(loss.call, []).append(loss)
+    return calls
+
+
+def _where(loss: RecordedLoss, outputs: Tensor) -> tuple[Tensor, Any]:
+    """Outputs and targets at which the loss was computed."""
+    at = outputs if loss.outputs is None else loss.outputs
+    return at, loss.targets[0] if len(loss.targets) == 1 else loss.targets
 
 
 def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,139 @@
+"""`SpectralSGD`: the rate that is safe along every direction, not only the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from adler import averaging
+from adler.capture import RecordedLoss
+from adler.measured import SHARED, MeasuredOptimizer
+from adler.measurement import BatchCurvature, batch_spectral_curvature
+
+__all__ = ["SpectralSGD"]
+
+# A vector without history takes this many times the iterations.
+_FIRST = 30
+
+
+class SpectralSGD(MeasuredOptimizer):
+    r"""Stochastic gradient descent at a rate from the tangent kernel's largest eigenvalue.
+
+    $$
+    \eta_k = \frac{1}{2\, \lambda^*(\theta)\, \|\nabla^2 L\| + \epsilon}, \qquad
+    \lambda^* = \lambda_{\max}(K), \quad K = J J^\top .
+    $$
+
+    $\lambda^* \|\nabla^2 L\|$ bounds the generalized Gauss-Newton matrix in every direction, where
+    `Adler` measures it along one: this rate is at most half of Adler's, and its model of the loss
+    falls along any step. The eigenvector is kept between steps, in parameter space, so that one
+    iteration a step follows the kernel from minibatch to minibatch. Power iteration approaches
+    $\lambda^*$ from below, and the guards of `adler.search` hold here too.
+
+    A step costs one forward with its graph, one backward and one Jacobian-vector product more than
+    SGD's, for each iteration.
+
+    Args:
+        params: Parameters of ``model``, or groups of them, with or without names.
+        model: The network whose outputs the loss sees. Forward hooks record its calls.
+        criterion: The loss, reduced to a scalar; see `Adler`.
+        lr: Multiplies the rate, so that learning-rate schedulers work; per group.
+        power_iterations: Of each measurement; the first takes thirty times as many.
+        beta: Discount of the geometric mean of the rates, in [0, 1); 0: the last one.
+        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
+        trust_region: A step is at most this many minibatch rates long; ``None``: no guard at all.
+        max_kl: See `Adler`.
+        max_relative_change: See `Adler`.
+        weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
+        jvp: See `Adler`.
+        curvature_every: Measure every so many steps; the steps between use the average.
+        output_fn: See `Adler`.
+
+    Raises:
+        ValueError: For an argument out of its range, parameters that are not the model's, or a
+            criterion with ``reduction="none"``.
+        TypeError: For arguments of another kind, complex parameters included.
+
+    Source: in the role of Lemma 13 of D. Balboni's thesis (SNS 2025, ch. 7).
+
+    Examples:
+        >>> import torch
+        >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+        >>> optimizer = SpectralSGD(model.parameters(), model, criterion)
+        >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+        >>> optimizer.step()
+        >>> float(optimizer.param_groups[0]["effective_lr"]) > 0
+        True
+    """
+
+    _mean = averaging.geometric
+    _shared = (*SHARED, "power_iterations")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        *,
+        lr: float | Tensor = 1.0,
+        power_iterations: int = 1,
+        beta: float = 0.99,
+        eps: float = 1e-10,
+        trust_region: float | None = 2.0,
+        max_kl: float | None = None,
+        max_relative_change: float | None = None,
+        weight_decay: float = 0.0,
+        jvp: str = "forward",
+        curvature_every: int = 1,
+        output_fn: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "power_iterations": power_iterations,
+            "beta": beta,
+            "eps": eps,
+            "trust_region": trust_region,
+            "max_kl": max_kl,
+            "max_relative_change": max_relative_change,
+            "weight_decay": weight_decay,
+            "jvp": jvp,
+            "curvature_every": curvature_every,
+        }
+        super().__init__(params, model, criterion, options, output_fn)
+
+    def _measure(
+        self,
+        batch: list[RecordedLoss],
+        params: list[Tensor],
+        direction: list[Tensor],
+        squared_norm: Tensor,
+        scale: Tensor | None,
+    ) -> BatchCurvature:
+        """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
+        shared = self.param_groups[0]
+        names = [self._names[p] for p in params]
+        known = all("eigenvector" in self.state[p] for p in params)
+        # The gradient lies in the range of Jᵀ.
+        start = [self.state[p]["eigenvector"] for p in params] if known else direction
+        found, vector = batch_spectral_curvature(
+            batch,
+            dict(zip(names, params, strict=True)),
+            dict(zip(names, start, strict=True)),
+            self.criterion,
+            self._hessian,
+            iterations=shared["power_iterations"] * (1 if known else _FIRST),
+            jvp=shared["jvp"],
+            squared_norm=squared_norm,
+            wants_nat=shared["max_kl"] is not None,
+            amp_scale=scale,
+        )
+        # A batch that is not finite must not spoil the next one's start.
+        good = torch.isfinite(found.value) & (found.value > 0)
+        for p, old, new in zip(params, start, vector.values(), strict=True):
+            self.state[p]["eigenvector"] = torch.where(good.to(p.device), new, old)
+        self._remember_engine(found.engine)
+        return found._replace(value=2 * found.value * squared_norm)
