@@ -32,7 +32,7 @@ format: $(VENV)/.test
 types: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/mypy
 
-pytest: $(VENV)/.test $(VENV)/.examples
+pytest: $(VENV)/.test $(VENV)/.examples $(VENV)/.diagnostics
 	$(BIN)/python -m pytest -n 2 src tests
 
 readme:  ## renders the measured tables into the README

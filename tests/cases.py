@@ -1,9 +1,12 @@
-"""Small networks, losses and batches on which every claim is checked, in float64."""
+"""Small networks, losses, batches and functions on which claims are checked, in float64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adler.diagnostics.activations import normalised_activation
 
 
 class Attention(nn.Module):
@@ -53,6 +56,31 @@ CRITERIA = {
     "ce-sum": lambda: nn.CrossEntropyLoss(reduction="sum"),
 }
 
+# Odd, even and neither; with a mean and without; with a kink and without.
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "hardtanh": F.hardtanh,
+    "cos": torch.cos,
+    "sigmoid": torch.sigmoid,
+    "normalised relu": normalised_activation(torch.relu),
+    "normalised gelu": normalised_activation(F.gelu),
+    "square": lambda x: x**2,
+}
+# Their slopes are Lipschitz.
+SMOOTH_ACTIVATIONS = {
+    "elu": nn.ELU(),
+    "gelu": nn.GELU(),
+    "gelu-tanh": nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU(),
+    "sigmoid": nn.Sigmoid(),
+    "softplus": nn.Softplus(),
+    "softplus-2": nn.Softplus(beta=2.0),
+    "tanh": nn.Tanh(),
+    "identity": nn.Identity(),
+    "normalised": normalised_activation(nn.Tanh()),
+}
+
 
 def network(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
@@ -77,3 +105,37 @@ def batches(
 
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+class Quadratic:
+    """½ (x - c)ᵀ A (x - c) + least: L and μ are the extreme eigenvalues of A."""
+
+    def __init__(self, seed: int, size: int = 5) -> None:
+        factor = draw(size, size, seed=seed)
+        self.matrix = factor @ factor.T + 0.1 * torch.eye(size, dtype=torch.float64)
+        self.centre, self.least = draw(size, seed=seed + 1), float(draw(1, seed=seed + 2))
+        eigenvalues = torch.linalg.eigvalsh(self.matrix)
+        self.pl, self.smoothness = float(eigenvalues[0]), float(eigenvalues[-1])
+
+    def __call__(self, x: Tensor) -> float:
+        return float((x - self.centre) @ self.matrix @ (x - self.centre) / 2) + self.least
+
+    def gradient(self, x: Tensor) -> Tensor:
+        return self.matrix @ (x - self.centre)
+
+
+class Wavy:
+    """x² + 3 sin² x: not convex, PL, smooth with L = 8; its minimum is 0."""
+
+    smoothness, least = 8.0, 0.0
+
+    def __call__(self, x: Tensor) -> float:
+        return float((x**2 + 3 * x.sin() ** 2).sum())
+
+    def gradient(self, x: Tensor) -> Tensor:
+        return 2 * x + 3 * (2 * x).sin()

@@ -80,6 +80,14 @@ class Dense:
         return total / b if self.criterion.reduction == "mean" else total
 
 
+def scalar(f: Callable[[Tensor], Tensor], *at: float) -> tuple[float, float, float]:
+    """Value, gradient norm and spectral norm of the Hessian of a scalar function, at a point."""
+    theta = torch.tensor(at, dtype=torch.float64)
+    gradient = jacobian(f, theta)
+    curvature = torch.linalg.eigvalsh(hessian(f, theta)).abs().max()
+    return tuple(map(float, (f(theta).abs(), gradient.norm(), curvature)))
+
+
 @dataclass
 class Trajectory:
     parameters: list[Tensor]

@@ -6,7 +6,7 @@ safe in every direction.
 `losses` holds the loss Hessians, `curvature` the pure functions beneath.
 """
 
-from adler import curvature, losses
+from adler import curvature, diagnostics, losses
 from adler.adam import AdlerAdam
 from adler.measured import StepRecord
 from adler.optimizer import Adler, GaussNewton
@@ -19,6 +19,7 @@ __all__ = [
     "SpectralSGD",
     "StepRecord",
     "curvature",
+    "diagnostics",
     "losses",
 ]
 __version__ = "0.1.0"

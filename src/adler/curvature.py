@@ -43,6 +43,7 @@ __all__ = [
     "ggn_product",
     "jvp",
     "learning_rate",
+    "named_direction",
     "named_parameters",
     "quadratic_form",
     "transpose",
@@ -87,7 +88,7 @@ def jvp(
         12.0
     """
     named = named_parameters(model, params)
-    along = _along(named, direction)
+    along = named_direction(named, direction)
     call = Call.of(model, inputs, output_fn)
     outputs, tangents, _ = directional_derivative(call, named, along, jvp)
     return outputs, tangents
@@ -132,7 +133,7 @@ def quadratic_form(
     """
     hessian = loss_hessian(criterion)
     named = named_parameters(model, params)
-    along = _along(named, direction)
+    along = named_direction(named, direction)
     call = Call.of(model, inputs, output_fn)
     outputs, tangents, _ = directional_derivative(call, named, along, jvp)
     with replaying():
@@ -179,8 +180,9 @@ def ggn_product(
     """
     hessian = loss_hessian(criterion)
     named = named_parameters(model, params)
+    along = named_direction(named, direction)
     call = Call.of(model, inputs, output_fn)
-    outputs, tangents, _ = directional_derivative(call, named, _along(named, direction), jvp)
+    outputs, tangents, _ = directional_derivative(call, named, along, jvp)
     _, pull = transpose(call, named)
     with replaying():
         curved = hessian.product(outputs, targets, tangents)
@@ -227,24 +229,34 @@ def named_parameters(model: nn.Module, params: Parameters | Iterable[Tensor]) ->
     return {names[p]: p for p in params}
 
 
-def _along(named: dict[str, Tensor], direction: Parameters | Iterable[Tensor]) -> dict[str, Tensor]:
-    """The direction by name, checked against the parameters."""
+def named_direction(
+    params: Parameters, direction: Parameters | Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """A direction by name, in the order of the parameters.
+
+    Args:
+        params: By name, as `named_parameters` returns them.
+        direction: By name too, or a sequence of the same length.
+
+    Raises:
+        ValueError: If names, lengths or shapes differ from those of the parameters.
+    """
     if isinstance(direction, Mapping):
-        along = {name: direction[name] for name in named if name in direction}
-        if direction.keys() != named.keys():
-            difference = sorted(direction.keys() ^ named.keys())
+        along = {name: direction[name] for name in params if name in direction}
+        if direction.keys() != params.keys():
+            difference = sorted(direction.keys() ^ params.keys())
             raise ValueError(f"direction: its names differ from those of params: {difference}")
     else:
         direction = list(direction)
-        if len(direction) != len(named):
+        if len(direction) != len(params):
             raise ValueError(
-                f"direction: {len(direction)} tensors for {len(named)} parameters; pass one each"
+                f"direction: {len(direction)} tensors for {len(params)} parameters; pass one each"
             )
-        along = dict(zip(named, direction, strict=True))
+        along = dict(zip(params, direction, strict=True))
     for name, d in along.items():
-        if d.shape != named[name].shape:
+        if d.shape != params[name].shape:
             raise ValueError(
                 f"direction: {name!r} has shape {tuple(d.shape)}, its parameter "
-                f"{tuple(named[name].shape)}"
+                f"{tuple(params[name].shape)}"
             )
     return along

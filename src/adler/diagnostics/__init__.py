@@ -1,0 +1,133 @@
+r"""Why a network trains fast or slowly: curvature, conditioning, and what they predict.
+
+One call looks at a network on its data, another at its training:
+
+>>> import torch
+>>> from adler import diagnostics
+>>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+>>> loader = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+>>> found = diagnostics.report(model, criterion, loader)  # found.table(), found.plot()
+>>> monitor = diagnostics.Monitor(model, criterion, every=100)  # monitor(x, y) in the loop
+
+Beneath are pure functions, one room a subject:
+
+| room | what it holds |
+|---|---|
+| `kernel` | the tangent kernel $J J^\top$, matrix-free or dense |
+| `ggn`, `hessian` | the GGN's largest eigenvalue; how much of the Hessian the GGN is |
+| `polyak` | PL coefficients |
+| `descent` | what they and smoothness predict of gradient descent |
+| `composition` | Lipschitz and smoothness constants, composed layer by layer |
+| `smoothness` | those of a network and of its loss |
+| `features` | Gram matrices of a network's features |
+| `gram` | the conditioning of a Gram matrix |
+| `activations` | activations at a normal input: moments, Hermite coefficients, normalisation |
+| `duals` | dual activations: one layer at infinite width |
+| `infinite_width` | Gram matrices layer by layer at infinite width |
+| `generalisation` | a stability bound of the generalisation gap |
+| `spectrum` | extreme eigenvalues: Lanczos, power iteration, Gershgorin |
+
+Extreme eigenvalues beyond a thousand outputs need SciPy, the picture needs matplotlib:
+``pip install 'torch-adler[diagnostics]'``.
+"""
+
+from adler.diagnostics import (
+    activations,
+    composition,
+    descent,
+    duals,
+    features,
+    generalisation,
+    ggn,
+    gram,
+    hessian,
+    infinite_width,
+    kernel,
+    polyak,
+    smoothness,
+    spectrum,
+)
+from adler.diagnostics.activations import nonlinearity, normalised_activation
+from adler.diagnostics.descent import (
+    accumulated_bound,
+    measured_smoothness,
+    predicted_decrease,
+)
+from adler.diagnostics.duals import dual_activation
+from adler.diagnostics.features import feature_grams
+from adler.diagnostics.generalisation import (
+    generalisation_bound,
+    pointwise_hypothesis_stability,
+)
+from adler.diagnostics.ggn import ggn_largest_eigenvalue
+from adler.diagnostics.gram import conditioning, correlation, degradation_bound
+from adler.diagnostics.hessian import (
+    hessian_split,
+    hessian_vector_product,
+    output_hessian_norm,
+)
+from adler.diagnostics.infinite_width import (
+    eigenvalue_lower_bound,
+    iterated_gram,
+    maximal_distortion,
+)
+from adler.diagnostics.kernel import TangentKernel
+from adler.diagnostics.polyak import (
+    kernel_pl_bound,
+    pl_coefficient,
+    satisfies_pl_star,
+    weak_pl_bound,
+    weak_pl_coefficient,
+)
+from adler.diagnostics.reports import Monitor, Report, report
+from adler.diagnostics.smoothness import loss_smoothness, network_bounds
+from adler.diagnostics.snapshots import Snapshot, snapshot
+
+__all__ = [
+    "Monitor",
+    "Report",
+    "Snapshot",
+    "TangentKernel",
+    "accumulated_bound",
+    "activations",
+    "composition",
+    "conditioning",
+    "correlation",
+    "degradation_bound",
+    "descent",
+    "dual_activation",
+    "duals",
+    "eigenvalue_lower_bound",
+    "feature_grams",
+    "features",
+    "generalisation",
+    "generalisation_bound",
+    "ggn",
+    "ggn_largest_eigenvalue",
+    "gram",
+    "hessian",
+    "hessian_split",
+    "hessian_vector_product",
+    "infinite_width",
+    "iterated_gram",
+    "kernel",
+    "kernel_pl_bound",
+    "loss_smoothness",
+    "maximal_distortion",
+    "measured_smoothness",
+    "network_bounds",
+    "nonlinearity",
+    "normalised_activation",
+    "output_hessian_norm",
+    "pl_coefficient",
+    "pointwise_hypothesis_stability",
+    "polyak",
+    "predicted_decrease",
+    "report",
+    "satisfies_pl_star",
+    "smoothness",
+    "snapshot",
+    "spectrum",
+    "weak_pl_bound",
+    "weak_pl_coefficient",
+]
