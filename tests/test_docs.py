@@ -12,11 +12,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
-PAGES = ["README.md", "docs/pages/index.md", "docs/pages/use.md"]
+PAGES = ["README.md", "docs/pages/index.md", "docs/pages/use.md", "docs/pages/diagnostics.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_snippets_run_in_order(page, capsys):
+def test_snippets_run_in_order(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippets
     torch.manual_seed(0)
@@ -63,3 +64,18 @@ def test_the_committed_step_cost_table_is_that_of_the_committed_results():
     folder = ROOT / "benchmarks/results"
     results = json.loads((folder / "step_cost.json").read_text())
     assert table(results) == (folder / "step_cost.md").read_text()
+
+
+def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
+    from examples.diagnose import table
+
+    folder = ROOT / "docs/pages/assets/diagnostics"
+    results = json.loads((folder / "results.json").read_text())
+    assert table(results) == (folder / "table.md").read_text()
+
+
+def test_the_diagnosis_runs(tmp_path):
+    command = [sys.executable, "-m", "examples.diagnose", "--out", str(tmp_path), "--steps", "3"]
+    subprocess.run([*command, "--every", "2"], cwd=ROOT, check=True)
+    assert "| tangent kernel λ_max |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "report.png").stat().st_size > 20_000
