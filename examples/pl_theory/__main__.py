@@ -1,0 +1,95 @@
+"""The experiments on conditioning: ``python -m examples.pl_theory --preset smoke|laptop|full``.
+
+Makes the records that are missing, draws the figures, and writes claims beside measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from examples.cifar import data as cifar
+from examples.cifar.grid import run_all
+from examples.cifar.records import append, repair
+from examples.pl_theory import claims, experiments, figures, records
+from examples.pl_theory.config import Experiment
+from examples.pl_theory.presets import FIGURES, PRESETS, Preset
+
+__all__ = ["main"]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.pl_theory",
+        description="Conditioning of wide networks, at initialisation and in training.",
+    )
+    option: Callable[..., Any] = parser.add_argument
+    option("--preset", choices=tuple(PRESETS), required=True)
+    option("--data", type=Path, help="directory of the CIFAR archives; not for smoke")
+    option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
+    option("--figures", nargs="+", choices=tuple(FIGURES), metavar="n", help="such as 6.1 6.5 nmm")
+    option("--results", type=Path, help="default: examples/pl_theory/results/PRESET")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def _wanted(preset: Preset, chosen: Sequence[str]) -> list[Experiment]:
+    return [e for e in preset.experiments() if any(FIGURES[name](e) for name in chosen)]
+
+
+def _run(missing: Sequence[Any], finished: int, options: argparse.Namespace, path: Path) -> int:
+    """Runs and records; the number of crashes."""
+    work = functools.partial(experiments.run, root=options.data, device=options.device)
+    crashes = 0
+    label = f"experiments ({finished} done before)"
+    with tqdm(total=len(missing), desc=label, unit="experiment") as bar:
+        for experiment, outcome in run_all(missing, work, options.jobs):
+            if isinstance(outcome, str):
+                crashes += 1
+                tqdm.write(f"crashed: {experiment.key()}: {outcome}", file=sys.stderr)
+            else:
+                append(path, outcome)
+            bar.update()
+    return crashes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the preset's missing experiments, draws and writes."""
+    options = _arguments(argv)
+    if options.jobs < 1:
+        raise SystemExit(f"error: --jobs {options.jobs}: must be at least 1")
+    results = options.results or Path(__file__).parent / "results" / options.preset
+    path, preset = results / "records.jsonl", PRESETS[options.preset]
+    chosen = options.figures or tuple(FIGURES)
+    wanted = _wanted(preset, chosen)
+    try:
+        if preset.dataset in cifar.ARCHIVES:
+            if options.data is None:
+                raise ValueError(f"--preset {options.preset}: pass --data, where CIFAR is")
+            cifar.locate(cifar.ARCHIVES[preset.dataset], options.data)
+        repair(path)
+        finished = {Experiment.of(r).key() for r in records.read(path)}
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    missing = [e for e in wanted if e.key() not in finished]
+    crashes = _run(missing, len(wanted) - len(missing), options, path)
+    keys = {e.key() for e in preset.experiments()}
+    found = [r for r in records.read(path) if Experiment.of(r).key() in keys]
+    if found:
+        figures.draw(found, results, chosen)
+        text = claims.markdown(found, options.preset)
+        (results / "claims.md").write_text(text)
+        print(text)
+    if crashes:
+        raise SystemExit(f"error: {crashes} experiments crashed; the same command tries again")
+
+
+if __name__ == "__main__":
+    main()
