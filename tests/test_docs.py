@@ -1,5 +1,6 @@
 """What the README and the site show runs, and their numbers are the measured ones."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -58,12 +59,12 @@ def test_the_committed_digits_table_is_that_of_the_committed_results():
     )
 
 
-def test_the_committed_step_cost_table_is_that_of_the_committed_results():
-    from benchmarks.step_cost import table
-
+@pytest.mark.parametrize("name", ["step_cost", "tangent_kernel"])
+def test_the_committed_benchmarks_are_those_of_the_committed_results(name):
+    table = importlib.import_module(f"benchmarks.{name}").table
     folder = ROOT / "benchmarks/results"
-    results = json.loads((folder / "step_cost.json").read_text())
-    assert table(results) == (folder / "step_cost.md").read_text()
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert table(results) == (folder / f"{name}.md").read_text()
 
 
 def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():

@@ -549,3 +549,17 @@ def test_what_json_cannot_hold_becomes_null():
     assert records.finite({"a": [1.0, math.inf], "b": math.nan, "c": "x"}) == {
         "a": [1.0, None], "b": None, "c": "x",
     }  # fmt: skip
+
+
+# --- the committed results ------------------------------------------------------------------------
+
+RESULTS = ROOT / "examples/pl_theory/results"
+COMMITTED = [name for name in PRESETS if name != "smoke" and (RESULTS / name).exists()]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_committed_claims_are_those_of_the_committed_records(name):
+    found = records.read(RESULTS / name / "records.jsonl")
+    made = {Experiment.of(record).key() for record in found}
+    assert made == {experiment.key() for experiment in PRESETS[name].experiments()}
+    assert claims.markdown(found, name) == (RESULTS / name / "claims.md").read_text()

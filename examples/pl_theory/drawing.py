@@ -13,6 +13,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from examples.pl_theory.records import Record
 
@@ -86,12 +87,25 @@ def finish(figure: Figure, title: str) -> Figure:
     handles: dict[str, Any] = {}
     axes: list[Axes] = figure.axes
     for axis in axes:
+        _readable_ticks(axis.xaxis)
+        _readable_ticks(axis.yaxis)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.9)))
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     return figure
+
+
+def _readable_ticks(axis: Any) -> None:
+    """On a logarithmic axis of little range, 1, 2 and 5 of a decade in plain numbers."""
+    if axis.get_scale() != "log":
+        return
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:

@@ -234,13 +234,13 @@ def proxy(found: Iterable[Record], cheap: str, true: str) -> Figure | None:
             x, y = (array(row[quantity] for row in rows) for quantity in (cheap, true))
             look = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "alpha": 0.35}
             if rows:
-                axis.plot(positive(x), positive(y), ls="", label=name, **look)
+                axis.plot(positive(x), positive(y), ls="", label=name, rasterized=True, **look)
         axis.set_xscale("log")
         if true == "smallest":
             axis.set_yscale("log")
         axis.set_title(_WHEN[kind], fontsize="medium")
         axis.set_xlabel(_LABELS[cheap])
-    relative = " / smallest diagonal entry" if true == "smallest" else ""
+    relative = "\n/ smallest diagonal entry" if true == "smallest" else ""
     grid[0, 0].set_ylabel(_LABELS[true] + relative)
     return finish(figure, "Gram matrices of features: proxies that need no eigenvalue")
 
