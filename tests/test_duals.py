@@ -112,7 +112,9 @@ def test_rounding_beyond_one_is_forgiven_and_more_is_refused():
         dual(torch.tensor(1))
 
 
-@pytest.mark.parametrize("activation", [torch.erf, torch.relu, torch.cos], ids=str)
+@pytest.mark.parametrize(
+    "activation", [torch.erf, torch.relu, torch.cos], ids=["erf", "relu", "cos"]
+)
 @pytest.mark.parametrize("degree", [0, 3, 4, 9])
 def test_the_tail_bounds_the_error_of_a_truncated_series(activation, degree):
     exact = dual_activation(activation)

@@ -114,7 +114,7 @@ def test_both_branches_of_the_eigenvalue_bound_are_attained_by_more_examples():
 
 
 @pytest.mark.parametrize("degree", [1, 2, 5])
-@pytest.mark.parametrize("activation", [torch.relu, torch.erf], ids=str)
+@pytest.mark.parametrize("activation", [torch.relu, torch.erf], ids=["relu", "erf"])
 def test_the_eigenvalue_bound_holds_whatever_the_degree_of_the_series(activation, degree):
     G = unit_gram(4, 6, seed=5)
     truth = smallest(iterated_gram(G, activation, depth=5))

@@ -134,6 +134,7 @@ class SpectralSGD(MeasuredOptimizer):
         # A batch that is not finite must not spoil the next one's start.
         good = torch.isfinite(found.value) & (found.value > 0)
         for p, old, new in zip(params, start, vector.values(), strict=True):
-            self.state[p]["eigenvector"] = torch.where(good.to(p.device), new, old)
+            # Replaced, never mutated: a state_dict of before stays as it is.
+            self.state[p] = {"eigenvector": torch.where(good.to(p.device), new, old)}
         self._remember_engine(found.engine)
         return found._replace(value=2 * found.value * squared_norm)
