@@ -59,6 +59,34 @@ def test_one_warm_iteration_follows_the_kernel():
     assert errors[1][1] < 0.005
 
 
+@pytest.mark.parametrize("name", ["mlp-tanh", "batchnorm", "transformer"])
+def test_gershgorins_columns_bound_the_kernel(name):
+    options = {**UNGUARDED, "gershgorin_columns": 18}
+    model, criterion, optimizer, data = setting(name, **options)
+    for x, y in data[:3]:
+        twin = copy.deepcopy(model)
+        exact = dense_rate(twin, criterion, x, y)
+        dense = Dense(twin, criterion)
+        J = dense.jacobian(dense.flat(), x)
+        K = J @ J.T
+        norm = losses.loss_hessian(criterion).spectral_norm(dense.outputs(dense.flat(), x), y)
+        train(model, criterion, optimizer, [(x, y)])
+        rate = float(optimizer.last_step.minibatch_lr)
+        assert rate == pytest.approx(float(1 / (2 * K.abs().sum(0).max() * norm)), rel=1e-9)
+        assert rate <= exact
+
+
+def test_a_sample_of_columns_lies_between_and_repeats_itself():
+    rates = {}
+    for columns in (2, 18):
+        for attempt in range(2):
+            model, criterion, optimizer, data = setting(gershgorin_columns=columns, **UNGUARDED)
+            torch.manual_seed(attempt)  # the sample is the step's, not the generator's
+            train(model, criterion, optimizer, data[:1])
+            rates[columns, attempt] = float(optimizer.last_step.minibatch_lr)
+    assert rates[2, 0] == rates[2, 1] > rates[18, 0] == rates[18, 1]
+
+
 def test_the_rate_is_at_most_half_of_adlers():
     for name in NETWORKS:
         model, criterion, optimizer, data = setting(name, power_iterations=20, **UNGUARDED)
@@ -112,8 +140,9 @@ def test_two_losses_are_bounded_together():
     assert float(optimizer.last_step.minibatch_lr) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_host_never_waits():
-    model, criterion, optimizer, data = setting()
+@pytest.mark.parametrize("columns", [None, 2])
+def test_the_host_never_waits(columns):
+    model, criterion, optimizer, data = setting(gershgorin_columns=columns)
     for x, y in data[:3]:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
@@ -126,6 +155,8 @@ def test_bad_options_are_named():
     for value in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"power_iterations={value!r}"):
             SpectralSGD(model.parameters(), model, criterion, power_iterations=value)
+    with pytest.raises(ValueError, match="gershgorin_columns=0"):
+        SpectralSGD(model.parameters(), model, criterion, gershgorin_columns=0)
     groups = [{"params": [model.weight]}, {"params": [model.bias], "power_iterations": 2}]
     with pytest.raises(ValueError, match="power_iterations=2 in a parameter group"):
         SpectralSGD(groups, model, criterion)

@@ -47,9 +47,11 @@ def check(options: Mapping[str, Any]) -> None:
     jvp = options["jvp"]
     valid = isinstance(jvp, str) and jvp in ENGINES
     _require(options, "jvp", valid, f"one of {', '.join(map(repr, ENGINES))}")
-    for key in ("curvature_every", "power_iterations"):
+    for key in ("curvature_every", "power_iterations", "gershgorin_columns"):
         count = options.get(key, 1)
         valid = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        if key == "gershgorin_columns":
+            valid = valid or count is None
         _require(options, key, valid, "a whole number of at least 1")
 
 

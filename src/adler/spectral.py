@@ -12,7 +12,11 @@ from torch.optim.optimizer import ParamsT
 from adler import averaging
 from adler.capture import RecordedLoss
 from adler.measured import SHARED, MeasuredOptimizer
-from adler.measurement import BatchCurvature, batch_spectral_curvature
+from adler.measurement import (
+    BatchCurvature,
+    batch_gershgorin_curvature,
+    batch_spectral_curvature,
+)
 
 __all__ = ["SpectralSGD"]
 
@@ -34,8 +38,11 @@ class SpectralSGD(MeasuredOptimizer):
     iteration a step follows the kernel from minibatch to minibatch. Power iteration approaches
     $\lambda^*$ from below, and the guards of `adler.search` hold here too.
 
-    A step costs one forward with its graph, one backward and one Jacobian-vector product more than
-    SGD's, for each iteration.
+    With ``gershgorin_columns``, $\lambda^*$ is bounded instead by the largest absolute sum of so
+    many columns of $K$, drawn anew at every step: an overestimate once they are all columns.
+
+    A step costs one forward with its graph more than SGD's, and for each iteration or column one
+    backward and one Jacobian-vector product.
 
     Args:
         params: Parameters of ``model``, or groups of them, with or without names.
@@ -43,6 +50,7 @@ class SpectralSGD(MeasuredOptimizer):
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the rate, so that learning-rate schedulers work; per group.
         power_iterations: Of each measurement; the first takes thirty times as many.
+        gershgorin_columns: Of each measurement, in place of power iteration; ``None``: none.
         beta: Discount of the geometric mean of the rates, in [0, 1); 0: the last one.
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
         trust_region: A step is at most this many minibatch rates long; ``None``: no guard at all.
@@ -71,7 +79,7 @@ class SpectralSGD(MeasuredOptimizer):
     """
 
     _mean = averaging.geometric
-    _shared = (*SHARED, "power_iterations")
+    _shared = (*SHARED, "power_iterations", "gershgorin_columns")
 
     def __init__(
         self,
@@ -81,6 +89,7 @@ class SpectralSGD(MeasuredOptimizer):
         *,
         lr: float | Tensor = 1.0,
         power_iterations: int = 1,
+        gershgorin_columns: int | None = None,
         beta: float = 0.99,
         eps: float = 1e-10,
         trust_region: float | None = 2.0,
@@ -94,6 +103,7 @@ class SpectralSGD(MeasuredOptimizer):
         options = {
             "lr": lr,
             "power_iterations": power_iterations,
+            "gershgorin_columns": gershgorin_columns,
             "beta": beta,
             "eps": eps,
             "trust_region": trust_region,
@@ -115,21 +125,36 @@ class SpectralSGD(MeasuredOptimizer):
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
         shared = self.param_groups[0]
-        names = [self._names[p] for p in params]
+        named = {self._names[p]: p for p in params}
+        options: dict[str, Any] = {
+            "jvp": shared["jvp"],
+            "squared_norm": squared_norm,
+            "wants_nat": shared["max_kl"] is not None,
+            "amp_scale": scale,
+        }
+        if shared["gershgorin_columns"] is not None:
+            found = batch_gershgorin_curvature(
+                batch,
+                named,
+                self.criterion,
+                self._hessian,
+                columns=shared["gershgorin_columns"],
+                seed=shared["steps"],
+                **options,
+            )
+            self._remember_engine(found.engine)
+            return found._replace(value=2 * found.value * squared_norm)
         known = all("eigenvector" in self.state[p] for p in params)
         # The gradient lies in the range of Jᵀ.
         start = [self.state[p]["eigenvector"] for p in params] if known else direction
         found, vector = batch_spectral_curvature(
             batch,
-            dict(zip(names, params, strict=True)),
-            dict(zip(names, start, strict=True)),
+            named,
+            dict(zip(named, start, strict=True)),
             self.criterion,
             self._hessian,
             iterations=shared["power_iterations"] * (1 if known else _FIRST),
-            jvp=shared["jvp"],
-            squared_norm=squared_norm,
-            wants_nat=shared["max_kl"] is not None,
-            amp_scale=scale,
+            **options,
         )
         # A batch that is not finite must not spoil the next one's start.
         good = torch.isfinite(found.value) & (found.value > 0)
