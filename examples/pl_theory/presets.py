@@ -32,7 +32,8 @@ class Preset:
         feature_examples: Of random features; those below a width are used with it.
         kernel_examples: Of the three-layer networks.
         kernel_width: Of their second layer; at most the number of examples, so that the last
-            layer's part of the kernel, which would not grow with them, is singular.
+            layer's part of the kernel, which would not grow with them, is singular. Chosen after a
+            trial with 512, where that part hid the growth; see `claims_scaling.three_layers`.
         train_width: In training.
         train_depths: In training.
         train_examples: In training.
