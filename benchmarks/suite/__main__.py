@@ -1,0 +1,161 @@
+"""The suite: ``python -m benchmarks.suite --data DIR --preset smoke|development|held-back|full``.
+
+    pip install 'torch-adler[benchmarks]'
+
+Runs what is not yet in the results, then writes tables and figures. A run takes seconds: one that
+is killed is repeated, finished ones are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.suite import plots, tables, trials
+from benchmarks.suite.methods import METHODS, method
+from benchmarks.suite.run import work
+from benchmarks.suite.trials import PRESETS, Preset, Trial
+from examples.cifar import data as cifar
+from examples.cifar.grid import run_all
+from examples.cifar.records import append, repair
+
+__all__ = ["main"]
+
+_RESULTS = Path(__file__).parents[1] / "results" / "suite"
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite",
+        description="Untuned optimizers against ten SGD learning rates on many small tasks.",
+    )
+    option: Callable[..., Any] = parser.add_argument
+    option("--preset", choices=tuple(PRESETS), required=True)
+    option("--data", type=Path, help="directory of the CIFAR archives; smoke makes its own")
+    option("--methods", nargs="+", metavar="m", help=f"{', '.join(METHODS)}, adler@option=value")
+    option("--tasks", nargs="+", metavar="t", help="only tasks whose names begin so")
+    option("--seeds", nargs="+", type=int, metavar="s", help="only these seeds")
+    option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
+    option("--shard", type=_shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
+    option("--results", type=Path, help="default: benchmarks/results/suite/PRESET")
+    option("--limit-minutes", type=float, help="start no run after this time")
+    option("--device", default="cpu")
+    return parser.parse_args(argv)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 1 <= i <= n, such as 2/8")
+    return index, count
+
+
+def _chosen(preset: Preset, options: argparse.Namespace) -> list[Trial]:
+    """The trials of the command.
+
+    Raises:
+        ValueError: For an unknown method, one whose package is missing, or a choice without trials.
+    """
+    names = tuple(options.methods or preset.methods)
+    if missing := sorted({m.package or "" for m in map(method, names) if not m.installed}):
+        raise ValueError(
+            f"not installed: {', '.join(missing)}: pip install 'torch-adler[benchmarks]', or pass "
+            "--methods"
+        )
+    begins = tuple(options.tasks or ("",))
+    found = [
+        trial
+        for trial in preset.trials(names)
+        if trial.task.startswith(begins) and trial.seed in (options.seeds or preset.seeds)
+    ]
+    if not found:
+        raise ValueError(
+            f"--tasks {' '.join(begins)} --seeds {options.seeds}: none in {options.preset}"
+        )
+    return found
+
+
+def _prepare(archives: Iterable[str], synthetic: bool, root: Path | None) -> None:
+    """Makes or downloads what is missing, before several processes look for it."""
+    for name in archives:
+        if root is None:
+            raise ValueError(f"--data: {name} is needed; pass the directory of its archive")
+        archive = cifar.ARCHIVES[name]
+        if synthetic and not (root / archive.folder).is_dir():
+            cifar.synthetic(root, name)
+        cifar.locate(archive, root)
+
+
+def _run(missing: Sequence[Trial], finished: int, options: argparse.Namespace, path: Path) -> int:
+    """Runs and records; the number of crashes."""
+    limit = options.limit_minutes
+    deadline = None if limit is None else time.monotonic() + 60 * limit
+    one: Callable[[Any], dict[str, Any]] = functools.partial(
+        work, root=options.data, device=options.device
+    )
+    pending: Sequence[Any] = missing
+    crashes = 0
+    with tqdm(total=len(missing), desc=f"runs ({finished} done before)", unit="run") as bar:
+        for trial, outcome in run_all(pending, one, options.jobs, deadline):
+            if isinstance(outcome, str):
+                crashes += 1
+                tqdm.write(f"crashed: {trial.key()}: {outcome}", file=sys.stderr)
+            else:
+                append(path, outcome)
+            bar.update()
+    return crashes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the missing trials and writes tables and figures."""
+    options = _arguments(argv)
+    if options.jobs < 1:
+        raise SystemExit(f"error: --jobs {options.jobs}: must be at least 1")
+    preset = PRESETS[options.preset]
+    with tempfile.TemporaryDirectory() as made:
+        if preset.synthetic and options.data is None:
+            options.data = Path(made)
+        _main(preset, options)
+
+
+def _main(preset: Preset, options: argparse.Namespace) -> None:
+    results = options.results or _RESULTS / options.preset
+    # The records of a preset's parts serve it too, where they lie beside it.
+    directories = [results, *(results.parent / part for part in preset.parts)]
+    index, count = options.shard
+    path = results / f"shard-{index}-of-{count}.jsonl"
+    try:
+        chosen = _chosen(preset, options)
+        archives = {t.archive for t in preset.tasks() if t.archive is not None}
+        _prepare(sorted(archives), preset.synthetic, options.data)
+        repair(path)
+        finished = {Trial.of(r).key() for r in trials.read(directories)}
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    wanted = chosen[index - 1 :: count]
+    missing = [trial for trial in wanted if trial.key() not in finished]
+    crashes = _run(missing, len(wanted) - len(missing), options, path)
+    found = trials.read(directories)
+    if found:
+        text = tables.markdown(found, options.preset)
+        results.mkdir(parents=True, exist_ok=True)
+        (results / "tables.md").write_text(text)
+        plots.draw(found, results)
+        print(text)
+    if crashes:
+        raise SystemExit(f"error: {crashes} runs crashed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The methods that are compared, by name: each at the setting that its authors recommend.
+
+"Untuned" means that one line here serves every task. A peer is its authors' own package, imported
+when a run begins: ``pip install 'torch-adler[benchmarks]'``. One entry adds a method.
+
+Variants of this library's optimizers need no entry: ``adler@max_kl=0.03,trust_region=None`` or
+``adler-adam@lr=0.5`` name keyword arguments of the class.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.optim import SGD, AdamW, Optimizer
+
+import adler
+from benchmarks.suite.nadamw import NAdamW
+from benchmarks.suite.steppers import (
+    Averaged,
+    Parabola,
+    ScheduleFree,
+    Setting,
+    Stepper,
+    TakesLoss,
+    warmup_cosine,
+)
+from examples.cifar.presets import GRID
+
+__all__ = ["METHODS", "VARIED", "Method", "defaults", "method", "variant"]
+
+
+class Method(NamedTuple):
+    """A way to train, with nothing set by hand unless there is a grid.
+
+    Attributes:
+        label: In tables and figures.
+        grid: Learning rates that are all run, the best of which is reported; None if untuned.
+        passes: Forward passes, backward passes and Jacobian-vector products of one step.
+        make: Begins a run.
+        package: The import name of the peer's package, if it is one.
+    """
+
+    label: str
+    grid: tuple[float, ...] | None
+    passes: float
+    make: Callable[[Setting], Stepper]
+    package: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+def _peer(package: str) -> Any:
+    """A peer's module.
+
+    Raises:
+        ImportError: If it is not installed. The message says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"{package} is not installed: pip install 'torch-adler[benchmarks]'"
+        ) from error
+
+
+# --- this library, and what PyTorch has ----------------------------------------------------------
+
+
+def _measured(kind: Callable[..., Optimizer], **options: Any) -> Callable[[Setting], Stepper]:
+    """An optimizer of this library, which also takes the model and the criterion."""
+    return lambda s: Stepper(s, kind(s.model.parameters(), s.model, s.criterion, **options))
+
+
+def _plain(
+    kind: Callable[..., Optimizer], tuned: bool = False, warmup: float | None = None, **options: Any
+) -> Callable[[Setting], Stepper]:
+    """An optimizer of the parameters alone, under warm-up and cosine where asked for."""
+
+    def make(s: Setting) -> Stepper:
+        rate = {"lr": s.rate} if tuned else {}
+        schedule = None if warmup is None else warmup_cosine(s.steps, warmup)
+        return Stepper(s, kind(s.model.parameters(), **rate, **options), schedule)
+
+    return make
+
+
+# AlgoPerf's rule for unknown workloads: mlcommons/algorithmic-efficiency,
+# algorithms/baselines/self_tuning/pytorch_nadamw_full_budget.py. Its dropout of 0.1 has no place in
+# networks without dropout.
+_ALGOPERF: dict[str, Any] = {
+    "lr": 0.0017486387539278373,
+    "betas": (1 - 0.06733926164, 0.9955159689799007),
+    "weight_decay": 0.08121616522670176,
+}
+
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def _adapted(package: str, name: str, warmup: float | None = None) -> Callable[[Setting], Stepper]:
+    """Prodigy and D-Adaptation: lr=1 and no weight decay, their READMEs; rate ``d``."""
+
+    def make(s: Setting) -> Stepper:
+        optimizer = getattr(_peer(package), name)(s.model.parameters(), lr=1.0)
+        schedule = None if warmup is None else warmup_cosine(s.steps, warmup)
+        return Stepper(s, optimizer, schedule, lambda o: _group(o, "lr") * _group(o, "d"))
+
+    return make
+
+
+def _dog(name: str) -> Callable[[Setting], Stepper]:
+    """``reps_rel`` 1e-6, or 1e-4 with BatchNorm, and the averager's defaults: README."""
+
+    def make(s: Setting) -> Stepper:
+        dog = _peer("dog")
+        reps_rel = 1e-4 if s.has_batch_norm else 1e-6
+        optimizer = getattr(dog, name)(s.model.parameters(), reps_rel=reps_rel)
+        averager = dog.PolynomialDecayAverager(s.model)
+
+        def rate(o: Optimizer) -> float:
+            return math.fsum(map(float, o.param_groups[0]["eta"])) / len(o.param_groups[0]["eta"])
+
+        return Averaged(s, optimizer, averager, rate)
+
+    return make
+
+
+def _schedule_free(name: str, lr: float) -> Callable[[Setting], Stepper]:
+    """The class's default rate; warm-up is recommended (README), over how much is our choice."""
+
+    def make(s: Setting) -> Stepper:
+        kind = getattr(_peer("schedulefree"), name)
+        optimizer = kind(s.model.parameters(), lr=lr, warmup_steps=max(1, s.steps // 20))
+        return ScheduleFree(s, optimizer, rate=lambda o: _group(o, "scheduled_lr"))
+
+    return make
+
+
+def _momo(name: str, lr: float) -> Callable[[Setting], Stepper]:
+    """The README's rate, an upper bound of a step that is not told."""
+
+    def make(s: Setting) -> Stepper:
+        optimizer = getattr(_peer("momo"), name)(s.model.parameters(), lr=lr)
+        return TakesLoss(s, optimizer, rate=lambda o: math.nan)
+
+    return make
+
+
+def _gen(kind: Callable[..., Optimizer], **options: Any) -> Callable[[Setting], Stepper]:
+    """Initial rate 1e-4, a fit every 4 steps: README, ``examples/cv.py``; momentum: the latter.
+
+    ``scale`` stays 1, the function's default. The linear decay of that script, which fine-tunes,
+    keeps a rate so small from ever growing; where both were tried, it trained worse each time.
+    """
+
+    def make(s: Setting) -> Stepper:
+        optimizer = kind(s.model.parameters(), lr=1e-4, **options)
+        return Parabola(s, optimizer, _peer("GeN").lr_parabola, every=4)
+
+    return make
+
+
+def _mechanic(s: Setting) -> Stepper:
+    """``lr=1.0`` and the package's defaults: README."""
+    optimizer = _peer("mechanic_pytorch").mechanize(AdamW)(s.model.parameters(), lr=1.0)
+
+    def rate(o: Optimizer) -> float:
+        state: Any = o.state
+        return _group(o, "lr") * float(state["_mechanic"]["s"].sum())
+
+    return Stepper(s, optimizer, rate=rate)
+
+
+def _group(optimizer: Optimizer, name: str) -> float:
+    return float(optimizer.param_groups[0][name])
+
+
+# --- the registry --------------------------------------------------------------------------------
+
+_ADAMW_GRID = tuple(float(f"{rate:.6g}") for rate in np.logspace(-4, -2, 5).tolist())
+_GUARDED: dict[str, Any] = {"max_kl": 0.1, "max_relative_change": 0.1}
+
+# No momentum, weight decay or schedule but where it says so; PyTorch's defaults unless stated.
+METHODS: dict[str, Method] = {
+    "sgd": Method("SGD grid", GRID, 2, _plain(SGD, tuned=True)),
+    "adamw-cosine-tuned": Method(
+        "AdamW + cosine, grid", _ADAMW_GRID, 2, _plain(AdamW, tuned=True, warmup=0.05)
+    ),
+    "adler": Method("Adler (default)", None, 3, _measured(adler.Adler)),
+    "adler-guarded": Method("Adler (guarded)", None, 3, _measured(adler.Adler, **_GUARDED)),
+    "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
+    "adler-adam": Method("AdlerAdam (default)", None, 3, _measured(adler.AdlerAdam)),
+    "gauss-newton-published": Method(
+        "GN (published)", None, 3, _measured(adler.GaussNewton.as_published)
+    ),
+    "adamw": Method("AdamW (default)", None, 2, _plain(AdamW)),
+    # There is no recommended pair: PyTorch's default rate is 1e-3 without momentum, Keras's 1e-2.
+    "sgd-momentum": Method("SGD, momentum", None, 2, _plain(SGD, lr=1e-2, momentum=0.9)),
+    "nadamw-cosine": Method(
+        "NAdamW + cosine (AlgoPerf)", None, 2, _plain(NAdamW, warmup=0.02, **_ALGOPERF)
+    ),
+    "prodigy": Method("Prodigy", None, 2, _adapted("prodigyopt", "Prodigy"), "prodigyopt"),
+    # "Either using no scheduler or using cosine annealing": README.
+    "prodigy-cosine": Method(
+        "Prodigy + cosine", None, 2, _adapted("prodigyopt", "Prodigy", warmup=0.0), "prodigyopt"
+    ),
+    "dadapt-adam": Method(
+        "D-Adapt Adam", None, 2, _adapted("dadaptation", "DAdaptAdam"), "dadaptation"
+    ),
+    "dog": Method("DoG", None, 2, _dog("DoG"), "dog"),
+    "ldog": Method("L-DoG", None, 2, _dog("LDoG"), "dog"),
+    "schedulefree-adamw": Method(
+        "Schedule-Free AdamW", None, 2, _schedule_free("AdamWScheduleFree", 2.5e-3), "schedulefree"
+    ),
+    "schedulefree-sgd": Method(
+        "Schedule-Free SGD", None, 2, _schedule_free("SGDScheduleFree", 1.0), "schedulefree"
+    ),
+    "momo": Method("MoMo", None, 2, _momo("Momo", 1.0), "momo"),
+    "momo-adam": Method("MoMo-Adam", None, 2, _momo("MomoAdam", 1e-2), "momo"),
+    # Three forward passes every fourth step.
+    "gen-adamw": Method("GeN AdamW", None, 2.75, _gen(AdamW), "GeN"),
+    "gen-sgd": Method("GeN SGD", None, 2.75, _gen(SGD, momentum=0.9), "GeN"),
+    "mechanic-adamw": Method("Mechanic AdamW", None, 2, _mechanic, "mechanic_pytorch"),
+}
+
+# --- variants ------------------------------------------------------------------------------------
+
+VARIED: dict[str, type[Optimizer]] = {"adler": adler.Adler, "adler-adam": adler.AdlerAdam}
+_NOT_VARIED = {"output_fn"}
+
+
+def defaults(base: str) -> dict[str, Any]:
+    """The keyword arguments of a class that has variants, and their defaults."""
+    parameters = inspect.signature(VARIED[base]).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_VARIED
+    }
+
+
+def variant(name: str) -> tuple[str, dict[str, Any]]:
+    """The base and the options of a name such as ``"adler@max_kl=0.03,lr=0.5"``.
+
+    Raises:
+        ValueError: For a base without variants, an unknown option, or a value that is no literal.
+
+    Examples:
+        >>> variant("adler-adam@betas=(0.9, 0.99),max_kl=None")
+        ('adler-adam', {'betas': (0.9, 0.99), 'max_kl': None})
+    """
+    base, _, text = name.partition("@")
+    if base not in VARIED:
+        raise ValueError(f"method {name!r}: only {', '.join(VARIED)} have variants")
+    allowed = defaults(base)
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not call.keywords:
+            raise ValueError("no option")
+        options = {
+            keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords
+        }
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"method {name!r}: expected {base}@option=value,... with literal values ({error})"
+        ) from error
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"method {name!r}: {option!r} is none of {', '.join(allowed)}")
+    return base, options
+
+
+def method(name: str) -> Method:
+    """A method of the registry, or a variant.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if "@" not in name:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}, or a variant")
+    base, options = variant(name)
+    return Method(name, None, METHODS[base].passes, _measured(VARIED[base], **options))

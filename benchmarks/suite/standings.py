@@ -1,0 +1,255 @@
+r"""Who is better than whom: numbers from records, without any drawing or writing.
+
+Compared are runs of one task and one seed, which began at the same weights and saw the same
+batches. The *score* is the test accuracy at the end where there are classes, else the test loss,
+which counts downwards. Of a method with a grid the rate with the best score is taken, anew for each
+task and seed: the most that tuning could give.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from benchmarks.suite.methods import METHODS, method
+from benchmarks.suite.trials import Record
+
+__all__ = [
+    "REFERENCE",
+    "Contest",
+    "Runs",
+    "Verdict",
+    "at_chance",
+    "contests",
+    "cost_ratio",
+    "gains",
+    "loss_ratio",
+    "mean_ranks",
+    "names",
+    "sgd_seconds",
+    "value",
+    "value_at",
+    "verdict",
+    "verdicts",
+]
+
+REFERENCE = "sgd"
+Contest = tuple[str, int]  # task, seed
+Runs = Mapping[Contest, Mapping[str, Record]]
+Verdict = Literal["win", "tie", "loss", "dead", "diverged"]
+
+# No better than guessing: within three standard errors of its accuracy, or of its loss to 2 %.
+_ERRORS, _LOSS_MARGIN = 3.0, 0.98
+# A run that diverged counts as this many times the reference's test loss, and none as more.
+WORST_RATIO = 10.0
+
+
+def names(found: Iterable[Record]) -> list[str]:
+    """The methods that are there: those of the registry in its order, then variants."""
+    there = {r["method"] for r in found}
+    return [n for n in METHODS if n in there] + sorted(there - METHODS.keys())
+
+
+def value(record: Record) -> float:
+    """The score, so that more is better; minus infinity for a run that diverged."""
+    if record["diverged"]:
+        return -math.inf
+    return float(record["test_accuracy"] if record["score"] == "accuracy" else -record["test_loss"])
+
+
+def contests(found: Iterable[Record], by: Literal["score", "loss"] = "score") -> Runs:
+    """Records by task and seed, then by method; of a complete grid the best, else none.
+
+    Args:
+        found: Records, in any order.
+        by: What the best of a grid has the best of: the score, or the test loss.
+    """
+    grids: dict[tuple[Contest, str], list[Record]] = {}
+    for record in found:
+        contest = record["task"], record["seed"]
+        grids.setdefault((contest, record["method"]), []).append(record)
+    runs: dict[Contest, dict[str, Record]] = {}
+    for (contest, name), group in sorted(grids.items()):
+        rates = method(name).grid
+        if rates is not None and {r["lr"] for r in group} < set(rates):
+            continue
+        smallest_first = sorted(group, key=lambda r: r["lr"] or 0.0)
+        runs.setdefault(contest, {})[name] = max(
+            smallest_first, key=value if by == "score" else _loss_value
+        )
+    return runs
+
+
+def _loss_value(record: Record) -> float:
+    return -math.inf if record["diverged"] else -float(record["test_loss"])
+
+
+def _pairs(runs: Runs, name: str, other: str) -> dict[str, list[tuple[Record, Record]]]:
+    """By task, the seeds on which both ran."""
+    found: dict[str, list[tuple[Record, Record]]] = {}
+    for (task, _), by_method in sorted(runs.items()):
+        if name in by_method and other in by_method:
+            found.setdefault(task, []).append((by_method[name], by_method[other]))
+    return found
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+def at_chance(record: Record) -> bool:
+    """Whether a run that did not diverge learned nothing."""
+    chance = record["chance"]
+    if record["diverged"] or chance is None:
+        return False
+    if record["score"] == "loss":
+        return bool(record["test_loss"] >= _LOSS_MARGIN * chance)
+    error = math.sqrt(chance * (1 - chance) / record["test_examples"])
+    return bool(record["test_accuracy"] <= chance + _ERRORS * error)
+
+
+def verdict(pairs: Sequence[tuple[Record, Record]]) -> Verdict:
+    """One method against another on a task.
+
+    Args:
+        pairs: The method's record and the other's, seed by seed.
+
+    Returns:
+        ``"diverged"`` or ``"dead"`` if any run of the method is, where the other's is not; else
+        ``"tie"`` if the mean difference of scores over the seeds is within its standard error
+        (with one seed, if they are equal), else ``"win"`` or ``"loss"``.
+    """
+    if any(mine["diverged"] and not other["diverged"] for mine, other in pairs):
+        return "diverged"
+    if any(
+        at_chance(mine) and value(other) > value(mine) and not at_chance(other)
+        for mine, other in pairs
+    ):
+        return "dead"
+    # Where both diverged, neither is better.
+    differences = [
+        0.0 if mine["diverged"] and other["diverged"] else value(mine) - value(other)
+        for mine, other in pairs
+    ]
+    mean = statistics.fmean(differences)
+    error = 0.0
+    if len(differences) > 1 and math.isfinite(mean):
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+    if abs(mean) <= error:
+        return "tie"
+    return "win" if mean > 0 else "loss"
+
+
+def verdicts(runs: Runs, name: str, other: str = REFERENCE) -> dict[str, Verdict]:
+    """By task, a method against another."""
+    return {task: verdict(pairs) for task, pairs in _pairs(runs, name, other).items()}
+
+
+# --- averages over the suite ---------------------------------------------------------------------
+
+
+def gains(runs: Runs, name: str, other: str = REFERENCE) -> dict[str, float]:
+    """By task that has classes, the accuracy above the other's, mean over seeds.
+
+    A run that diverged has the accuracy of guessing.
+    """
+    return {
+        task: statistics.fmean(_accuracy(mine) - _accuracy(theirs) for mine, theirs in pairs)
+        for task, pairs in _pairs(runs, name, other).items()
+        if pairs[0][0]["score"] == "accuracy"
+    }
+
+
+def _accuracy(record: Record) -> float:
+    return float(record["chance"] if record["diverged"] else record["test_accuracy"])
+
+
+def mean_ranks(runs: Runs, among: Sequence[str]) -> tuple[dict[str, float], int]:
+    """The mean rank of each method, 1 the best, and over how many tasks and seeds.
+
+    Only where all have run; equal scores share the mean of their ranks.
+    """
+    table = [
+        [value(by_method[name]) for name in among]
+        for by_method in runs.values()
+        if all(name in by_method for name in among)
+    ]
+    if not table:
+        return {}, 0
+    scores = np.array(table)
+    better = (scores[:, None, :] > scores[:, :, None]).sum(2)
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(2)
+    ranks = (better + (equal + 1) / 2).mean(0)
+    return dict(zip(among, ranks.tolist(), strict=True)), len(table)
+
+
+def loss_ratio(by_loss: Runs, name: str, other: str = REFERENCE) -> float | None:
+    """The geometric mean of the final test losses over the other's; below 1 is better.
+
+    Args:
+        by_loss: `contests` by loss.
+        name: The method.
+        other: Usually the best of ten SGD rates, here the one with the least test loss.
+    """
+    logarithms = [
+        math.log(_ratio(mine, theirs))
+        for pairs in _pairs(by_loss, name, other).values()
+        for mine, theirs in pairs
+        if not theirs["diverged"]
+    ]
+    return math.exp(statistics.fmean(logarithms)) if logarithms else None
+
+
+def _ratio(mine: Record, theirs: Record) -> float:
+    if mine["diverged"]:
+        return WORST_RATIO
+    # A loss may be zero to six digits.
+    numerator, denominator = (max(float(r["test_loss"]), 1e-6) for r in (mine, theirs))
+    return min(WORST_RATIO, numerator / denominator)
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def sgd_seconds(found: Iterable[Record]) -> dict[Contest, float]:
+    """How long one SGD run takes: the median over the rates that did not diverge."""
+    seconds: dict[Contest, list[float]] = {}
+    for record in found:
+        if record["method"] == REFERENCE and not record["diverged"]:
+            seconds.setdefault((record["task"], record["seed"]), []).append(record["seconds"])
+    return {contest: statistics.median(values) for contest, values in seconds.items()}
+
+
+def cost_ratio(runs: Runs, name: str, seconds: Mapping[Contest, float]) -> float | None:
+    """A run's time over that of one SGD run: the median over tasks and seeds."""
+    ratios = [
+        by_method[name]["seconds"] / seconds[contest]
+        for contest, by_method in runs.items()
+        if name in by_method and contest in seconds and not by_method[name]["diverged"]
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def value_at(record: Record, where: float, unit: Literal["seconds", "share"]) -> float:
+    """The accuracy at a moment of the run, between two epochs on the line through them.
+
+    Before the first epoch the line begins at guessing. After the end, and after a divergence, the
+    last accuracy stands; the latter's is that of guessing.
+
+    Args:
+        record: Of a task with classes.
+        where: Seconds of training, or the share of the run's steps.
+        unit: Which of the two.
+    """
+    curves = record["curves"]
+    accuracy = [record["chance"] if a is None else a for a in curves["test_accuracy"]]
+    if record["diverged"]:
+        accuracy[-1] = record["chance"]
+    if unit == "seconds":
+        moments = np.cumsum(curves["seconds"])
+    else:
+        moments = np.arange(1, len(accuracy) + 1) / record["epochs"]
+    return float(np.interp(where, [0.0, *moments], [record["chance"], *accuracy]))

@@ -1,0 +1,227 @@
+"""The suite's tables, as pure functions of the records."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.suite import standings
+from benchmarks.suite.methods import method
+from benchmarks.suite.standings import REFERENCE, Runs
+from benchmarks.suite.trials import Record
+
+__all__ = ["BUDGETS", "markdown"]
+
+# Of time, in SGD runs: one, and what the exact engine may cost.
+BUDGETS = (1.0, 2.2)
+_MARKS = {"win": "+", "tie": "=", "loss": "−", "dead": "†", "diverged": "‡"}
+
+
+def markdown(found: Sequence[Record], preset: str) -> str:
+    """All tables of a preset's records.
+
+    Args:
+        found: Records, in any order.
+        preset: The preset's name, for the heading.
+    """
+    runs = standings.contests(found)
+    parts = [
+        [f"# Suite, preset {preset}", "", *_heading(found, preset)],
+        ["## Against the best of ten SGD rates", "", *_overall(found, runs)],
+        ["## Against time", "", *_time(found, runs)],
+        ["## Method against method", "", *_matrix(found, runs)],
+        ["## Runs that failed", "", *_failures(found, runs)],
+        ["## Task by task", "", *_families(found, runs)],
+    ]
+    return "\n\n".join("\n".join(part).rstrip() for part in parts) + "\n"
+
+
+def _heading(found: Sequence[Record], preset: str) -> list[str]:
+    versions: dict[str, set[str]] = {}
+    for record in found:
+        for name, version in record["versions"].items():
+            versions.setdefault(name, set()).add(version)
+    told = ", ".join(f"{name} {'/'.join(sorted(v))}" for name, v in sorted(versions.items()))
+    tasks, seeds = ({r[name] for r in found} for name in ("task", "seed"))
+    held_back = {r["task"] for r in found if r["held_back"]}
+    return [
+        f"{len(found)} runs: {len(tasks)} tasks ({len(held_back)} held back), {len(seeds)} seeds; "
+        f"{told}; {', '.join(sorted({r['device'] for r in found}))}.",
+        "",
+        f"    python -m benchmarks.suite --data DIR --preset {preset}",
+    ]
+
+
+# --- one row for each method ---------------------------------------------------------------------
+
+
+def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
+    by_loss = standings.contests(found, "loss")
+    methods = _finished(found, runs)
+    ranks, ranked = standings.mean_ranks(runs, methods)
+    lines = _head(
+        "Method", "Tasks", "Wins", "Ties", "Losses", "Dead", "Diverged",
+        "Accuracy gained (points)", "Mean rank", "Test loss, ratio",
+    )  # fmt: skip
+    for name in methods:
+        count = Counter(standings.verdicts(runs, name).values())
+        gained = list(standings.gains(runs, name).values())
+        ratio = standings.loss_ratio(by_loss, name)
+        lines.append(
+            _row(
+                method(name).label if "@" not in name else f"`{name}`",
+                str(count.total()),
+                *(
+                    "" if name == REFERENCE else str(count[v])
+                    for v in ("win", "tie", "loss", "dead", "diverged")
+                ),
+                f"{100 * statistics.fmean(gained):+.1f}" if gained else "–",
+                f"{ranks[name]:.1f}" if ranks else "–",
+                "–" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return [
+        *lines,
+        "",
+        "Wins, ties and losses against the best of ten SGD rates, chosen anew for each task and "
+        "seed by the test set itself; a tie is a mean difference within its standard error over "
+        "seeds. By test accuracy where there are classes to name, by test loss elsewhere. Dead: in "
+        "some seed no better than guessing where an SGD rate is. Diverged: in some seed not "
+        "finite. Accuracy gained over that SGD run: mean over the tasks with classes. Mean rank: "
+        f"among the {len(methods)} methods here, over the {ranked} pairs of task and seed on which "
+        "all of them ran. Test loss: geometric mean of its ratio to the least of the ten SGD "
+        f"rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run counts.",
+    ]
+
+
+def _time(found: Sequence[Record], runs: Runs) -> list[str]:
+    seconds = standings.sgd_seconds(found)
+    lines = _head(
+        "Method",
+        "Time / one SGD run",
+        "Passes / SGD's",
+        *(f"Accuracy at {budget:g} SGD runs (points)" for budget in BUDGETS),
+    )
+    for name in _finished(found, runs):
+        cost = standings.cost_ratio(runs, name, seconds)
+        entries = []
+        for budget in BUDGETS:
+            gained = [
+                standings.value_at(by_method[name], budget * seconds[contest], "seconds")
+                - by_method[REFERENCE]["test_accuracy"]
+                for contest, by_method in runs.items()
+                if {name, REFERENCE} <= by_method.keys()
+                and contest in seconds
+                and by_method[name]["score"] == "accuracy"
+                and not by_method[REFERENCE]["diverged"]
+            ]
+            entries.append(f"{100 * statistics.fmean(gained):+.1f}" if gained else "–")
+        lines.append(
+            _row(
+                _label(name),
+                "–" if cost is None else f"{cost:.2f}",
+                f"{method(name).passes / method(REFERENCE).passes:.2f}",
+                *entries,
+            )
+        )
+    return [
+        *lines,
+        "",
+        "Time of training without evaluation, of one run (a grid is as many runs as it has rates): "
+        "median over tasks and seeds. Accuracy: each run is cut when one SGD run, or so many of "
+        "them, would have ended, and compared with the best SGD rate's final accuracy; mean over "
+        "the tasks with classes. Between epochs it is interpolated. Schedules that end with the "
+        "run lose most by the cut.",
+    ]
+
+
+def _matrix(found: Sequence[Record], runs: Runs) -> list[str]:
+    methods = _finished(found, runs)
+    lines = _head("", *(f"{index}" for index in range(1, len(methods) + 1)))
+    for index, name in enumerate(methods, start=1):
+        entries = []
+        for other in methods:
+            count = Counter(standings.verdicts(runs, name, other).values())
+            lost = count["loss"] + count["dead"] + count["diverged"]
+            entries.append("" if name == other else f"{count['win']}/{count['tie']}/{lost}")
+        lines.append(_row(f"{index} {_label(name)}", *entries))
+    return [
+        *lines,
+        "",
+        "Tasks won, tied and lost by the row's method against the column's, by the same rules.",
+    ]
+
+
+def _failures(found: Sequence[Record], runs: Runs) -> list[str]:
+    lines = []
+    for name in _finished(found, runs):
+        for task, given in standings.verdicts(runs, name).items():
+            if given in ("dead", "diverged"):
+                lines.append(_row(_label(name), task, given))
+    return [*_head("Method", "Task", "In some seed"), *lines] if lines else ["None."]
+
+
+# --- one table for each family of tasks ----------------------------------------------------------
+
+
+def _families(found: Sequence[Record], runs: Runs) -> list[str]:
+    families: dict[str, list[str]] = {}
+    for record in sorted(found, key=lambda r: (r["family"], r["task"])):
+        tasks = families.setdefault(record["family"], [])
+        if record["task"] not in tasks:
+            tasks.append(record["task"])
+    score = {r["task"]: r["score"] for r in found}
+    held_back = {r["task"] for r in found if r["held_back"]}
+    lines: list[str] = []
+    for family, tasks in families.items():
+        heads = [f"{t}{' *' if t in held_back else ''}, {score[t]}" for t in tasks]
+        lines += [f"### {family}", "", *_head("Method", *heads)]
+        for name in standings.names(found):
+            given = standings.verdicts(runs, name) if name != REFERENCE else {}
+            entries = [_cell(runs, task, name, given) for task in tasks]
+            if any(entries):
+                lines.append(_row(_label(name), *entries))
+        lines.append("")
+    return [
+        *lines,
+        "Mean over seeds ± its standard error, at the end of the run; of a grid the best rate of "
+        "each seed. Against the best SGD rate: + better, = within the standard error of the "
+        "difference, − worse, † dead, ‡ diverged. * Held back.",
+    ]
+
+
+def _cell(runs: Runs, task: str, name: str, given: Mapping[str, str]) -> str:
+    here = [by_method for (t, _), by_method in runs.items() if t == task]
+    mine = [by_method[name] for by_method in here if name in by_method]
+    finite = [abs(standings.value(r)) for r in mine if not r["diverged"]]
+    mark = f" {_MARKS[given[task]]}" if task in given else ""
+    if not finite:
+        return f"NaN{mark}" if mine else ""
+    entry = f"{statistics.fmean(finite):.3f}"
+    if len(finite) > 1:
+        entry += f" ± {statistics.stdev(finite) / math.sqrt(len(finite)):.3f}"
+    return entry + mark
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def _finished(found: Sequence[Record], runs: Runs) -> list[str]:
+    """Methods that have met the reference somewhere."""
+    met = {n for by_method in runs.values() if REFERENCE in by_method for n in by_method}
+    return [name for name in standings.names(found) if name in met]
+
+
+def _label(name: str) -> str:
+    return f"`{name}`" if "@" in name else method(name).label
+
+
+def _row(*entries: Any) -> str:
+    return f"| {' | '.join(map(str, entries))} |"
+
+
+def _head(*entries: str) -> list[str]:
+    return [_row(*entries), _row(*("---" for _ in entries))]

@@ -1,0 +1,155 @@
+"""What one trial is, and which trials a preset holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.methods import METHODS, method
+from benchmarks.suite.tasks import TASKS, Task
+
+__all__ = ["PRESETS", "Preset", "Record", "Trial", "read"]
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of the suite.
+
+    Attributes:
+        task: A name in `tasks.TASKS`.
+        method: A name in `methods.METHODS`, or a variant.
+        lr: The learning rate of a tuned method; else None.
+        seed: Of the initialisation and of the order of the minibatches.
+        epochs: Passes over the training examples.
+        train_examples: Training examples used.
+        test_examples: Test examples used.
+
+    Raises:
+        ValueError: For a value that is not one of these, naming it.
+    """
+
+    task: str
+    method: str
+    lr: float | None
+    seed: int
+    epochs: int
+    train_examples: int
+    test_examples: int
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r}: expected one of {', '.join(TASKS)}")
+        tuned = method(self.method).grid is not None
+        if tuned and (self.lr is None or not self.lr > 0):
+            raise ValueError(f"lr={self.lr!r}: {self.method} needs a positive learning rate")
+        if not tuned and self.lr is not None:
+            raise ValueError(f"lr={self.lr!r}: {self.method} is not tuned; leave lr out")
+        for name in ("epochs", "train_examples", "test_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        if self.train_examples < TASKS[self.task].batch_size:
+            raise ValueError(
+                f"train_examples={self.train_examples}: fewer than a minibatch of {self.task}"
+            )
+
+    def key(self) -> str:
+        """The trial's identity, by which a finished one is recognised."""
+        rate = "" if self.lr is None else f"@{self.lr:.6g}"
+        sizes = f"e{self.epochs}-n{self.train_examples}-t{self.test_examples}"
+        return f"{self.task}/{sizes}/{self.method}{rate}/s{self.seed}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The attributes by name, as they stand in a record."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Record) -> Trial:
+        """The trial that made a record."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A part of the suite, at full size or shrunk.
+
+    Attributes:
+        wanted: Whether a task belongs to it.
+        seeds: Of every task.
+        limits: Upper bounds of a task's ``epochs``, ``train_examples`` and ``test_examples``.
+        parts: Presets that it consists of, whose records serve it too.
+        methods: Run unless others are named.
+        synthetic: Whether pictures are made, where the archive is not there.
+    """
+
+    wanted: Callable[[Task], bool]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    limits: Mapping[str, int] | None = None
+    parts: tuple[str, ...] = ()
+    methods: tuple[str, ...] = tuple(METHODS)
+    synthetic: bool = False
+
+    def tasks(self) -> list[Task]:
+        """Its tasks."""
+        return [task for task in TASKS.values() if self.wanted(task)]
+
+    def trials(self, methods: Iterable[str] | None = None) -> Iterator[Trial]:
+        """Seed by seed, and all methods of a task together.
+
+        What was stopped early therefore holds comparisons that are complete, and a change in the
+        machine's speed meets all methods alike.
+        """
+        chosen = tuple(self.methods if methods is None else methods)
+        for seed in self.seeds:
+            for task in self.tasks():
+                sizes = {
+                    name: min(getattr(task, name), (self.limits or {}).get(name, 10**9))
+                    for name in ("epochs", "train_examples", "test_examples")
+                }
+                for name in chosen:
+                    for lr in method(name).grid or (None,):
+                        yield Trial(task.name, name, lr, seed, **sizes)
+
+
+_SMOKE = ("cifar10/mlp-relu/b64", "diabetes/mlp-relu/b32", "digits/autoencoder-tanh/b64")
+
+PRESETS = {
+    # Without any download, in seconds: does everything run?
+    "smoke": Preset(
+        wanted=lambda task: task.name in _SMOKE,
+        seeds=(0, 1),
+        limits={"epochs": 2, "train_examples": 128, "test_examples": 60},
+        methods=("sgd", "adler", "adler-adam", "adamw"),
+        synthetic=True,
+    ),
+    # What a default is chosen on, and what it is judged on, once.
+    "development": Preset(wanted=lambda task: not task.held_back),
+    "held-back": Preset(wanted=lambda task: task.held_back),
+    "full": Preset(wanted=lambda task: True, parts=("development", "held-back")),
+}
+
+
+def read(directories: Sequence[Path]) -> list[Record]:
+    """All records in the directories' ``*.jsonl``, by key; of several with one key the first.
+
+    Raises:
+        ValueError: If a line is not a record. The message names file and line.
+    """
+    found: dict[str, Record] = {}
+    for path in (path for directory in directories for path in sorted(directory.glob("*.jsonl"))):
+        # What follows the last newline is being written by another shard, or was cut off.
+        for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+                key = Trial.of(record).key()
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: not a record ({error}): delete the line, and its "
+                    "trial is repeated"
+                ) from error
+            found.setdefault(key, record)
+    return [found[key] for key in sorted(found)]
