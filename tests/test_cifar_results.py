@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.cifar import data, rates, records, table, thesis
+from examples.cifar import choices, data, rates, records, table, thesis
 from examples.cifar.config import Run
 from examples.cifar.presets import PRESETS
 
@@ -70,7 +70,28 @@ def test_rates_are_recorded_and_drawn(tmp_path):
     assert (tmp_path / "out/rates.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "out/rates.json").read_text())
     for curves in found.values():
-        default = curves["adler"]
+        default = curves["adler-cap"]
         bound = [2 * rate for rate in default["minibatch_lr"]]
         assert len(bound) == 5
         assert all(r <= b * 1.001 for r, b in zip(default["effective_lr"], bound))
+
+
+def test_the_choices_are_rendered_from_the_records():
+    found = choices.read()
+    assert list(found) == list(choices.CHOICES)
+    assert choices.markdown(found) == (RESULTS / "choices.md").read_text()
+    # Every choice meets every optimizer on both networks: no dash.
+    assert "–" not in choices.markdown(found)
+
+
+def test_choices_take_the_best_of_the_grid_and_name_the_normalisation():
+    found = {
+        "quick": [
+            record("sgd", 0.1, [0.1], lr=0.1),
+            record("sgd", 0.2, [0.3], lr=0.3),
+            record("adler", 0.15, [1.0]),
+        ]
+    }
+    assert (
+        "| minibatches of 64, 4 epochs | vit, layer | – | – | 0.200 | 0.150 | – |"
+    ) in choices.markdown(found)

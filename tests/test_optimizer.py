@@ -56,7 +56,7 @@ def test_guarded_trajectories_equal_the_guarded_reference(name, criterion_name, 
     model, criterion = network(name), CRITERIA[criterion_name]()
     data = batches(name, criterion, STEPS)
     expected = run(model, criterion, data, kind=kind, **guards)
-    options = {} if guards is TRUST_REGION_ONLY else guards  # the default
+    options = {} if guards is GUARDS else guards  # the default
     optimizer = KINDS[kind](model.parameters(), model, criterion, **options)
     train(model, criterion, optimizer, data)
     torch.testing.assert_close(flat(model), expected.parameters[-1], rtol=1e-9, atol=1e-12)
@@ -329,7 +329,7 @@ def test_a_non_convex_loss_uses_the_average_where_it_curves_down():
 
     model, criterion = nn.Linear(1, 1, bias=False).double(), Welsch()
     x = torch.ones(1, 1).double()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **TRUST_REGION_ONLY)
     model.weight.data.fill_(0.1)  # convex here
     train(model, criterion, optimizer, [(x, torch.zeros(1, 1).double())])
     average = float(optimizer.last_step.effective_lr)

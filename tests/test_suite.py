@@ -873,7 +873,7 @@ def test_sweeps_vary_one_option():
     names = standings.names(fixed_records())
     found = {(s.option, repr(s.others)): list(s.methods.values()) for s in plots.sweeps(names)}
     assert found == {
-        ("max_kl", "{}"): ["adler@max_kl=0.03", "adler@max_kl=0.3"],
+        ("max_kl", "{}"): ["adler@max_kl=0.03", "adler", "adler@max_kl=0.3"],
         ("lr", "{'max_kl': 0.3}"): ["adler@max_kl=0.3,lr=0.5", "adler@max_kl=0.3"],
     }
 

@@ -187,7 +187,7 @@ def _group(optimizer: Optimizer, name: str) -> float:
 # --- the registry --------------------------------------------------------------------------------
 
 _ADAMW_GRID = tuple(float(f"{rate:.6g}") for rate in np.logspace(-4, -2, 5).tolist())
-_GUARDED: dict[str, Any] = {"max_kl": 0.1, "max_relative_change": 0.1}
+_CAP_ONLY: dict[str, Any] = {"max_kl": None, "max_relative_change": None}
 
 # No momentum, weight decay or schedule but where it says so; PyTorch's defaults unless stated.
 METHODS: dict[str, Method] = {
@@ -196,7 +196,7 @@ METHODS: dict[str, Method] = {
         "AdamW + cosine, grid", _ADAMW_GRID, 2, _plain(AdamW, tuned=True, warmup=0.05)
     ),
     "adler": Method("Adler (default)", None, 3, _measured(adler.Adler)),
-    "adler-guarded": Method("Adler (guarded)", None, 3, _measured(adler.Adler, **_GUARDED)),
+    "adler-cap": Method("Adler (cap only)", None, 3, _measured(adler.Adler, **_CAP_ONLY)),
     "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
     "adler-adam": Method("AdlerAdam (default)", None, 3, _measured(adler.AdlerAdam)),
     "gauss-newton-published": Method(

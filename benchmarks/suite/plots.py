@@ -133,7 +133,7 @@ def sweeps(names: Sequence[str]) -> list[Sweep]:
     Examples:
         >>> [sweep] = sweeps(["adler", "adler@max_kl=0.3", "adler@max_kl=0.03", "sgd"])
         >>> sweep.option, sweep.methods
-        ('max_kl', {0.03: 'adler@max_kl=0.03', 0.3: 'adler@max_kl=0.3'})
+        ('max_kl', {0.03: 'adler@max_kl=0.03', 0.1: 'adler', 0.3: 'adler@max_kl=0.3'})
     """
     points: dict[tuple[str, str, str], tuple[dict[str, Any], dict[float, str]]] = {}
     for name in names:

@@ -35,8 +35,8 @@ NETWORKS = {
 COLOURS = {
     "adler-published": "#D55E00",
     "gauss-newton-published": "#009E73",
+    "adler-cap": "#CC79A7",
     "adler": "#0072B2",
-    "adler-guarded": "#CC79A7",
 }
 
 

@@ -45,9 +45,9 @@ class Adler(MeasuredOptimizer):
             start at 2. ``None``: no guard at all, whatever the next two say.
         max_kl: A step moves the batch's predictions by at most so many nats an example, for losses
             that are log-likelihoods; regression losses take the residuals' variance for scale.
-            Try 0.1.
-        max_relative_change: No weight tensor moves by more than this fraction of its norm. Try 0.1,
-            for deep networks above all.
+            ``None``: by any number.
+        max_relative_change: No weight tensor moves by more than this fraction of its norm.
+            ``None``: by any fraction.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
@@ -63,7 +63,8 @@ class Adler(MeasuredOptimizer):
         TypeError: For arguments of another kind, complex parameters included.
 
     Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, SNS 2025,
-    ch. 7, Algorithm 1; D. Balboni, D. Bacciu, arXiv 2305.16396. The bound is ours: `as_published`.
+    ch. 7, Algorithm 1; D. Balboni, D. Bacciu, arXiv 2305.16396. The bounds are ours; `as_published`
+    has none.
 
     Examples:
         >>> import torch
@@ -90,8 +91,8 @@ class Adler(MeasuredOptimizer):
         beta: float = 0.99,
         eps: float = 1e-10,
         trust_region: float | None = 2.0,
-        max_kl: float | None = None,
-        max_relative_change: float | None = None,
+        max_kl: float | None = 0.1,
+        max_relative_change: float | None = 0.1,
         weight_decay: float = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
