@@ -15,7 +15,7 @@ from adler import Adler, GaussNewton
 settings.register_profile("properties", deadline=None, max_examples=15, derandomize=True)
 KINDS = {"adler": Adler, "as-published": Adler.as_published, "gauss-newton": GaussNewton}
 STEPS = 5
-# Without the bounds on how far the network is linear, which know a likelihood and the weights' size.
+# Without the bounds on how far the network is linear: they know a likelihood and weights' sizes.
 CAP_ONLY = {"max_kl": None, "max_relative_change": None}
 
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
