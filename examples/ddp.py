@@ -10,8 +10,8 @@ import argparse
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -65,10 +65,10 @@ def main(mode: str, epochs: int, checkpoint: str | None) -> None:
 
     if checkpoint is not None:
         weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=checkpoint)
+        state_dict_saver.save({"model": weights, "optimizer": state}, checkpoint_id=checkpoint)
         # Resuming, on any number of processes:
         weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint)
+        state_dict_loader.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     dist.barrier()
     dist.destroy_process_group()

@@ -40,7 +40,7 @@ def main(epochs: int) -> float:
     accuracy = 0.0
     for epoch in range(epochs):
         model.train()
-        for rows in torch.randperm(len(x)).split(64):
+        for rows in torch.split(torch.randperm(len(x)), 64):
             optimizer.zero_grad()
             loss = criterion(model(x[rows]), y[rows])
             loss.backward()

@@ -28,7 +28,8 @@ def main(dtype: torch.dtype, steps: int, accumulate: int = 2) -> tuple[float, fl
     for _ in range(steps):
         optimizer.zero_grad()
         total = 0.0
-        for rows in torch.randperm(len(x), device=device)[: 64 * accumulate].split(64):
+        shuffled = torch.randperm(len(x), device=device)[: 64 * accumulate]
+        for rows in torch.split(shuffled, 64):
             with torch.autocast(device, dtype=dtype):
                 loss = criterion(model(x[rows]), y[rows]) / accumulate
             scaler.scale(loss).backward()

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import flat
-from launch import torchrun, ROOT
+from launch import ROOT, torchrun
 from loops import train
-from reference import run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -172,6 +171,8 @@ def test_activation_checkpointing_takes_the_same_steps(reentrant):
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-8)
 
 
+# PyTorch's own, where a compiled function meets a hook between two of its parts.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_train_step_takes_the_same_steps():
     """The forward and backward in one compiled function; step() stays outside."""
     torch.compiler.reset()
@@ -204,18 +205,18 @@ def test_a_frozen_base_with_low_rank_adapters():
 
     _, criterion, x, y = setting()
     model = Adapted().double()
-    base, before = model.base.weight.clone(), float(criterion(model(x), y))
+    base, before = model.base.weight.clone(), criterion(model(x), y).item()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = Adler(trained, model, criterion)
     train(model, criterion, optimizer, [(x, y)] * 10)
     assert model.base.weight.equal(base)
-    assert float(criterion(model(x), y)) < before
+    assert criterion(model(x), y).item() < before
     assert int(optimizer.last_step.skipped_total) == 0
 
 
 def test_data_parallel_is_refused():
     model, criterion, _, _ = setting()
-    with pytest.raises(TypeError, match="DataParallel.*use .*DistributedDataParallel"):
+    with pytest.raises(TypeError, match=r"DataParallel.*use .*DistributedDataParallel"):
         Adler(model.parameters(), nn.DataParallel(model), criterion)
 
 
@@ -286,9 +287,8 @@ def checked_step(model, criterion, call, targets, output_fn=None, **options):
 
     v = (at(1e-5) - at(-1e-5)) / 2e-5
     at(0.0)
-    _, expected = torch.autograd.functional.vhp(
-        lambda o: criterion(o, targets), outputs.detach(), v, strict=False
-    )
+    other = copy.deepcopy(criterion)  # whose calls are not recorded
+    _, expected = torch.autograd.functional.vhp(lambda o: other(o, targets), outputs.detach(), v)
     optimizer.step()
     assert float(optimizer.last_step.curvature) == pytest.approx(
         float((v * expected).sum()), rel=1e-5

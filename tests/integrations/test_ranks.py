@@ -155,9 +155,7 @@ def test_running_statistics_move_once_a_step(found):
             assert not mean.equal(found(name)[1 - rank]["buffers"][0])
     sharded, replicated = found("fsdp_batchnorm")[0], found("ddp_batchnorm")[0]
     assert_same_run(sharded, replicated, rtol=1e-6)
-    torch.testing.assert_close(
-        sharded["buffers"], replicated["buffers"], rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(sharded["buffers"], replicated["buffers"], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.row(FSDP)

@@ -1,7 +1,7 @@
 """What each of several processes finds; started by ``torchrun``, saves one file a rank.
 
-    torchrun --standalone --nproc-per-node 2 ranks.py scenarios OUT
-    torchrun --standalone --nproc-per-node 3 ranks.py resume OUT CHECKPOINT
+torchrun --standalone --nproc-per-node 2 ranks.py scenarios OUT
+torchrun --standalone --nproc-per-node 3 ranks.py resume OUT CHECKPOINT
 """
 
 from __future__ import annotations
@@ -15,13 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from scenes import GUARDS, STEPS, Barrier, joint_batches, network, shares, train, uneven_shares, whole
+from scenes import (
+    GUARDS,
+    STEPS,
+    Barrier,
+    joint_batches,
+    network,
+    shares,
+    train,
+    uneven_shares,
+    whole,
+)
 from torch import nn
 from torch.distributed.algorithms import Join
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 import adler
 
@@ -58,37 +68,37 @@ def run(model: nn.Module, batches: Any = None, kind: Any = adler.Adler, **option
 
 @scenario
 def ddp() -> dict[str, Any]:
-    return run(DDP(network()))
+    return run(DistributedDataParallel(network()))
 
 
 @scenario
 def ddp_guarded() -> dict[str, Any]:
-    return run(DDP(network()), **GUARDS)
+    return run(DistributedDataParallel(network()), **GUARDS)
 
 
 @scenario
 def ddp_adam() -> dict[str, Any]:
-    return run(DDP(network()), kind=adler.AdlerAdam)
+    return run(DistributedDataParallel(network()), kind=adler.AdlerAdam)
 
 
 @scenario
 def ddp_gauss_newton() -> dict[str, Any]:
-    return run(DDP(network()), kind=adler.GaussNewton)
+    return run(DistributedDataParallel(network()), kind=adler.GaussNewton)
 
 
 @scenario
 def ddp_finite_difference() -> dict[str, Any]:
-    return run(DDP(network()), **DIFFERENCE)
+    return run(DistributedDataParallel(network()), **DIFFERENCE)
 
 
 @scenario
 def ddp_every_third() -> dict[str, Any]:
-    return run(DDP(network()), curvature_every=3)
+    return run(DistributedDataParallel(network()), curvature_every=3)
 
 
 @scenario
 def ddp_compiled() -> dict[str, Any]:
-    return run(DDP(torch.compile(network(), backend="eager")))
+    return run(DistributedDataParallel(torch.compile(network(), backend="eager")))
 
 
 @scenario
@@ -96,18 +106,21 @@ def ddp_given_the_inner_module() -> dict[str, Any]:
     """As frameworks do, which make the optimizer before they wrap the model."""
     inner, criterion = network(), nn.CrossEntropyLoss()
     optimizer = adler.Adler(inner.parameters(), inner, criterion)
-    return train(DDP(inner), optimizer, mine(), criterion)
+    return train(DistributedDataParallel(inner), optimizer, mine(), criterion)
 
 
 @scenario
 def ddp_uneven() -> dict[str, Any]:
-    return run(DDP(network()), [[uneven_shares(x, y)[dist.get_rank()]] for x, y in joint_batches()])
+    return run(
+        DistributedDataParallel(network()),
+        [[uneven_shares(x, y)[dist.get_rank()]] for x, y in joint_batches()],
+    )
 
 
 @scenario
 def ddp_accumulation() -> dict[str, Any]:
     """Two micro-batches, the first under ``no_sync``."""
-    model, criterion = DDP(network()), nn.CrossEntropyLoss()
+    model, criterion = DistributedDataParallel(network()), nn.CrossEntropyLoss()
     optimizer = adler.Adler(model.parameters(), model, criterion)
     steps = []
     for ((x, y),) in mine():
@@ -125,7 +138,7 @@ def ddp_one_rank_not_finite() -> dict[str, Any]:
     batches = mine()
     if dist.get_rank() == 1:
         batches[3][0][0][0, 0] = torch.nan
-    return run(DDP(network()), batches)
+    return run(DistributedDataParallel(network()), batches)
 
 
 @scenario
@@ -134,7 +147,7 @@ def ddp_one_loss_infinite() -> dict[str, Any]:
     batches = mine()
     if dist.get_rank() == 1:
         batches[3][0][1][0] = -1
-    model, criterion = DDP(network()), Barrier()
+    model, criterion = DistributedDataParallel(network()), Barrier()
     optimizer = adler.Adler(model.parameters(), model, criterion)
     return train(model, optimizer, batches, criterion)
 
@@ -149,7 +162,7 @@ def refused(act: Callable[[], Any]) -> dict[str, Any]:
 
 @scenario
 def ddp_join() -> dict[str, Any]:
-    model = DDP(network())
+    model = DistributedDataParallel(network())
 
     def act() -> None:
         with Join([model]):
@@ -162,7 +175,7 @@ def ddp_join() -> dict[str, Any]:
 
 @scenario
 def ddp_spectral() -> dict[str, Any]:
-    return refused(lambda: run(DDP(network()), kind=adler.SpectralSGD))
+    return refused(lambda: run(DistributedDataParallel(network()), kind=adler.SpectralSGD))
 
 
 @scenario
@@ -184,7 +197,9 @@ def fsdp_adam() -> dict[str, Any]:
 
 @scenario
 def ddp_finite_difference_adam() -> dict[str, Any]:
-    return run(DDP(network()), kind=adler.AdlerAdam, weight_decay=0.1, **DIFFERENCE)
+    return run(
+        DistributedDataParallel(network()), kind=adler.AdlerAdam, weight_decay=0.1, **DIFFERENCE
+    )
 
 
 @scenario
@@ -219,7 +234,7 @@ def ddp_batchnorm() -> dict[str, Any]:
     model = network(batchnorm=True)
     with warnings.catch_warnings():  # newer versions have another name for it
         warnings.simplefilter("ignore", FutureWarning)
-        model = DDP(model, broadcast_buffers=False)
+        model = DistributedDataParallel(model, broadcast_buffers=False)
     return run(model, **DIFFERENCE)
 
 

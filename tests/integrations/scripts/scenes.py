@@ -17,7 +17,9 @@ GUARDS = {"trust_region": 2.0, "max_kl": 0.1, "max_relative_change": 0.1}
 def network(batchnorm: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
     middle = nn.BatchNorm1d(7) if batchnorm else nn.Tanh()
-    return nn.Sequential(nn.Linear(4, 7), middle, nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    return nn.Sequential(
+        nn.Linear(4, 7), middle, nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
 
 
 def joint_batches(count: int = STEPS, size: int = 12, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
