@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test lint format types pytest docs readme clean
+.PHONY: demo test test-integrations lint format types pytest docs readme matrix clean
 .DEFAULT_GOAL := test
 
 # A stamp per extra, so that the demo does not wait for the test tools.
@@ -34,6 +34,14 @@ types: $(VENV)/.test $(VENV)/.examples
 
 pytest: $(VENV)/.test $(VENV)/.examples $(VENV)/.diagnostics
 	$(BIN)/python -m pytest -n 2 src tests
+
+# Not part of make test, which needs none of these packages.
+test-integrations: $(VENV)/.test $(VENV)/.examples $(VENV)/.integrations  ## real processes, other packages
+	$(BIN)/python -m pytest tests/integrations
+
+matrix: $(VENV)/.test $(VENV)/.examples $(VENV)/.integrations  ## what was tested, into its page
+	$(BIN)/python -m pytest tests/integrations --matrix docs/data/matrix.json
+	$(PYTHON) docs/matrix.py
 
 readme:  ## renders the measured tables into the README
 	$(PYTHON) docs/readme.py

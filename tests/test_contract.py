@@ -118,6 +118,15 @@ def test_another_process_continues_bit_for_bit(tmp_path):
         assert same(torch.load(tmp_path / f"{name}-resumed"), run.train(DATA[4:]).state()), name
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_no_two_numbers_of_a_state_share_memory(make, steps):
+    """`torch.distributed.checkpoint` loads into the tensors that it finds."""
+    run = start(make).train(DATA[:steps])
+    group = run.optimizer.param_groups[0]
+    places = [t.data_ptr() for key, t in group.items() if isinstance(t, torch.Tensor)]
+    assert len(places) == len(set(places)) >= 5
+
+
 @pytest.mark.parametrize("params", [lambda m: [m[0].bias], nn.Module.parameters, halves])
 def test_a_state_of_other_groups_is_refused(make, params):
     run = start(make, lambda m: [*halves(m)[:1], {"params": m[2].bias}]).train()
@@ -350,7 +359,15 @@ SCHEDULERS = {
     "OneCycleLR": lambda o: S.OneCycleLR(o, 1.0, 9, cycle_momentum=False),
     "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, patience=1),
     "SequentialLR": lambda o: S.SequentialLR(o, [S.LinearLR(o), S.StepLR(o, 1)], [3]),
+    "MultiplicativeLR": lambda o: S.MultiplicativeLR(o, lambda k: 0.9),
+    "ChainedScheduler": lambda o: S.ChainedScheduler([S.ConstantLR(o), S.ExponentialLR(o, 0.9)], o),
 }
+
+
+def test_every_scheduler_of_pytorch_is_tried():
+    assert {s.__name__ for s in vars(S).values() if isinstance(s, type)} >= SCHEDULERS.keys()
+    public = {name for name in S.__all__ if name not in ("LRScheduler", "SequentialLR")}
+    assert public <= SCHEDULERS.keys()
 
 
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])

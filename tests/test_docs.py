@@ -13,7 +13,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
-PAGES = ["README.md", "docs/pages/index.md", "docs/pages/use.md", "docs/pages/diagnostics.md"]
+PAGES = [
+    "README.md",
+    "docs/pages/index.md",
+    "docs/pages/use.md",
+    "docs/pages/training-loops.md",
+    "docs/pages/diagnostics.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -36,6 +42,17 @@ def test_the_readme_shows_the_measured_tables():
     text = (ROOT / "README.md").read_text()
     assert len(BLOCK.findall(text)) == 2
     assert render(text) == text, "run make readme"
+
+
+def test_the_matrix_of_integrations_is_that_of_the_committed_runs():
+    from matrix import DATA, PAGE, render
+
+    rows = json.loads(DATA.read_text())
+    assert rows
+    assert all(row["passed"] and not row["failed"] for row in rows.values())
+    text = PAGE.read_text()
+    assert render(text, rows) == text, "run make matrix"
+    assert render(render(text, {}), rows) == text
 
 
 def test_the_demo_runs_and_redraws(tmp_path):

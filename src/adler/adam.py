@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adler import averaging, update
+from adler.distributed import like, local
 from adler.measured import MeasuredOptimizer
 
 __all__ = ["AdlerAdam"]
@@ -117,15 +118,17 @@ class AdlerAdam(MeasuredOptimizer):
             if not mine:
                 continue
             discount, offset = group["betas"][1], group["adam_eps"]
-            g = [of[p] for p in mine]
-            moments = torch._foreach_mul([self._moments(p)["exp_avg_sq"] for p in mine], discount)
+            g = local([of[p] for p in mine])
+            seconds = local([self._moments(p)["exp_avg_sq"] for p in mine])
+            moments = torch._foreach_mul(seconds, discount)
             torch._foreach_addcmul_(moments, g, g, 1 - discount)
             # In float64: 1 - 0.999 keeps four digits in float32.
             corrections = [1 - discount ** (self.state[p]["step"].double() + 1) for p in mine]
             torch._foreach_div_(moments, corrections)
             torch._foreach_sqrt_(moments)
             torch._foreach_add_(moments, offset)
-            found.update(zip(mine, torch._foreach_div(g, moments), strict=True))
+            parts = torch._foreach_div(g, moments)
+            found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
         return [found[p] for p in params]
 
     def _descend(
@@ -144,6 +147,10 @@ class AdlerAdam(MeasuredOptimizer):
             eps=group["adam_eps"],
             weight_decay=group["weight_decay"],
         )
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        for p in params:
+            self._moments(p)
 
     def _moments(self, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]

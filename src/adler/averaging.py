@@ -32,8 +32,8 @@ class Average(NamedTuple):
     def empty(cls, device: torch.device | str = "cpu") -> Average:
         """Of no values yet; float64 where the device has it."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        zero = torch.zeros((), dtype=dtype, device=device)
-        return cls(zero, zero)
+        # Two tensors: checkpoints are loaded in place.
+        return cls(*(torch.zeros((), dtype=dtype, device=device) for _ in range(2)))
 
 
 class DiscountedMean(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from adler import distributed
 from adler.replay import (
     Call,
     RandomState,
@@ -93,6 +94,7 @@ class Recorder:
         self._model, self._criterion = model, criterion
         self._output_fn, self._params = output_fn, params
         self._devices = accelerators(model)
+        self.ddp = distributed.find(model)  # or the one that the model is found to run inside
         self._entered: tuple[RandomState, Any] | None = None
         self._last_call: Call | None = None
         self._by_output: Any = WeakTensorKeyDictionary()
@@ -179,6 +181,11 @@ class Recorder:
                 call = last  # brings the random state, and so the same dropout masks
         return [RecordedLoss(call, targets if isinstance(targets, tuple) else (targets,))]
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether there was no call since the last step."""
+        return self._calls == 0 and not self._backpropagated
+
     # --- called by the hooks ---------------------------------------------------------------------
 
     def _enter_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -190,6 +197,8 @@ class Recorder:
         if self._entered is None:
             return
         (random_state, autocast), self._entered = self._entered, None
+        self.ddp = self.ddp or distributed.active()
+        args, kwargs = distributed.moved(distributed.find(self._model), (args, kwargs))
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         call = Call(
             unwrap(self._model),

@@ -36,6 +36,7 @@ __all__ = [
     "finite_difference",
     "forward",
     "transpose",
+    "warn_of_fallback",
 ]
 
 Parameters = Mapping[str, Tensor]
@@ -230,16 +231,22 @@ def directional_derivative(
         try:
             return *forward(f, params, direction), jvp
         except ForwardModeUnsupportedError as error:
-            warnings.warn(
-                f"forward-mode AD is not available for {error.op}; the Jacobian-vector product is "
-                "taken by finite difference instead (jvp='finite_difference' says so explicitly)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn_of_fallback(error.op, stacklevel=4)
             jvp = "finite_difference"
     if jvp == "finite_difference":
         return *finite_difference(f, params, direction, step=step, outputs=outputs), jvp
     return *ENGINES[jvp](f, params, direction), jvp
+
+
+def warn_of_fallback(op: str, jvp: str = "forward", *, stacklevel: int) -> None:
+    """Says, once an optimizer, that the finite difference takes over."""
+    mode = "forward-mode AD" if jvp == "forward" else f"jvp={jvp!r}"
+    warnings.warn(
+        f"{mode} is not available for {op}; the Jacobian-vector product is taken by finite "
+        "difference instead (jvp='finite_difference' says so explicitly)",
+        RuntimeWarning,
+        stacklevel=stacklevel,
+    )
 
 
 # --- helpers -------------------------------------------------------------------------------------

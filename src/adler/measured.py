@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adler import hyperparameters, losses, update
+from adler import distributed, hyperparameters, losses, update
 from adler.averaging import Average, DiscountedMean
 from adler.capture import RecordedLoss, Recorder
 from adler.measurement import BatchCurvature, batch_curvature
@@ -97,6 +97,7 @@ class MeasuredOptimizer(Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        distributed.refuse(model)
         if not callable(criterion):
             raise TypeError(f"criterion: expected a loss, got {type(criterion).__name__}")
         if output_fn is not None and not callable(output_fn):
@@ -150,6 +151,9 @@ class MeasuredOptimizer(Optimizer):
         shared = self.param_groups[0]
         measures = shared["steps"] % shared["curvature_every"] == 0
         params, gradients = self._gradients()
+        if inputs is None and targets is None and self._only_makes_state(params, gradients):
+            return loss
+        ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
         batch = self._batch(inputs, targets) if measures else []  # raises before anything changes
         scale, veto = self._amp_unscale(gradients)
         direction = self._search_direction(params, gradients)
@@ -165,8 +169,12 @@ class MeasuredOptimizer(Optimizer):
         curvature = torch.full_like(squared_norm, math.nan)
         if measures:
             curvature, nat, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
+            fine = (finite & ~veto).to(slope)
+            slope, curvature, squared_norm, nat, reach, fine = distributed.mean(
+                (slope, curvature, squared_norm, nat, reach, fine), ranks
+            )
             found, average = step_length(
-                Measurement(slope, curvature, squared_norm, nat, reach, finite & ~veto),
+                Measurement(slope, curvature, squared_norm, nat, reach, fine == 1),
                 average,
                 self._mean,
                 guard,
@@ -174,8 +182,9 @@ class MeasuredOptimizer(Optimizer):
                 eps=shared["eps"],
             )
         else:
+            slope, reach = distributed.mean((torch.where(veto, math.nan, slope), reach), ranks)
             found = remembered_step_length(
-                torch.where(veto, math.nan, slope),
+                slope,
                 reach,
                 shared["minibatch_lr"],
                 shared["rate_bound"],
@@ -215,6 +224,20 @@ class MeasuredOptimizer(Optimizer):
                 "step(): sparse gradients are not supported: build the embedding with sparse=False"
             )
         return params, [p.grad for p in params if p.grad is not None]
+
+    def _only_makes_state(self, params: list[Tensor], gradients: list[Tensor]) -> bool:
+        """Whether `torch.distributed.checkpoint` asks for state: zero gradients, zero rates."""
+        if not self._recorder.saw_nothing:
+            return False
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        if any(bool(gradient.any()) for gradient in distributed.local(gradients)):
+            return False
+        self._make_state(params)
+        return True
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        """Creates what a step would create for parameters that it sees first."""
 
     def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
         if targets is not None:
@@ -291,7 +314,7 @@ class MeasuredOptimizer(Optimizer):
             return None, veto
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
-            for gradient in gradients:
+            for gradient in distributed.local(gradients):
                 gradient.div_(scale.to(gradient.device))
         else:
             scale = torch.full((), math.nan, device=self._home)  # unscaled by the user

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adler import update
 from adler.capture import RecordedLoss
-from adler.engines import directional_derivative, transpose
+from adler.distributed import is_sharded, sharded_difference
+from adler.engines import directional_derivative, transpose, warn_of_fallback
 from adler.losses import LossHessian
 from adler.replay import Call, replaying
 
@@ -88,9 +89,19 @@ def batch_curvature(
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
             step = None if rate is None else _difference_step(rate, squared_norm, dtype)
-            outputs, tangents, jvp = directional_derivative(
-                call, params, direction, jvp, step=step, outputs=known
-            )
+            if any(is_sharded(p) for p in params.values()):
+                if jvp != "finite_difference":
+                    warn_of_fallback("sharded parameters (DTensor)", jvp, stacklevel=4)
+                jvp = "finite_difference"
+                if step is None:
+                    step = _first_step(params, squared_norm, dtype)
+                outputs, tangents = sharded_difference(
+                    call, call.model, params, direction, step, known
+                )
+            else:
+                outputs, tangents, jvp = directional_derivative(
+                    call, params, direction, jvp, step=step, outputs=known
+                )
             for loss in losses:
                 height = _checked(loss, criterion, outputs)
                 finite = finite & torch.isfinite(height).to(finite.device)
@@ -258,6 +269,13 @@ def _where(loss: RecordedLoss, outputs: Tensor) -> tuple[Tensor, Any]:
 def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
     step = _DIFFERENCE[dtype] * rate
     return torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())
+
+
+def _first_step(params: Mapping[str, Tensor], squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Moves the parameters by the square root of the precision, relative to their norm."""
+    norm = update.squared_norm(list(params.values()), squared_norm.device).sqrt()
+    step = torch.finfo(dtype).eps ** 0.5 * norm.clamp(min=1.0) * squared_norm.rsqrt()
+    return torch.where(squared_norm > 0, step, torch.ones_like(step))
 
 
 def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tensor) -> Tensor:

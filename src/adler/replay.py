@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adler import distributed
+
 __all__ = ["Call", "RandomState", "is_replaying", "replaying", "unwrap"]
 
 _replaying: ContextVar[bool] = ContextVar("adler_replaying", default=False)
@@ -38,9 +40,17 @@ def is_replaying() -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module beneath ``torch.compile``, whose compiled code has no forward-mode derivative."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    """The module beneath ``torch.compile`` and `DistributedDataParallel`, in any order.
+
+    Compiled code has no forward-mode derivative, and the wrapper's forward talks to other ranks.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        if distributed.find(model) is not None:
+            inner = inner.module
+        if inner is model or not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from adler import averaging
 from adler.capture import RecordedLoss
+from adler.distributed import groups_of
 from adler.measured import SHARED, MeasuredOptimizer
 from adler.measurement import (
     BatchCurvature,
@@ -124,6 +125,11 @@ class SpectralSGD(MeasuredOptimizer):
         scale: Tensor | None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
+        if groups_of(self._recorder.ddp, params):
+            raise RuntimeError(
+                "step(): SpectralSGD does not run on several processes: the largest eigenvalue of "
+                "a mean of kernels is not the mean of theirs; use Adler"
+            )
         shared = self.param_groups[0]
         named = {self._names[p]: p for p in params}
         options: dict[str, Any] = {

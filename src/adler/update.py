@@ -1,4 +1,7 @@
-"""Arithmetic in parameter space: one kernel for all tensors where PyTorch has one."""
+"""Arithmetic in parameter space: one kernel for all tensors where PyTorch has one.
+
+Of sharded tensors (DTensors), sums are those of the whole, and updates act on this rank's parts.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from adler.distributed import Layout, layout, local, whole
 
 __all__ = ["adam_", "decay_", "descend_", "dot", "reach", "squared_norm"]
 
@@ -31,8 +36,8 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
     """
     home = tensors[0].device if home is None else home
     total = torch.zeros((), dtype=_widest(home), device=home)
-    for (device, _), (members,) in _by_device_and_dtype(tensors).items():
-        norms = torch.stack(_norms(members)).to(_widest(device))
+    for (device, _, where), (members,) in _alike(tensors).items():
+        norms = torch.stack(_norms(members, where)).to(_widest(device))
         total = total + norms.square().sum().to(total)
     return total
 
@@ -54,11 +59,13 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = No
     """
     home = a[0].device if home is None else home
     total = torch.zeros((), dtype=_widest(home), device=home)
-    for (device, dtype), (left, right) in _by_device_and_dtype(a, b).items():
+    for (device, dtype, where), (left, right) in _alike(a, b).items():
         wide = torch.promote_types(dtype, torch.float32)
-        products = torch._foreach_mul([t.to(wide) for t in left], [t.to(wide) for t in right])
+        products = torch._foreach_mul(
+            [t.to(wide) for t in local(left)], [t.to(wide) for t in local(right)]
+        )
         sums = torch.stack([product.sum() for product in products])
-        total = total + sums.to(_widest(device)).sum().to(total)
+        total = total + whole(sums.to(_widest(device)).sum(), where).to(total)
     return total
 
 
@@ -89,9 +96,10 @@ def reach(
     home = params[0].device if home is None else home
     least = torch.full((), math.inf, dtype=_widest(home), device=home)
     matrices = [pair for pair in zip(params, directions, strict=True) if pair[0].ndim > 1]
-    for p, d in _by_device_and_dtype(*zip(*matrices, strict=True)).values():
-        sizes = torch._foreach_clamp_min(_norms(p), [math.sqrt(len(weight) / 3) for weight in p])
-        ratios = torch.stack(torch._foreach_div(sizes, _norms(d)))
+    for (_, _, where), (p, d) in _alike(*zip(*matrices, strict=True)).items():
+        floors = [math.sqrt(len(weight) / 3) for weight in p]
+        sizes = torch._foreach_clamp_min(_norms(p, where), floors)
+        ratios = torch.stack(torch._foreach_div(sizes, _norms(d, where)))
         least = torch.minimum(least, ratios.min().to(least))
     return least
 
@@ -108,7 +116,7 @@ def descend_(
         skip: 0-dim bool on the same device as ``rate``: leave every bit of ``params`` alone.
     """
     skip = skip.to(torch.float32)
-    for (device, dtype), (p, d) in _by_device_and_dtype(params, directions).items():
+    for (device, dtype, _), (p, d) in _local_alike(params, directions).items():
         if dtype in _FUSED_DTYPES and device.type in _FUSED_DEVICES:
             # Takes the rate and the veto from the device, so that the host need not wait.
             torch._fused_sgd_(
@@ -158,8 +166,8 @@ def adam_(
         eps: Added to the root of the second moment.
         weight_decay: ``θ ← θ − rate · weight_decay · θ``.
     """
-    rows = _by_device_and_dtype(params, gradients, exp_avgs, exp_avg_sqs, steps)
-    for (device, _), (p, g, first, second, counts) in rows.items():
+    rows = _local_alike(params, gradients, exp_avgs, exp_avg_sqs, steps)
+    for (device, _, _), (p, g, first, second, counts) in rows.items():
         veto = skip.to(device, torch.float32)
         torch._foreach_add_(counts, 1)
         torch._fused_adamw_(
@@ -185,28 +193,38 @@ def adam_(
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
     r"""In place, $\theta \leftarrow (1 - \min(a, 1))\,\theta$: decay never flips a sign."""
     keep = 1 - amount.clamp(max=1)
-    for (device, dtype), (members,) in _by_device_and_dtype(params).items():
+    for (device, dtype, _), (members,) in _local_alike(params).items():
         torch._foreach_mul_(members, keep.to(device, dtype))
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Of each; tensors of one dtype. Halves are accumulated in float32."""
+def _norms(tensors: list[Tensor], where: Layout | None) -> list[Tensor]:
+    """Of each; tensors of one dtype and layout. Halves are accumulated in float32."""
     half = tensors[0].dtype in (torch.float16, torch.bfloat16)
-    return list(torch._foreach_norm(tensors, 2, torch.float32 if half else None))
+    norms = list(torch._foreach_norm(local(tensors), 2, torch.float32 if half else None))
+    if where is None:
+        return norms
+    squares = torch.stack(norms).to(_widest(norms[0].device)).square()
+    return list(whole(squares, where).sqrt())
 
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _by_device_and_dtype(
-    *lists: Sequence[Tensor],
-) -> dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]]:
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = defaultdict(
-        lambda: tuple([] for _ in lists)
-    )
+_Key = tuple[torch.device, torch.dtype, Layout | None]
+_Groups = dict[_Key, tuple[list[Tensor], ...]]
+
+
+def _alike(*lists: Sequence[Tensor]) -> _Groups:
+    """Rows of tensors by device, dtype and layout of the first."""
+    groups: _Groups = defaultdict(lambda: tuple([] for _ in lists))
     for row in zip(*lists, strict=True):
-        group = groups[row[0].device, row[0].dtype]
+        group = groups[row[0].device, row[0].dtype, layout(row[0])]
         for members, tensor in zip(group, row, strict=True):
             members.append(tensor)
     return groups
+
+
+def _local_alike(*lists: Sequence[Tensor]) -> _Groups:
+    """This rank's parts of rows of tensors; what is done to each entry alone needs no other."""
+    return _alike(*(local(tensors) for tensors in lists))

@@ -1,0 +1,254 @@
+r"""Several processes: which ranks share a model, and what they tell each other.
+
+`DistributedDataParallel` and FSDP2 (`fully_shard`) average gradients over the ranks, whatever the
+sizes of their batches. The loss that is minimised is therefore $h = \frac1R \sum_r h_r$, and
+
+$$
+g = \tfrac1R \sum_r \nabla h_r, \qquad c(d) = \tfrac1R \sum_r c_r(d), \qquad
+c_r(d) = \|J_r d\|^2_{\nabla^2 L_r} .
+$$
+
+Each rank measures $c_r$ along the joint direction; one all-reduce of one small vector makes the
+mean, so that all ranks take bit for bit the same decision. Parameters that are sharded (DTensors)
+keep their shards: sums over whole tensors are all-reduced, updates act on the shards alone.
+
+A model's ranks are those of the `DistributedDataParallel` that it is, or runs inside, or those of
+the device mesh of its parameters. Nothing else is guessed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Layout",
+    "active",
+    "find",
+    "groups_of",
+    "is_sharded",
+    "layout",
+    "like",
+    "local",
+    "mean",
+    "moved",
+    "refuse",
+    "sharded_difference",
+    "whole",
+]
+
+
+# --- which ranks ----------------------------------------------------------------------------------
+
+
+def _loaded(module: str, name: str) -> type | None:
+    """A class of PyTorch, if somebody has imported it: otherwise nothing is an instance of it."""
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
+def _is(value: object, module: str, name: str) -> bool:
+    kind = _loaded(module, name)
+    return kind is not None and isinstance(value, kind)
+
+
+def find(model: nn.Module) -> nn.Module | None:
+    """The `DistributedDataParallel` that ``model`` is, compiled or not."""
+    inner = getattr(model, "_orig_mod", model)
+    if _is(inner, "torch.nn.parallel.distributed", "DistributedDataParallel"):
+        assert isinstance(inner, nn.Module)
+        return inner
+    return None
+
+
+def active() -> nn.Module | None:
+    """The `DistributedDataParallel` inside whose forward the caller runs."""
+    kind = _loaded("torch.nn.parallel.distributed", "DistributedDataParallel")
+    return getattr(kind, "_active_ddp_module", None)
+
+
+def refuse(model: nn.Module) -> None:
+    """Refuses wrappers whose parameters or outputs the measurement could not follow.
+
+    Raises:
+        TypeError: For `nn.DataParallel` and FSDP1; says what to use.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "model: nn.DataParallel computes on copies of the parameters, which the curvature "
+            "cannot follow: use torch.nn.parallel.DistributedDataParallel, one process a device"
+        )
+    kind = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+    if any(_is(module, *kind) for module in model.modules()):
+        raise TypeError(
+            "model: FullyShardedDataParallel flattens the parameters, which the curvature cannot "
+            "follow: use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
+def groups_of(ddp: nn.Module | None, params: Sequence[Tensor]) -> list[Any]:
+    """The process groups over which gradients were averaged; empty for one process.
+
+    Args:
+        ddp: The model's `DistributedDataParallel`, if it has one.
+        params: The model's parameters.
+
+    Raises:
+        RuntimeError: Inside ``Join``, or if the parameters are on several device meshes.
+    """
+    if ddp is not None:
+        if getattr(getattr(ddp, "_join_config", None), "enable", False):
+            raise RuntimeError(
+                "step(): torch.distributed.algorithms.Join is not supported: a rank that has no "
+                "more batches takes no steps. Give all ranks as many batches "
+                "(DistributedSampler does), of any size"
+            )
+        return [ddp.process_group]
+    meshes = list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]
+    if not meshes:
+        return []
+    if len(meshes) > 1:
+        raise RuntimeError(
+            f"step(): the parameters are on {len(meshes)} device meshes; one is supported: give "
+            "fully_shard the same mesh= everywhere"
+        )
+    return [meshes[0].get_group(dim) for dim in range(meshes[0].ndim)]
+
+
+def mean(values: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:
+    """Means over the ranks of 0-dim tensors of one dtype: one all-reduce a group.
+
+    Not finite on one rank, not finite on all.
+    """
+    if not groups:
+        return list(values)
+    vector = torch.stack(list(values))
+    for group in groups:
+        torch.distributed.all_reduce(vector, group=group)
+        vector = vector / group.size()
+    return list(vector)
+
+
+def moved(ddp: nn.Module | None, inputs: Any) -> Any:
+    """Inputs where `DistributedDataParallel` moves them before it calls its module."""
+    devices = getattr(ddp, "device_ids", None)
+    if not devices:
+        return inputs
+    home = torch.device(ddp.device_type, devices[0])  # type: ignore[union-attr,arg-type]
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(home), inputs)
+
+
+# --- sharded tensors ------------------------------------------------------------------------------
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds a part."""
+    return _is(tensor, "torch.distributed.tensor", "DTensor")
+
+
+class Layout(NamedTuple):
+    """Where the parts of a tensor are."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+
+def layout(tensor: Tensor) -> Layout | None:
+    """Where the parts of a tensor are; None: all of it is here."""
+    if not is_sharded(tensor):
+        return None
+    return Layout(tensor.device_mesh, tuple(tensor.placements))  # type: ignore[attr-defined]
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's parts, sharing their storage; other tensors as they are."""
+    with torch.no_grad():
+        return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]
+
+
+def like(part: Tensor, whole: Tensor) -> Tensor:
+    """``part`` as this rank's part of a tensor laid out as ``whole``."""
+    if not is_sharded(whole):
+        return part
+    made: Tensor = type(whole.detach()).from_local(  # type: ignore[attr-defined]
+        part,
+        whole.device_mesh,  # type: ignore[attr-defined]
+        whole.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return made
+
+
+def whole(sums: Tensor, where: Layout | None) -> Tensor:
+    """Sums over whole tensors, from sums over this rank's parts of them.
+
+    Args:
+        sums: One for each of some tensors of the same layout.
+        where: Their layout; None: the sums are whole already.
+
+    Raises:
+        RuntimeError: If a part is a summand yet to be added (a placement ``Partial``).
+    """
+    if where is None:
+        return sums
+    for dim, placement in enumerate(where.placements):
+        if placement.is_partial():
+            raise RuntimeError(
+                "step(): a gradient is not reduced over its device mesh (a placement Partial): "
+                "redistribute it before step()"
+            )
+        if placement.is_replicate():
+            continue  # every rank has the same
+        torch.distributed.all_reduce(sums, group=where.mesh.get_group(dim))
+    return sums
+
+
+def sharded_difference(
+    call: Callable[[Mapping[str, Tensor]], Tensor],
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    step: Tensor,
+    outputs: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$, in place.
+
+    FSDP gathers parameters from its own shards, so these are moved, and put back bit for bit,
+    whatever happens in between. Parameters that an earlier forward has left gathered are let go
+    before and after: they would hide the move.
+
+    Args:
+        call: The model's call; with an empty mapping, at the parameters that the model has.
+        model: The model that ``call`` calls.
+        params: Parameters by name.
+        direction: Same names and layouts.
+        step: ``α``, positive, 0-dim, the same on all ranks.
+        outputs: ``F(θ)`` if known.
+    """
+    sharded = [m for m in model.modules() if _is(m, "torch.distributed.fsdp", "FSDPModule")]
+
+    def let_go() -> None:
+        for module in sharded:
+            module.reshard()  # type: ignore[operator]
+
+    parts = local([params[name] for name in direction])
+    with torch.no_grad():
+        let_go()
+        if outputs is None:
+            outputs = call({})
+            let_go()
+        before = [part.clone() for part in parts]
+        try:
+            for part, along in zip(parts, local(list(direction.values())), strict=True):
+                part.addcmul_(along, step.to(part), value=-1)
+            change = outputs - call({})
+        finally:
+            torch._foreach_copy_(parts, before)
+            let_go()
+        return outputs, change / step.to(torch.promote_types(change.dtype, torch.float32))

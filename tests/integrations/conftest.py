@@ -1,0 +1,65 @@
+"""Which integrations ran, with which versions: rows for the table in the documentation.
+
+A test marked ``@pytest.mark.row("DDP, 2 processes, gloo", versions=["torch"])`` counts for that
+row. ``--matrix FILE`` merges the rows that ran into a JSON file; see ``docs/matrix.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from launch import SCRIPTS
+
+sys.path.append(str(SCRIPTS))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", type=Path, help="merge the rows that ran into this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "row(name, versions=[...]): the table's row, and the packages it ran with"
+    )
+    config.pluginmanager.register(Matrix(config.getoption("--matrix")), "matrix")
+
+
+class Matrix:
+    """Collects outcomes of marked tests."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, object]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
+        report = yield
+        marker = item.get_closest_marker("row")
+        if marker is not None and (report.when == "call" or report.outcome != "passed"):
+            packages = ["torch", *marker.kwargs.get("versions", [])]
+            row = self.rows.setdefault(
+                marker.args[0],
+                {
+                    "passed": 0,
+                    "failed": 0,
+                    "skipped": 0,
+                    "versions": {p: metadata.version(p) for p in dict.fromkeys(packages)},
+                    "python": platform.python_version(),
+                },
+            )
+            row[report.outcome] += 1
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        if self.path is None:
+            return
+        known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        rows = dict(sorted({**known, **self.rows}.items()))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,340 @@
+"""What each of several processes finds; started by ``torchrun``, saves one file a rank.
+
+torchrun --standalone --nproc-per-node 2 ranks.py scenarios OUT
+torchrun --standalone --nproc-per-node 3 ranks.py resume OUT CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from scenes import (
+    GUARDS,
+    STEPS,
+    Barrier,
+    joint_batches,
+    network,
+    shares,
+    train,
+    uneven_shares,
+    whole,
+)
+from torch import nn
+from torch.distributed.algorithms import Join
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import adler
+
+Scenario = Callable[[], dict[str, Any]]
+SCENARIOS: dict[str, Scenario] = {}
+DIFFERENCE = {"jvp": "finite_difference"}
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def mine(batches: list[Any] | None = None) -> list[list[Any]]:
+    """This rank's share of every joint batch."""
+    batches = joint_batches() if batches is None else batches
+    return [[shares(x, y, dist.get_world_size())[dist.get_rank()]] for x, y in batches]
+
+
+def sharded(model: nn.Sequential, mesh: Any = None) -> nn.Sequential:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def run(model: nn.Module, batches: Any = None, kind: Any = adler.Adler, **options: Any) -> Any:
+    criterion = nn.CrossEntropyLoss()
+    optimizer = kind(model.parameters(), model, criterion, **options)
+    return train(model, optimizer, mine() if batches is None else batches, criterion)
+
+
+@scenario
+def ddp() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()))
+
+
+@scenario
+def ddp_guarded() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), **GUARDS)
+
+
+@scenario
+def ddp_adam() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), kind=adler.AdlerAdam)
+
+
+@scenario
+def ddp_gauss_newton() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), kind=adler.GaussNewton)
+
+
+@scenario
+def ddp_finite_difference() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), **DIFFERENCE)
+
+
+@scenario
+def ddp_every_third() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), curvature_every=3)
+
+
+@scenario
+def ddp_compiled() -> dict[str, Any]:
+    return run(DistributedDataParallel(torch.compile(network(), backend="eager")))
+
+
+@scenario
+def ddp_given_the_inner_module() -> dict[str, Any]:
+    """As frameworks do, which make the optimizer before they wrap the model."""
+    inner, criterion = network(), nn.CrossEntropyLoss()
+    optimizer = adler.Adler(inner.parameters(), inner, criterion)
+    return train(DistributedDataParallel(inner), optimizer, mine(), criterion)
+
+
+@scenario
+def ddp_uneven() -> dict[str, Any]:
+    return run(
+        DistributedDataParallel(network()),
+        [[uneven_shares(x, y)[dist.get_rank()]] for x, y in joint_batches()],
+    )
+
+
+@scenario
+def ddp_accumulation() -> dict[str, Any]:
+    """Two micro-batches, the first under ``no_sync``."""
+    model, criterion = DistributedDataParallel(network()), nn.CrossEntropyLoss()
+    optimizer = adler.Adler(model.parameters(), model, criterion)
+    steps = []
+    for ((x, y),) in mine():
+        optimizer.zero_grad()
+        with model.no_sync():
+            (criterion(model(x[:3]), y[:3]) / 2).backward()
+        (criterion(model(x[3:]), y[3:]) / 2).backward()
+        optimizer.step()
+        steps.append([float(number) for number in optimizer.last_step])
+    return {"steps": steps, "params": torch.cat([p.detach().flatten() for p in model.parameters()])}
+
+
+@scenario
+def ddp_one_rank_not_finite() -> dict[str, Any]:
+    batches = mine()
+    if dist.get_rank() == 1:
+        batches[3][0][0][0, 0] = torch.nan
+    return run(DistributedDataParallel(network()), batches)
+
+
+@scenario
+def ddp_one_loss_infinite() -> dict[str, Any]:
+    """Its gradient is finite: only the loss tells, on one rank alone."""
+    batches = mine()
+    if dist.get_rank() == 1:
+        batches[3][0][1][0] = -1
+    model, criterion = DistributedDataParallel(network()), Barrier()
+    optimizer = adler.Adler(model.parameters(), model, criterion)
+    return train(model, optimizer, batches, criterion)
+
+
+def refused(act: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        act()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+@scenario
+def ddp_join() -> dict[str, Any]:
+    model = DistributedDataParallel(network())
+
+    def act() -> None:
+        with Join([model]):
+            run(model)
+
+    found = refused(act)
+    dist.barrier()
+    return found
+
+
+@scenario
+def ddp_spectral() -> dict[str, Any]:
+    return refused(lambda: run(DistributedDataParallel(network()), kind=adler.SpectralSGD))
+
+
+@scenario
+def fsdp() -> dict[str, Any]:
+    model = sharded(network())
+    found = run(model, **DIFFERENCE)
+    return found | {"sharded": all(hasattr(p, "device_mesh") for p in model.parameters())}
+
+
+@scenario
+def fsdp_guarded() -> dict[str, Any]:
+    return run(sharded(network()), **DIFFERENCE, **GUARDS)
+
+
+@scenario
+def fsdp_adam() -> dict[str, Any]:
+    return run(sharded(network()), kind=adler.AdlerAdam, weight_decay=0.1, **DIFFERENCE)
+
+
+@scenario
+def ddp_finite_difference_adam() -> dict[str, Any]:
+    return run(
+        DistributedDataParallel(network()), kind=adler.AdlerAdam, weight_decay=0.1, **DIFFERENCE
+    )
+
+
+@scenario
+def fsdp_uneven() -> dict[str, Any]:
+    batches = [[uneven_shares(x, y)[dist.get_rank()]] for x, y in joint_batches()]
+    return run(sharded(network()), batches, **DIFFERENCE)
+
+
+@scenario
+def fsdp_on_a_mesh_of_two_dimensions() -> dict[str, Any]:
+    """Replicated over the first, sharded over the second (HSDP)."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    return run(sharded(network(), mesh), **DIFFERENCE)
+
+
+@scenario
+def fsdp_falls_back() -> dict[str, Any]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run(sharded(network()))
+    said = [str(w.message) for w in caught if "finite difference" in str(w.message)]
+    return found | {"said": said}
+
+
+@scenario
+def fsdp_batchnorm() -> dict[str, Any]:
+    return run(sharded(network(batchnorm=True)), **DIFFERENCE)
+
+
+@scenario
+def ddp_batchnorm() -> dict[str, Any]:
+    model = network(batchnorm=True)
+    with warnings.catch_warnings():  # newer versions have another name for it
+        warnings.simplefilter("ignore", FutureWarning)
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    return run(model, **DIFFERENCE)
+
+
+@scenario
+def fsdp_validated_between() -> dict[str, Any]:
+    """A forward without gradients leaves the root's parameters gathered."""
+    model, criterion = sharded(network()), nn.CrossEntropyLoss()
+    optimizer = adler.Adler(model.parameters(), model, criterion, **DIFFERENCE)
+
+    def validate() -> None:
+        with torch.no_grad():
+            model(torch.zeros(2, 4, dtype=torch.float64))
+
+    return train(model, optimizer, mine(), criterion, before_step=validate)
+
+
+@scenario
+def fsdp_replay_that_fails() -> dict[str, Any]:
+    model, criterion = sharded(network()), nn.CrossEntropyLoss()
+    failing = False
+
+    def output_fn(outputs: torch.Tensor) -> torch.Tensor:
+        if failing:
+            raise KeyError("in the middle of the replay")
+        return outputs
+
+    optimizer = adler.Adler(model.parameters(), model, criterion, output_fn=output_fn, **DIFFERENCE)
+    train(model, optimizer, mine()[:2], criterion)
+    before = [whole(p) for p in model.parameters()]
+    average = optimizer.param_groups[0]["rate_total"]
+    failing, raised = True, False
+    try:
+        train(model, optimizer, mine()[2:3], criterion)
+    except KeyError:
+        raised = True
+    after = [whole(p) for p in optimizer.param_groups[0]["params"]]
+    return {
+        "raised": raised,
+        "same": all(a.equal(b) for a, b in zip(before, after, strict=True))
+        and average is optimizer.param_groups[0]["rate_total"],
+    }
+
+
+@scenario
+def fsdp_one_loss_infinite() -> dict[str, Any]:
+    batches = mine()
+    if dist.get_rank() == 1:
+        batches[3][0][1][0] = -1
+    model, criterion = sharded(network()), Barrier()
+    optimizer = adler.Adler(model.parameters(), model, criterion, **DIFFERENCE)
+    return train(model, optimizer, batches, criterion)
+
+
+@scenario
+def fsdp_several_meshes() -> dict[str, Any]:
+    model = network()
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("a",)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("b", "c")))
+    return refused(lambda: run(model, **DIFFERENCE))
+
+
+KINDS = {"sgd": adler.Adler, "adam": adler.AdlerAdam}
+
+
+def save(kind: str, folder: Path) -> dict[str, Any]:
+    """Half of the run, a checkpoint, the other half."""
+    model, criterion = sharded(network()), nn.CrossEntropyLoss()
+    optimizer = KINDS[kind](model.parameters(), model, criterion, **DIFFERENCE)
+    train(model, optimizer, mine()[: STEPS // 2], criterion)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / kind)
+    return train(model, optimizer, mine()[STEPS // 2 :], criterion)
+
+
+def resume(kind: str, folder: Path) -> dict[str, Any]:
+    """The other half from the checkpoint, on this many ranks."""
+    model, criterion = sharded(network()), nn.CrossEntropyLoss()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = KINDS[kind](model.parameters(), model, criterion, **DIFFERENCE)
+    weights, state = get_state_dict(model, optimizer)
+    assert optimizer.last_step is None  # asking for the state was not a step
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / kind)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    return train(model, optimizer, mine()[STEPS // 2 :], criterion)
+
+
+def main(what: str, out: Path, checkpoint: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if what == "scenarios":
+        found = {name: function() for name, function in SCENARIOS.items()}
+        found |= {f"save_{kind}": save(kind, checkpoint) for kind in KINDS}
+    else:
+        found = {f"resume_{kind}": resume(kind, checkpoint) for kind in KINDS}
+    torch.save(found, out / f"{what}-{dist.get_world_size()}-{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,84 @@
+"""Networks, batches and loops that several processes and their one-process reference share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import adler
+
+STEPS = 8
+GUARDS = {"trust_region": 2.0, "max_kl": 0.1, "max_relative_change": 0.1}
+
+
+def network(batchnorm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = nn.BatchNorm1d(7) if batchnorm else nn.Tanh()
+    return nn.Sequential(
+        nn.Linear(4, 7), middle, nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
+
+
+def joint_batches(count: int = STEPS, size: int = 12, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 4, generator=generator, dtype=torch.float64),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def shares(x: Tensor, y: Tensor, ranks: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.chunk(ranks), y.chunk(ranks), strict=True))
+
+
+def uneven_shares(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Two, the second half as long as the first."""
+    return [(x[:8], y[:8]), (x[8:], y[8:])]
+
+
+class Barrier(nn.Module):
+    """A loss whose value, but not its gradient, is infinite where a target is negative."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        wall = torch.where(targets.min() < 0, torch.inf, 0.0)
+        return nn.functional.cross_entropy(outputs, targets.clamp(min=0)) + wall
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of it, wherever its parts are."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor.detach().clone() if full is None else full().detach().clone()
+
+
+def train(
+    model: nn.Module,
+    optimizer: adler.Adler | adler.AdlerAdam,
+    batches: Iterable[list[tuple[Tensor, Tensor]]],
+    criterion: Callable[..., Tensor],
+    before_step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """A step for each list of batches, whose mean loss it descends; what every step did."""
+    steps = []
+    for parts in batches:
+        optimizer.zero_grad()
+        for x, y in parts:
+            (criterion(model(x), y) / len(parts)).backward()
+        before_step()
+        optimizer.step()
+        assert optimizer.last_step is not None
+        steps.append([float(number) for number in optimizer.last_step])
+    names = [name for name, _ in model.named_parameters()]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "steps": steps,
+        "params": torch.cat([whole(p).flatten() for p in params]),
+        "buffers": [b.clone() for b in model.buffers()],
+        "names": names,
+        "average": [optimizer.param_groups[0][key] for key in ("rate_total", "rate_weight")],
+    }
