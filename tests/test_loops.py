@@ -68,10 +68,15 @@ def test_the_plain_example(capsys):
 # --- clipping and accumulation --------------------------------------------------------------------
 
 
-def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate():
+@pytest.mark.parametrize("bounded", [False, True])
+def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate(bounded):
     model, criterion, x, y = setting()
     twin = copy.deepcopy(model)
-    clipped, plain = (Adler(m.parameters(), m, criterion, eps=0.0) for m in (model, twin))
+    # The bounds on predictions and weights are on the step itself: they meet a clipped one later.
+    options = {} if bounded else {"max_kl": None, "max_relative_change": None}
+    clipped, plain = (
+        Adler(m.parameters(), m, criterion, eps=0.0, **options) for m in (model, twin)
+    )
     criterion(model(x), y).backward()
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
     factor = 0.01 / (norm + 1e-6)
@@ -79,9 +84,13 @@ def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate():
     clipped.step()
     train(twin, criterion, plain, [(x, y)])
     assert factor < 0.1
-    assert float(clipped.last_step.effective_lr) == pytest.approx(
-        float(plain.last_step.effective_lr), rel=1e-10
-    )
+    rates = [float(o.last_step.minibatch_lr) for o in (clipped, plain)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-10)
+    if bounded:
+        assert bool(plain.last_step.clipped)
+        ratio = float(clipped.last_step.effective_lr / plain.last_step.effective_lr)
+        assert 1 < ratio <= 1 / factor  # nearer to the minimiser, no longer than the plain step
+        factor *= ratio
     torch.testing.assert_close(flat(model) - start, factor * (flat(twin) - start))
 
 
