@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from adler import averaging
 from adler.capture import RecordedLoss
+from adler.losses import LossHessian
 from adler.measured import SHARED, MeasuredOptimizer
 from adler.measurement import (
     BatchCurvature,
@@ -122,9 +123,11 @@ class SpectralSGD(MeasuredOptimizer):
         direction: list[Tensor],
         squared_norm: Tensor,
         scale: Tensor | None,
+        hessian: LossHessian | None = None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
         shared = self.param_groups[0]
+        hessian = self._hessian if hessian is None else hessian
         named = {self._names[p]: p for p in params}
         options: dict[str, Any] = {
             "jvp": shared["jvp"],
@@ -137,7 +140,7 @@ class SpectralSGD(MeasuredOptimizer):
                 batch,
                 named,
                 self.criterion,
-                self._hessian,
+                hessian,
                 columns=shared["gershgorin_columns"],
                 seed=shared["steps"],
                 **options,
@@ -152,7 +155,7 @@ class SpectralSGD(MeasuredOptimizer):
             named,
             dict(zip(named, start, strict=True)),
             self.criterion,
-            self._hessian,
+            hessian,
             iterations=shared["power_iterations"] * (1 if known else _FIRST),
             **options,
         )
