@@ -193,7 +193,7 @@ BAD_GROUPS = {
     "foreign": (lambda m: {"params": torch.ones(3, 2)}, ValueError, r"\(3, 2\) is not .* model"),
     "complex": (lambda m: {"params": torch.ones(2).cfloat()}, TypeError, "params: complex"),
     "sparse": (lambda m: {"params": torch.eye(2).to_sparse()}, TypeError, "params: sparse"),
-    "momentum": (lambda m: {"params": m[2].bias, "momentum": 0.9}, ValueError, "'momentum'"),
+    "nesterov": (lambda m: {"params": m[2].bias, "nesterov": True}, ValueError, "'nesterov'"),
     "lr": (lambda m: {"params": m[2].bias, "lr": -2.0}, ValueError, "lr=-2.0"),
     "beta": (lambda m: {"params": m[2].bias, "beta": 0.5}, ValueError, "beta=0.5 .*0.99"),
 }
@@ -272,7 +272,7 @@ def test_a_shared_option_changed_in_one_group_only_is_not_ignored(make):
         run.train()
 
 
-BAD_ARGUMENTS = [("model", nn.MSELoss), ("output_fn", 3), ("momentum", 0.9)]
+BAD_ARGUMENTS = [("model", nn.MSELoss), ("output_fn", 3), ("nesterov", True)]
 BAD_ARGUMENTS += [("criterion", "mse"), ("criterion", nn.CrossEntropyLoss(reduction="none"))]
 
 

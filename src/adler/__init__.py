@@ -1,6 +1,7 @@
 """SGD that measures its own learning rate.
 
-`Adler` takes the place of ``torch.optim.SGD``, `AdlerAdam` that of ``torch.optim.AdamW``;
+`Adler` takes the place of ``torch.optim.SGD``, `AdlerAdam` that of ``torch.optim.AdamW``, and
+`wrap` takes the direction of any other optimizer;
 `GaussNewton` is the baseline that ADLER is compared with, and `SpectralSGD` takes the rate that is
 safe in every direction.
 `losses` holds the loss Hessians, `curvature` the pure functions beneath.
@@ -11,6 +12,7 @@ from adler.adam import AdlerAdam
 from adler.measured import StepRecord
 from adler.optimizer import Adler, GaussNewton
 from adler.spectral import SpectralSGD
+from adler.wrapper import Wrapped, wrap
 
 __all__ = [
     "Adler",
@@ -18,8 +20,10 @@ __all__ = [
     "GaussNewton",
     "SpectralSGD",
     "StepRecord",
+    "Wrapped",
     "curvature",
     "diagnostics",
     "losses",
+    "wrap",
 ]
 __version__ = "0.1.0"

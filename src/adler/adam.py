@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from adler import averaging, update
-from adler.distributed import like, local
+from adler import averaging
+from adler.capture import RecordedLoss
+from adler.directions import Adam, Direction, moments
 from adler.measured import MeasuredOptimizer
 
 __all__ = ["AdlerAdam"]
@@ -109,53 +109,15 @@ class AdlerAdam(MeasuredOptimizer):
         }
         super().__init__(params, model, criterion, options, output_fn)
 
-    def _search_direction(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """``d`` with the second moment as this gradient would leave it; the state stays."""
-        of = dict(zip(params, gradients, strict=True))
-        found: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            mine = [p for p in group["params"] if p in of]
-            if not mine:
-                continue
-            discount, offset = group["betas"][1], group["adam_eps"]
-            g = local([of[p] for p in mine])
-            seconds = local([self._moments(p)["exp_avg_sq"] for p in mine])
-            moments = torch._foreach_mul(seconds, discount)
-            torch._foreach_addcmul_(moments, g, g, 1 - discount)
-            # In float64: 1 - 0.999 keeps four digits in float32.
-            corrections = [1 - discount ** (self.state[p]["step"].double() + 1) for p in mine]
-            torch._foreach_div_(moments, corrections)
-            torch._foreach_sqrt_(moments)
-            torch._foreach_add_(moments, offset)
-            parts = torch._foreach_div(g, moments)
-            found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
-        return [found[p] for p in params]
-
-    def _descend(
-        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
-    ) -> None:
-        states = [self._moments(p) for p in params]
-        update.adam_(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            rate,
-            skipped,
-            betas=group["betas"],
-            eps=group["adam_eps"],
-            weight_decay=group["weight_decay"],
-        )
+    def _direction(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        batch: list[RecordedLoss],
+        scale: Tensor | None,
+    ) -> Direction:
+        return Adam(self.param_groups, params, gradients, self.state)
 
     def _make_state(self, params: list[Tensor]) -> None:
         for p in params:
-            self._moments(p)
-
-    def _moments(self, p: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state
+            moments(self.state, p, "exp_avg", "exp_avg_sq")

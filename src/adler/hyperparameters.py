@@ -30,8 +30,11 @@ def check(options: Mapping[str, Any]) -> None:
     beta = options["beta"]
     _require(options, "beta", _number(beta) and 0 <= beta < 1, "a number in [0, 1)")
     for key in ("eps", "weight_decay"):
-        valid = _number(options[key]) and 0 <= options[key] < math.inf
+        valid = _number(options.get(key, 0)) and 0 <= options.get(key, 0) < math.inf
         _require(options, key, valid, "a finite number of at least 0")
+    momentum = options.get("momentum", 0.0)
+    valid = momentum == "joint" or (_number(momentum) and 0 <= momentum < 1)
+    _require(options, "momentum", valid, "a number in [0, 1), or 'joint'")
     for key in ("trust_region", "max_kl", "max_relative_change"):
         bound = options[key]
         valid = bound is None or (_number(bound) and 0 < bound < math.inf)

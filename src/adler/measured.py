@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import distributed, hyperparameters, losses, update
 from adler.averaging import Average, DiscountedMean
 from adler.capture import RecordedLoss, Recorder
+from adler.directions import Direction
 from adler.measurement import BatchCurvature, batch_curvature
 from adler.replay import unwrap
 from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
@@ -69,8 +70,8 @@ class StepRecord(NamedTuple):
 class MeasuredOptimizer(Optimizer):
     """An optimizer that measures the length of its step along a direction that a subclass gives.
 
-    Subclasses say along what to search (`_search_direction`), how to move (`_descend`), how rates
-    are averaged (``_mean``) and what takes the place of the loss Hessian (`_loss_hessian`).
+    Subclasses say along what to search and to move (`_direction`), how rates are averaged
+    (``_mean``) and what takes the place of the loss Hessian (`_loss_hessian`).
 
     Args:
         params: Parameters of ``model``, or groups of them, with or without names.
@@ -156,7 +157,8 @@ class MeasuredOptimizer(Optimizer):
         ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
         batch = self._batch(inputs, targets) if measures else []  # raises before anything changes
         scale, veto = self._amp_unscale(gradients)
-        direction = self._search_direction(params, gradients)
+        course = self._direction(params, gradients, batch, scale)
+        direction = course.along
         average = _average(shared)
         squared_norm = update.squared_norm(direction, self._home)
         plain = direction is gradients
@@ -168,7 +170,9 @@ class MeasuredOptimizer(Optimizer):
         found: StepLength
         curvature = torch.full_like(squared_norm, math.nan)
         if measures:
-            curvature, nat, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
+            curvature, nat, finite, _ = course.curvature or self._measure(
+                batch, params, direction, squared_norm, scale
+            )
             fine = (finite & ~veto).to(slope)
             slope, curvature, squared_norm, nat, reach, fine = distributed.mean(
                 (slope, curvature, squared_norm, nat, reach, fine), ranks
@@ -192,24 +196,21 @@ class MeasuredOptimizer(Optimizer):
                 self._mean,
                 guard,
             )
-        self._apply(found)
+        self._apply(found, course)
         self._carry(found, average, shared["steps"] + 1)
         self._report(found, slope, curvature)
         self._recorder.clear()
         return loss
 
-    def _search_direction(self, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """``d``, along which slope and curvature are measured."""
-        return gradients
-
-    def _descend(
-        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
-    ) -> None:
-        """Moves the parameters of a group, all of which have a gradient, or leaves every bit."""
-        if group["weight_decay"] != 0:
-            update.decay_(params, rate * group["weight_decay"])
-        gradients = [p.grad for p in params if p.grad is not None]
-        update.descend_(params, gradients, rate, skipped)
+    def _direction(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        batch: list[RecordedLoss],
+        scale: Tensor | None,
+    ) -> Direction:
+        """What this step goes along; ``batch`` is empty where the step does not measure."""
+        return Direction(gradients)
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters with a gradient, and the gradients."""
@@ -253,6 +254,7 @@ class MeasuredOptimizer(Optimizer):
         direction: list[Tensor],
         squared_norm: Tensor,
         scale: Tensor | None,
+        hessian: losses.LossHessian | None = None,
     ) -> BatchCurvature:
         """The batch's curvature; remembers a fallback from the forward engine."""
         shared = self.param_groups[0]
@@ -262,7 +264,7 @@ class MeasuredOptimizer(Optimizer):
             dict(zip(names, params, strict=True)),
             dict(zip(names, direction, strict=True)),
             self.criterion,
-            self._hessian,
+            self._hessian if hessian is None else hessian,
             jvp=shared["jvp"],
             squared_norm=squared_norm,
             rate=self._mean.read(_average(shared)) if shared["steps"] > 0 else None,
@@ -276,14 +278,15 @@ class MeasuredOptimizer(Optimizer):
         for group in self.param_groups:
             group["jvp"] = engine
 
-    def _apply(self, found: StepLength) -> None:
+    def _apply(self, found: StepLength, course: Direction) -> None:
         for group in self.param_groups:
             lr = group["lr"]
             rate = found.rate * (lr.to(found.rate).squeeze() if isinstance(lr, Tensor) else lr)
             group["effective_lr"] = rate
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._descend(group, params, rate, found.skipped)
+                course.descend(group, params, rate, found.skipped)
+        course.settle(found.skipped)
 
     def _carry(self, found: StepLength, average: Average, steps: int) -> None:
         for group in self.param_groups:
@@ -363,8 +366,7 @@ class MeasuredOptimizer(Optimizer):
         allowed = {*known, *self.defaults, *_CARRIED}
         if unknown := sorted(group.keys() - allowed):
             raise ValueError(
-                f"unknown option {unknown[0]!r} in a parameter group: a group may set lr and "
-                "weight_decay"
+                f"unknown option {unknown[0]!r} in a parameter group: a group may set {self._own}"
             )
         hyperparameters.check({**self.defaults, **group})
         self._check_shared(group)
@@ -391,9 +393,14 @@ class MeasuredOptimizer(Optimizer):
             if group.get(key, shared[key]) != shared[key]:
                 raise ValueError(
                     f"{key}={group[key]!r} in a parameter group: one step length serves all "
-                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only lr and "
-                    "weight_decay may differ"
+                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only {self._own} may "
+                    "differ"
                 )
+
+    @property
+    def _own(self) -> str:
+        """What a group may set."""
+        return ", ".join(sorted(self.defaults.keys() - set(self._shared)))
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         """A twin on the copied model; a criterion without parameters is shared with the loop."""

@@ -1,15 +1,21 @@
-"""`Adler`, `GaussNewton` and `AdlerAdam`: what they search along, and how they average."""
+"""`Adler` and `GaussNewton`: what they search along, and how they average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adler import averaging, losses
+from adler.averaging import Average
+from adler.capture import RecordedLoss
+from adler.directions import Direction, Momentum, moments
+from adler.distributed import groups_of
+from adler.joint import joint_direction
 from adler.measured import MeasuredOptimizer
+from adler.measurement import BatchCurvature
 
 __all__ = ["Adler", "GaussNewton"]
 
@@ -49,6 +55,10 @@ class Adler(MeasuredOptimizer):
         max_relative_change: No weight tensor moves by more than this fraction of its norm.
             ``None``: by any fraction.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
+        momentum: ``μ`` in [0, 1), per group: the step goes along the bias-corrected average
+            $\hat m$ of the gradients, ``m ← μ m + (1 − μ) g``, at the rate measured along ``g``.
+            ``"joint"``: measured with the rate, as the minimiser over the plane of the gradient and
+            the last step (`adler.joint`), by one more Jacobian-vector product.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
         curvature_every: Measure every so many steps; the steps between use the average.
@@ -94,6 +104,7 @@ class Adler(MeasuredOptimizer):
         max_kl: float | None = 0.1,
         max_relative_change: float | None = 0.1,
         weight_decay: float = 0.0,
+        momentum: float | str = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
         output_fn: Callable[[Any], Tensor] | None = None,
@@ -106,10 +117,61 @@ class Adler(MeasuredOptimizer):
             "max_kl": max_kl,
             "max_relative_change": max_relative_change,
             "weight_decay": weight_decay,
+            "momentum": momentum,
             "jvp": jvp,
             "curvature_every": curvature_every,
         }
         super().__init__(params, model, criterion, options, output_fn)
+
+    def _direction(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        batch: list[RecordedLoss],
+        scale: Tensor | None,
+    ) -> Direction:
+        shared = self.param_groups[0]
+        if shared["momentum"] != "joint":
+            plain = all(group["momentum"] == 0 for group in self.param_groups)
+            return Direction(gradients) if plain else Momentum(gradients, self.state)
+
+        if groups_of(self._recorder.ddp, params):
+            raise RuntimeError(
+                "step(): momentum='joint' does not run on several processes: each would find a "
+                "momentum of its own; pass a number"
+            )
+
+        def measure(
+            direction: list[Tensor], squared_norm: Tensor, hessian: losses.LossHessian
+        ) -> BatchCurvature:
+            return self._measure(batch, params, direction, squared_norm, scale, hessian)
+
+        return joint_direction(
+            params,
+            gradients,
+            self.state,
+            shared,
+            Average(shared["rate_total"], shared["rate_weight"]),
+            self._mean,
+            measure if batch else None,
+            self._hessian,
+        )
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        momentum = {p: group["momentum"] for group in self.param_groups for p in group["params"]}
+        for p in params:
+            if momentum[p] not in (0, "joint"):
+                moments(self.state, p, "exp_avg")
+
+    def _check_shared(self, group: Mapping[str, Any]) -> None:
+        super()._check_shared(group)
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        kinds = [which.get("momentum", shared["momentum"]) for which in (group, shared)]
+        if (kinds[0] == "joint") != (kinds[1] == "joint"):
+            raise ValueError(
+                f"momentum={kinds[0]!r} in a parameter group, {kinds[1]!r} in another: the joint "
+                "minimiser is one for all groups, so momentum='joint' is the optimizer's"
+            )
 
     @classmethod
     def as_published(
@@ -122,7 +184,7 @@ class Adler(MeasuredOptimizer):
         """Algorithm 1 to the letter, whatever the defaults become.
 
         ``lr=1``, ``beta=0.99``, ``eps=1e-10``, an exact Jacobian-vector product at every step, no
-        guard. On networks without normalisation it can diverge; see the documentation.
+        guard, no momentum. On networks without normalisation it can diverge; see the documentation.
 
         Args:
             params: See the class.
@@ -138,6 +200,7 @@ class Adler(MeasuredOptimizer):
             "max_kl": None,
             "max_relative_change": None,
             "weight_decay": 0.0,
+            "momentum": 0.0,
             "jvp": "forward",
             "curvature_every": 1,
         }

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from adler import averaging
 from adler.capture import RecordedLoss
 from adler.distributed import groups_of
+from adler.losses import LossHessian
 from adler.measured import SHARED, MeasuredOptimizer
 from adler.measurement import (
     BatchCurvature,
@@ -123,6 +124,7 @@ class SpectralSGD(MeasuredOptimizer):
         direction: list[Tensor],
         squared_norm: Tensor,
         scale: Tensor | None,
+        hessian: LossHessian | None = None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
         if groups_of(self._recorder.ddp, params):
@@ -131,6 +133,7 @@ class SpectralSGD(MeasuredOptimizer):
                 "a mean of kernels is not the mean of theirs; use Adler"
             )
         shared = self.param_groups[0]
+        hessian = self._hessian if hessian is None else hessian
         named = {self._names[p]: p for p in params}
         options: dict[str, Any] = {
             "jvp": shared["jvp"],
@@ -143,7 +146,7 @@ class SpectralSGD(MeasuredOptimizer):
                 batch,
                 named,
                 self.criterion,
-                self._hessian,
+                hessian,
                 columns=shared["gershgorin_columns"],
                 seed=shared["steps"],
                 **options,
@@ -158,7 +161,7 @@ class SpectralSGD(MeasuredOptimizer):
             named,
             dict(zip(named, start, strict=True)),
             self.criterion,
-            self._hessian,
+            hessian,
             iterations=shared["power_iterations"] * (1 if known else _FIRST),
             **options,
         )

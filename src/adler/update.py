@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adler.distributed import Layout, layout, local, whole
 
-__all__ = ["adam_", "decay_", "descend_", "dot", "reach", "squared_norm"]
+__all__ = ["adam_", "decay_", "descend_", "dot", "momentum_", "reach", "squared_norm"]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -115,28 +115,84 @@ def descend_(
         rate: 0-dim.
         skip: 0-dim bool on the same device as ``rate``: leave every bit of ``params`` alone.
     """
-    skip = skip.to(torch.float32)
     for (device, dtype, _), (p, d) in _local_alike(params, directions).items():
-        if dtype in _FUSED_DTYPES and device.type in _FUSED_DEVICES:
-            # Takes the rate and the veto from the device, so that the host need not wait.
-            torch._fused_sgd_(
-                p,
-                d,
-                [],
-                weight_decay=0.0,
-                momentum=0.0,
-                lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,
-                grad_scale=None,
-                found_inf=skip.to(device),
-            )
+        if _is_fused(device, dtype):
+            _fused_descend_(p, d, [], rate, skip)
         else:
-            step, veto = rate.to(device), skip.to(device).bool()
+            step, veto = rate.to(device), skip.to(device)
             for param, direction in zip(p, d, strict=True):
                 param.copy_(torch.where(veto, param, param - step * direction))
+
+
+def momentum_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    momentum: float,
+) -> None:
+    r"""In place, a step along the bias-corrected average of the gradients, or nothing at all.
+
+    $$
+    m \leftarrow \mu m + (1 - \mu)\, g, \qquad t \leftarrow t + 1, \qquad
+    \theta \leftarrow \theta - \eta\, m / (1 - \mu^t)
+    $$
+
+    Args:
+        params: Tensors to update.
+        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        averages: ``m``; updated.
+        steps: ``t`` of each, 0-dim float32; updated.
+        rate: ``η``, 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        momentum: ``μ``.
+    """
+    rows = _local_alike(params, gradients, averages, steps)
+    for (device, dtype, _), (p, g, m, counts) in rows.items():
+        veto = skip.to(device)
+        torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
+        weights = 1 - momentum ** torch.stack(counts).to(_widest(device))  # 0 before any step
+        rates = (rate.to(device) / weights).unbind()
+        for param, gradient, average, own in zip(p, g, m, rates, strict=True):
+            if _is_fused(device, dtype):
+                _fused_descend_([param], [gradient], [average], own, veto, momentum)
+            else:
+                after = average.lerp(gradient, 1 - momentum)
+                average.copy_(torch.where(veto, average, after))
+                param.copy_(torch.where(veto, param, param - own * average))
+
+
+def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in _FUSED_DTYPES and device.type in _FUSED_DEVICES
+
+
+def _fused_descend_(
+    params: list[Tensor],
+    directions: list[Tensor],
+    averages: list[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    momentum: float = 0.0,
+) -> None:
+    """Takes the rate and the veto from the device, so that the host need not wait."""
+    device = params[0].device
+    torch._fused_sgd_(
+        params,
+        directions,
+        averages,
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
+        dampening=momentum,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        grad_scale=None,
+        found_inf=skip.to(device, torch.float32),
+    )
 
 
 def adam_(

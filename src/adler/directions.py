@@ -1,0 +1,191 @@
+r"""The directions: what a step goes along, and what its length is measured along.
+
+A direction lives for one step. Slope and curvature are measured along `Direction.along`; the step
+that `Direction.descend` then takes may go along something else. Wherever the step goes along an
+average of gradients, the measurement is along *this minibatch's* gradient, at the size that the
+average would have if all gradients were alike: averaging cancels the sharp, oscillating part of the
+gradient, and so nearly all curvature, but not the slope. Measured along the average itself the
+rates come out many times too large.
+
+| direction | measured along | step along |
+|---|---|---|
+| `Direction` | $g$ | $g$ |
+| `Momentum` | $g$ | $\hat m = m / (1 - \mu^t)$ |
+| `Adam` | $g / (\sqrt{\hat v} + \epsilon_A)$ | $\hat m / (\sqrt{\hat v} + \epsilon_A)$ |
+| `adler.joint.Joint` | $g - \rho\, \delta$ | the same |
+| `adler.wrapper.Displacement` | the base's step from fresh gradients | the base's step |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adler import update
+from adler.distributed import like, local
+from adler.measurement import BatchCurvature
+
+__all__ = ["Adam", "Direction", "Momentum", "State", "adam_denominators", "decay_", "moments"]
+
+State = MutableMapping[Tensor, Any]
+
+
+class Direction:
+    """The gradient; the other directions are its subclasses.
+
+    Args:
+        along: What slope and curvature are measured along, one tensor for each parameter.
+        curvature: What is already known of the batch along it.
+    """
+
+    def __init__(self, along: list[Tensor], curvature: BatchCurvature | None = None) -> None:
+        self.along = along
+        self.curvature = curvature
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """Moves the parameters of a group, all of which have a gradient, or leaves every bit.
+
+        Args:
+            group: With ``weight_decay``, which is decoupled.
+            params: Tensors to update.
+            rate: 0-dim; 0 where skipped.
+            skipped: 0-dim bool.
+        """
+        decay_(group, params, rate)
+        update.descend_(params, _gradients(params), rate, skipped)
+
+    def settle(self, skipped: Tensor) -> None:
+        """Called once, after all groups have moved."""
+
+
+class Momentum(Direction):
+    """The bias-corrected exponential average of the gradients; measured along the gradient.
+
+    Args:
+        gradients: Of this minibatch.
+        state: The optimizer's; holds ``exp_avg`` and ``step`` where a group has momentum.
+    """
+
+    def __init__(self, gradients: list[Tensor], state: State) -> None:
+        super().__init__(gradients)
+        self._state = state
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """As `Direction.descend`; a step that is skipped leaves the average as it was."""
+        if group["momentum"] == 0:
+            super().descend(group, params, rate, skipped)
+            return
+        decay_(group, params, rate)
+        states = [moments(self._state, p, "exp_avg") for p in params]
+        update.momentum_(
+            params,
+            _gradients(params),
+            [state["exp_avg"] for state in states],
+            [state["step"] for state in states],
+            rate,
+            skipped,
+            momentum=group["momentum"],
+        )
+
+
+class Adam(Direction):
+    """Adam's step with decoupled decay; measured along the preconditioned gradient.
+
+    The second moment is taken as this gradient would leave it; the state stays until the step.
+
+    Args:
+        groups: With ``betas`` and ``adam_eps``.
+        params: Those with a gradient.
+        gradients: Of this minibatch.
+        state: The optimizer's; holds ``exp_avg``, ``exp_avg_sq`` and ``step``.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: State,
+    ) -> None:
+        self._state = state
+        of = dict(zip(params, gradients, strict=True))
+        found: dict[Tensor, Tensor] = {}
+        for group in groups:
+            mine = [p for p in group["params"] if p in of]
+            if not mine:
+                continue
+            discount, g = group["betas"][1], local([of[p] for p in mine])
+            states = [self._moments(p) for p in mine]
+            seconds = local([state["exp_avg_sq"] for state in states])
+            squares = list(torch._foreach_mul(seconds, discount))
+            torch._foreach_addcmul_(squares, g, g, 1 - discount)
+            steps = [state["step"] + 1 for state in states]
+            adam_denominators(squares, steps, discount, group["adam_eps"])
+            parts = torch._foreach_div(g, squares)
+            found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
+        super().__init__([found[p] for p in params])
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """As `Direction.descend`; a step that is skipped leaves the moments as they were."""
+        states = [self._moments(p) for p in params]
+        update.adam_(
+            params,
+            _gradients(params),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            rate,
+            skipped,
+            betas=group["betas"],
+            eps=group["adam_eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _moments(self, p: Tensor) -> dict[str, Tensor]:
+        return moments(self._state, p, "exp_avg", "exp_avg_sq")
+
+
+def adam_denominators(
+    squares: list[Tensor], steps: Sequence[Tensor], discount: float, offset: float
+) -> None:
+    r"""In place, second moments $v$ become $\sqrt{v / (1 - \beta_2^t)} + \epsilon_A$.
+
+    Args:
+        squares: Second moments; overwritten.
+        steps: ``t`` of each, 0-dim.
+        discount: ``β₂``.
+        offset: ``ε_A``.
+    """
+    # In float64: 1 - 0.999 keeps four digits in float32.
+    torch._foreach_div_(squares, [1 - discount ** step.double() for step in steps])
+    torch._foreach_sqrt_(squares)
+    torch._foreach_add_(squares, offset)
+
+
+def decay_(group: Mapping[str, Any], params: list[Tensor], rate: Tensor) -> None:
+    """In place, the decoupled weight decay of a step of this rate."""
+    if group["weight_decay"] != 0:
+        update.decay_(params, rate * group["weight_decay"])
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def moments(state: State, p: Tensor, *names: str) -> dict[str, Tensor]:
+    """A parameter's state, zero before its first step; ``momentum`` may be set in mid-training."""
+    mine: dict[str, Tensor] = state[p]
+    if "step" not in mine:
+        mine["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for name in names:
+            mine[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return mine
