@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from adler import averaging, update
 from adler.measured import MeasuredOptimizer
+from adler.model_loss import ModelLoss
 
 __all__ = ["AdlerAdam"]
 
@@ -78,7 +79,7 @@ class AdlerAdam(MeasuredOptimizer):
         self,
         params: ParamsT,
         model: nn.Module,
-        criterion: Callable[..., Tensor],
+        criterion: Callable[..., Tensor] | ModelLoss,
         *,
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
