@@ -42,12 +42,6 @@ class LanguageModel(nn.Module):
         return {"loss": F.cross_entropy(logits.mT, labels) + self.extra, "logits": logits}
 
 
-def in_double(described):
-    """The description without the cast to float32, which Hugging Face's models have."""
-    described.outputs = lambda result: result["logits"].flatten(0, -2)
-    return described
-
-
 def sentences(n=4, length=9, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (n, length), generator=generator)
@@ -86,7 +80,7 @@ OPTIMIZERS = [Adler, AdlerAdam, GaussNewton, SpectralSGD]
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_a_model_with_its_loss_steps_as_the_plain_loop(make):
     model = LanguageModel()
-    optimizer = make(model.parameters(), model, in_double(causal_lm()))
+    optimizer = make(model.parameters(), model, causal_lm())
     tokens, labels = sentences()
     model(tokens, labels=labels)["loss"].backward()
     optimizer.step()
@@ -101,7 +95,7 @@ def test_micro_batches_are_weighted_by_their_items_if_the_model_heeds_them(make,
     batches = [sentences(4, 9, 0), sentences(1, 5, 1), sentences(3, 6, 2)]
     items = torch.stack([(labels[:, 1:] != -100).sum() for _, labels in batches]).sum()
     model = LanguageModel(heeds_items=heeds_items)
-    optimizer = make(model.parameters(), model, in_double(causal_lm()))
+    optimizer = make(model.parameters(), model, causal_lm())
     for tokens, labels in batches:
         model(tokens, labels=labels, num_items_in_batch=items)["loss"].backward()
     optimizer.step()
@@ -115,7 +109,7 @@ def test_a_micro_batch_without_targets_adds_nothing(make):
     batches = [sentences(4, 9, 0), (torch.zeros(2, 4).long(), torch.full((2, 4), -100))]
     items = (batches[0][1][:, 1:] != -100).sum()
     model = LanguageModel()
-    optimizer = make(model.parameters(), model, in_double(causal_lm()))
+    optimizer = make(model.parameters(), model, causal_lm())
     for tokens, labels in batches:
         model(tokens, labels=labels, num_items_in_batch=items)["loss"].backward()
     optimizer.step()
@@ -126,7 +120,7 @@ def test_a_micro_batch_without_targets_adds_nothing(make):
 
 def test_a_batch_without_targets_is_skipped():
     model = LanguageModel()
-    optimizer = Adler(model.parameters(), model, in_double(causal_lm()))
+    optimizer = Adler(model.parameters(), model, causal_lm())
     before = flat(model)
     labels = torch.full((2, 4), -100)
     model(torch.zeros(2, 4).long(), labels=labels)["loss"].backward()
@@ -138,7 +132,7 @@ def test_a_batch_without_targets_is_skipped():
 def test_a_loss_scaled_by_the_loop_in_place():
     def curvature(scale):
         model = LanguageModel()
-        optimizer = Adler(model.parameters(), model, in_double(causal_lm()))
+        optimizer = Adler(model.parameters(), model, causal_lm())
         tokens, labels = sentences()
         loss = model(tokens, labels=labels)["loss"]
         loss *= scale
@@ -157,7 +151,7 @@ def test_under_a_gradient_scaler_with_micro_batches(unscales):
     batches = [sentences(4, 9, 0), sentences(1, 5, 1)]
     items = torch.stack([(labels[:, 1:] != -100).sum() for _, labels in batches]).sum()
     model, scaler = LanguageModel(), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = Adler(model.parameters(), model, in_double(causal_lm()))
+    optimizer = Adler(model.parameters(), model, causal_lm())
     for tokens, labels in batches:
         loss = model(tokens, labels=labels, num_items_in_batch=items)["loss"]
         scaler.scale(loss).backward()
@@ -210,7 +204,7 @@ def test_a_criterion_that_the_model_calls_is_not_counted_twice():
     ids=["not shifted", "shifted once", "shifted", "an extra term"],
 )
 def test_a_wrong_description_is_an_error_and_changes_nothing(model, described):
-    optimizer = Adler(model.parameters(), model, in_double(described))
+    optimizer = Adler(model.parameters(), model, described)
     before, state = flat(model), copy.deepcopy(optimizer.state_dict())
     tokens, labels = sentences()
     model(tokens, labels=labels)["loss"].backward()
@@ -223,7 +217,7 @@ def test_a_wrong_description_is_an_error_and_changes_nothing(model, described):
 
 def test_the_check_waits_for_a_finite_loss_and_then_is_over():
     model = LanguageModel(shift=2)
-    optimizer = Adler(model.parameters(), model, in_double(causal_lm()))
+    optimizer = Adler(model.parameters(), model, causal_lm())
     tokens, labels = sentences()
     model(tokens, labels=torch.full_like(labels, -100))["loss"].backward()
     optimizer.step()

@@ -95,7 +95,7 @@ def sequence_classification(problem_type: str = "single_label_classification") -
 
 def _logits(result: Any) -> Tensor:
     logits: Tensor = result["logits"]
-    return logits.float()  # as the models do
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # as the models do
 
 
 def _token_logits(result: Any) -> Tensor:
