@@ -126,7 +126,11 @@ class AdlerAdam(MeasuredOptimizer):
             torch._foreach_div_(moments, corrections)
             torch._foreach_sqrt_(moments)
             torch._foreach_add_(moments, offset)
-            found.update(zip(mine, torch._foreach_div(g, moments), strict=True))
+            along = list(torch._foreach_div(g, moments))
+            # A square that overflows would stay in the moment for ever: NaN, and so no step.
+            size = update.squared_norm(moments, self._home)
+            along[0] = along[0] + (size - size).to(along[0])
+            found.update(zip(mine, along, strict=True))
         return [found[p] for p in params]
 
     def _descend(
