@@ -237,6 +237,8 @@ UNSUPPORTED = {
         "_weight_norm_interface",
     ),
     "reentrant checkpoint": (lambda: Then(reentrant), "custom autograd.Function|tangent"),
+    # What Hugging Face's activation checkpointing does in a hook on the embedding.
+    "requires_grad_": (lambda: Then(lambda x: torch.tanh(x).requires_grad_()), "requires_grad_"),
 }
 
 

@@ -10,6 +10,7 @@ safe in every direction.
 from adler import curvature, diagnostics, losses
 from adler.adam import AdlerAdam
 from adler.measured import StepRecord
+from adler.model_loss import ModelLoss
 from adler.optimizer import Adler, GaussNewton
 from adler.spectral import SpectralSGD
 from adler.wrapper import Wrapped, wrap
@@ -18,6 +19,7 @@ __all__ = [
     "Adler",
     "AdlerAdam",
     "GaussNewton",
+    "ModelLoss",
     "SpectralSGD",
     "StepRecord",
     "Wrapped",

@@ -12,6 +12,7 @@ from adler import averaging
 from adler.capture import RecordedLoss
 from adler.directions import Adam, Direction, moments
 from adler.measured import MeasuredOptimizer
+from adler.model_loss import ModelLoss
 
 __all__ = ["AdlerAdam"]
 
@@ -79,7 +80,7 @@ class AdlerAdam(MeasuredOptimizer):
         self,
         params: ParamsT,
         model: nn.Module,
-        criterion: Callable[..., Tensor],
+        criterion: Callable[..., Tensor] | ModelLoss,
         *,
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),

@@ -1,7 +1,8 @@
 """What the optimizer sees of the training loop: which batch made the gradient.
 
 Hooks on the model and on the criterion record each call made with gradients enabled. A call of the
-criterion is linked to the call of the model that made its first argument. The autograd graph owns
+criterion is linked to the call of the model that made its first argument; a loss that the model
+returns (`ModelLoss`) belongs to the call that made it. The autograd graph owns
 the record: only when the backward pass reaches the loss does it come here, together with the
 gradient that arrives there (the factor by which the loss entered what was backpropagated). So a
 forward pass that nobody differentiates leaves nothing behind, several of them before one step add
@@ -13,7 +14,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import distributed
+from adler.model_loss import ModelLoss
 from adler.replay import (
     Call,
     RandomState,
@@ -82,6 +84,7 @@ class Recorder:
         criterion: Hooked if it is a module.
         output_fn: Maps what the model returns to what the criterion receives.
         params: Those whose gradients the records explain.
+        model_loss: The loss that the model returns, in place of calls of the criterion.
     """
 
     def __init__(
@@ -90,8 +93,10 @@ class Recorder:
         criterion: Callable[..., Tensor],
         output_fn: Callable[[Any], Tensor] | None,
         params: Callable[[], Iterable[Tensor]],
+        model_loss: ModelLoss | None = None,
     ) -> None:
         self._model, self._criterion = model, criterion
+        self._model_loss, self._checked = model_loss, False
         self._output_fn, self._params = output_fn, params
         self._devices = accelerators(model)
         self.ddp = distributed.find(model)  # or the one that the model is found to run inside
@@ -104,7 +109,7 @@ class Recorder:
             model.register_forward_pre_hook(_Hook(self, model, "_enter_model"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, model, "_leave_model"), with_kwargs=True),
         ]
-        if isinstance(criterion, nn.Module):
+        if isinstance(criterion, nn.Module) and model_loss is None:
             hook = _Hook(self, criterion, "_leave_criterion")
             handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
         self._remove = weakref.finalize(self, _remove_all, handles)
@@ -134,10 +139,11 @@ class Recorder:
         """The losses whose gradients are in ``p.grad``.
 
         Raises:
-            RuntimeError: If there are none, or it is not certain which they are; says what to do.
+            RuntimeError: If there are none, it is not certain which they are, or the model's own
+                loss is not what its description says; says what to do.
         """
         if self._backpropagated:
-            return list(self._backpropagated)
+            return [self._scaled(loss) for loss in self._backpropagated]
         if self._calls == 0:
             reason = (
                 "the model was not called with gradients enabled since the last step. Call "
@@ -156,6 +162,20 @@ class Recorder:
             reason = "backward() has not reached the recorded loss: call loss.backward() first"
         raise RuntimeError(f"step(): {reason}")
 
+    def _scaled(self, loss: RecordedLoss) -> RecordedLoss:
+        """In units of the criterion, where the model computed the loss."""
+        described = self._model_loss
+        if described is None:
+            return loss
+        assert loss.outputs is not None
+        assert loss.value is not None
+        assert loss.weight is not None
+        seen = loss.value, loss.outputs, loss.targets
+        factor = described.factor(*seen, loss.call.kwargs)
+        if not self._checked:
+            self._checked = described.check(*seen, factor)
+        return loss if factor is None else replace(loss, weight=loss.weight * factor)
+
     def explicit(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
         """The batch as the user states it.
 
@@ -164,8 +184,14 @@ class Recorder:
             targets: What the criterion receives after the outputs.
 
         Raises:
-            RuntimeError: If ``inputs`` is None and there is not exactly one call.
+            RuntimeError: If ``inputs`` is None and there is not exactly one call, or the loss is
+                a `ModelLoss`, whose batches are always recorded.
         """
+        if self._model_loss is not None:
+            raise RuntimeError(
+                "step(targets=...): the optimizer was given a ModelLoss, which takes the targets "
+                "from the call of the model: call step() without arguments"
+            )
         if inputs is None:
             if self._last_call is None or self._calls != 1:
                 raise RuntimeError(
@@ -212,10 +238,30 @@ class Recorder:
         self._last_call = call
         self._calls += 1
         self._calls_since_loss += 1
-        if isinstance(result, Tensor):
+        if self._model_loss is not None:
+            self._leave_model_with_loss(self._model_loss, call, result)
+        elif isinstance(result, Tensor):
             self._by_output[result] = call
         elif self._output_fn is None:
             self._unlinked = not_a_tensor(result, has_output_fn=False)
+
+    def _leave_model_with_loss(self, described: ModelLoss, call: Call, result: Any) -> None:
+        value = described.loss(result)
+        if not isinstance(value, Tensor) or not value.requires_grad or value.ndim != 0:
+            self._unlinked = (
+                "the optimizer was given a ModelLoss, but the model returned no differentiable "
+                "scalar as its loss: call the model with its targets (labels=...), and say in "
+                "ModelLoss(loss=...) where the loss is"
+            )
+            return
+        with torch.no_grad():
+            outputs = described.outputs(result)
+            targets = described.targets(*call.args, **call.kwargs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(not_a_tensor(outputs, has_output_fn=True))
+        targets = targets if isinstance(targets, tuple) else (targets,)
+        # A copy: a loop may scale the loss in place.
+        self._watch(value, RecordedLoss(call, targets, outputs.detach(), value.detach().clone()))
 
     def _leave_criterion(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         if not isinstance(value, Tensor) or not value.requires_grad:
@@ -236,8 +282,11 @@ class Recorder:
                 "through them too, which the curvature would miss: detach them"
             )
             return
+        self._watch(value, RecordedLoss(call, tuple(targets), outputs.detach(), value.detach()))
+
+    def _watch(self, value: Tensor, loss: RecordedLoss) -> None:
+        """Waits for the backward pass to reach the loss."""
         self._losses += 1
-        loss = RecordedLoss(call, tuple(targets), outputs.detach(), value.detach())
         value.register_hook(_on_backward(weakref.ref(self), loss))  # type: ignore[no-untyped-call]
 
     def _link(self, outputs: Any) -> Call | None:

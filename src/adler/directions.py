@@ -128,7 +128,10 @@ class Adam(Direction):
             torch._foreach_addcmul_(squares, g, g, 1 - discount)
             steps = [state["step"] + 1 for state in states]
             adam_denominators(squares, steps, discount, group["adam_eps"])
-            parts = torch._foreach_div(g, squares)
+            parts = list(torch._foreach_div(g, squares))
+            # A square that overflows would stay in the moment for ever: NaN, and so no step.
+            size = update.squared_norm(squares)
+            parts[0] = parts[0] + (size - size).to(parts[0])
             found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
         super().__init__([found[p] for p in params])
 

@@ -21,6 +21,7 @@ from adler.averaging import Average, DiscountedMean
 from adler.capture import RecordedLoss, Recorder
 from adler.directions import Direction
 from adler.measurement import BatchCurvature, batch_curvature
+from adler.model_loss import ModelLoss
 from adler.replay import unwrap
 from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
 from adler.watch import Watch
@@ -76,7 +77,7 @@ class MeasuredOptimizer(Optimizer):
     Args:
         params: Parameters of ``model``, or groups of them, with or without names.
         model: The network whose outputs the loss sees.
-        criterion: The loss, reduced to a scalar.
+        criterion: The loss, reduced to a scalar, or a `ModelLoss`.
         options: Defaults of the param groups.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
     """
@@ -92,13 +93,19 @@ class MeasuredOptimizer(Optimizer):
         self,
         params: ParamsT,
         model: nn.Module,
-        criterion: Callable[..., Tensor],
+        criterion: Callable[..., Tensor] | ModelLoss,
         options: dict[str, Any],
         output_fn: Callable[[Any], Tensor] | None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         distributed.refuse(model)
+        self._model_loss: ModelLoss | None = None
+        if isinstance(criterion, ModelLoss):
+            if output_fn is not None:
+                raise ValueError("output_fn: the ModelLoss has outputs= already; pass only one")
+            self._model_loss, output_fn = criterion, criterion.outputs
+            criterion = criterion.criterion
         if not callable(criterion):
             raise TypeError(f"criterion: expected a loss, got {type(criterion).__name__}")
         if output_fn is not None and not callable(output_fn):
@@ -330,6 +337,37 @@ class MeasuredOptimizer(Optimizer):
         """What the last step did; None before the first."""
         return self._last_step
 
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The last step as numbers for a logger, by name; waits for the device once.
+
+        Holds what `StepRecord` names, and ``applied_lr``, the rate after the group's ``lr``
+        (``applied_lr/0``, ``applied_lr/1``, ... where there are several groups). Empty before the
+        first step.
+
+        Args:
+            prefix: Put before every name, such as ``"adler/"``.
+
+        Examples:
+            >>> import torch
+            >>> from adler import Adler
+            >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+            >>> optimizer = Adler(model.parameters(), model, criterion, lr=0.5)
+            >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+            >>> optimizer.step()
+            >>> numbers = optimizer.scalars("adler/")
+            >>> numbers["adler/applied_lr"] == 0.5 * numbers["adler/effective_lr"]
+            True
+        """
+        last = self.last_step
+        if last is None:
+            return {}
+        found = last._asdict()
+        for number, group in enumerate(self.param_groups):
+            name = "applied_lr" if len(self.param_groups) == 1 else f"applied_lr/{number}"
+            found[name] = group["effective_lr"]
+        values = torch.stack([value.to(last.slope) for value in found.values()])
+        return {prefix + name: value for name, value in zip(found, values.tolist(), strict=True)}
+
     def remove_hooks(self) -> None:
         """Takes the hooks off the model and the criterion; `step` then needs inputs and targets."""
         self._recorder.remove()
@@ -426,7 +464,7 @@ class MeasuredOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the hooks, which are made anew."""
-        kept = ("model", "criterion", "output_fn")
+        kept = ("model", "criterion", "output_fn", "_model_loss")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -454,7 +492,9 @@ class MeasuredOptimizer(Optimizer):
             groups = [] if alive is None else alive.param_groups
             return (p for group in groups for p in group["params"])
 
-        self._recorder = Recorder(self.model, self.criterion, self.output_fn, params)
+        self._recorder = Recorder(
+            self.model, self.criterion, self.output_fn, params, self._model_loss
+        )
         self._last_step = None
         self._watch = Watch()
 

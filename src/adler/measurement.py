@@ -107,9 +107,9 @@ def batch_curvature(
                 finite = finite & torch.isfinite(height).to(finite.device)
                 at, targets = _where(loss, outputs)
                 form = hessian.quadratic_form(at, targets, tangents)
-                value = value + weights[loss] * form.to(value)
+                value = value + _weighted(weights[loss], form)
                 if wants_nat:
-                    nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
+                    nat = nat + _weighted(weights[loss], hessian.nat(at, targets, height))
     return BatchCurvature(value, nat, finite, jvp)
 
 
@@ -240,11 +240,16 @@ def _terms(
             height = _checked(loss, criterion, outputs)
             finite = finite & torch.isfinite(height).to(finite.device)
             at, targets = _where(loss, outputs)
-            norm = norm + weights[loss].abs() * hessian.spectral_norm(at, targets).to(norm)
+            norm = norm + _weighted(weights[loss].abs(), hessian.spectral_norm(at, targets))
             if wants_nat:
-                nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
+                nat = nat + _weighted(weights[loss], hessian.nat(at, targets, height))
         terms.append(_Term(call, outputs, pull, norm))
     return terms, nat, finite
+
+
+def _weighted(weight: Tensor, term: Tensor) -> Tensor:
+    """Nothing where the weight is zero, whatever the term: a mean over no targets is NaN."""
+    return torch.where(weight == 0, torch.zeros_like(weight), weight * term.to(weight))
 
 
 def _normalised(vector: list[Tensor], like: Tensor) -> list[Tensor]:

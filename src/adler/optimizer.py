@@ -16,6 +16,7 @@ from adler.distributed import groups_of
 from adler.joint import joint_direction
 from adler.measured import MeasuredOptimizer
 from adler.measurement import BatchCurvature
+from adler.model_loss import ModelLoss
 
 __all__ = ["Adler", "GaussNewton"]
 
@@ -43,7 +44,8 @@ class Adler(MeasuredOptimizer):
         params: Parameters of ``model``, or groups of them, with or without names.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar. A module (``nn.CrossEntropyLoss()``) is hooked;
-            for any other callable the targets go to `step`.
+            for any other callable the targets go to `step`. A loss that the model computes itself
+            is a `ModelLoss`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
         beta: Discount of the average, in [0, 1).
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
@@ -95,7 +97,7 @@ class Adler(MeasuredOptimizer):
         self,
         params: ParamsT,
         model: nn.Module,
-        criterion: Callable[..., Tensor],
+        criterion: Callable[..., Tensor] | ModelLoss,
         *,
         lr: float | Tensor = 1.0,
         beta: float = 0.99,
@@ -178,7 +180,7 @@ class Adler(MeasuredOptimizer):
         cls: type[Self],
         params: ParamsT,
         model: nn.Module,
-        criterion: Callable[..., Tensor],
+        criterion: Callable[..., Tensor] | ModelLoss,
         **overrides: Any,
     ) -> Self:
         """Algorithm 1 to the letter, whatever the defaults become.

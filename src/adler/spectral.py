@@ -19,6 +19,7 @@ from adler.measurement import (
     batch_gershgorin_curvature,
     batch_spectral_curvature,
 )
+from adler.model_loss import ModelLoss
 
 __all__ = ["SpectralSGD"]
 
@@ -87,7 +88,7 @@ class SpectralSGD(MeasuredOptimizer):
         self,
         params: ParamsT,
         model: nn.Module,
-        criterion: Callable[..., Tensor],
+        criterion: Callable[..., Tensor] | ModelLoss,
         *,
         lr: float | Tensor = 1.0,
         power_iterations: int = 1,

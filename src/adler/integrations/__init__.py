@@ -1,0 +1,1 @@
+"""Ready-made descriptions for other libraries, none of which is imported here."""

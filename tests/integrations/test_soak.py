@@ -1,0 +1,128 @@
+"""Twenty thousand steps on bad batches and changing options: finite, and nothing piles up."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from adler import Adler, AdlerAdam
+
+STEPS, WARM = 20_000, 4_000
+
+
+def batch(kind, generator):
+    """Mostly good, sometimes anything that a loader has been seen to deliver."""
+    n = 0 if kind == "empty" else int(torch.randint(1, 9, (), generator=generator))
+    x = torch.randn(n, 4, generator=generator)
+    y = torch.randint(3, (n,), generator=generator)
+    if kind in ("nan", "inf"):
+        x[0, 1] = float(kind)
+    elif kind == "huge":
+        x = x * 10.0 ** int(torch.randint(3, 39, (), generator=generator))
+    elif kind == "tiny":
+        x = x * 1e-30
+    elif kind == "constant":
+        x, y = torch.ones_like(x), torch.zeros_like(y)
+    elif kind == "zero":
+        x = torch.zeros_like(x)
+    return x, y
+
+
+KINDS = ["good"] * 8 + ["nan", "inf", "huge", "tiny", "constant", "zero", "empty"]
+CHANGES = {
+    "lr": [0.0, 0.1, 1.0, 2.0],
+    "weight_decay": [0.0, 1e-4, 0.1],
+    "beta": [0.0, 0.9, 0.99],
+    "eps": [1e-10, 1e-3],  # 0 would leave the rate on a flat batch without any bound
+    "trust_region": [0.5, 1.0, 2.0],
+    "max_kl": [None, 0.01, 0.1, 1.0],
+    "max_relative_change": [None, 0.01, 0.1],
+    "jvp": ["forward", "finite_difference", "double_backward"],
+    "curvature_every": [1, 2, 5],
+}
+
+
+def change(optimizer, chance):
+    key = chance.choice(list(CHANGES))
+    value = chance.choice(CHANGES[key])
+    groups = optimizer.param_groups
+    for group in [chance.choice(groups)] if key in ("lr", "weight_decay") else groups:
+        group[key] = value
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+
+
+def resident():
+    """In bytes."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def live(model, criterion):
+    """What must not grow: objects, tensors, files, hooks."""
+    gc.collect()
+    objects = gc.get_objects()
+    modules = [*model.modules(), criterion]
+    return {
+        "objects": len(objects),
+        "tensors": sum(type(o) is torch.Tensor for o in objects),
+        "files": descriptors(),
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+    }
+
+
+@pytest.mark.row("Soak")
+@pytest.mark.filterwarnings("ignore:the last 10 steps were skipped:RuntimeWarning")
+@pytest.mark.parametrize("make", [Adler, AdlerAdam])
+def test_bad_batches_and_changing_options(make):
+    torch.manual_seed(0)
+    chance, generator = random.Random(0), torch.Generator().manual_seed(0)
+    model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}]
+    optimizer = make(groups, model, criterion)
+    steps = STEPS // 2  # both optimizers together take as many as are asked for
+    warm, memory, seen = None, 0, set()
+    for step in range(steps):
+        if step % 10 == 0:
+            change(optimizer, chance)
+        kind = chance.choice(KINDS)
+        x, y = batch(kind, generator)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        if step % 100 == 0:
+            assert all(torch.isfinite(p).all() for p in model.parameters()), (step, kind)
+        if bool(optimizer.last_step.skipped):
+            seen.add(kind)
+        if step == WARM:
+            warm, memory = live(model, criterion), resident()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert {"nan", "inf", "empty"} <= seen
+    assert optimizer.param_groups[0]["steps"] == steps
+    end = live(model, criterion)
+    assert end["tensors"] <= warm["tensors"] + 2
+    assert end["objects"] <= warm["objects"] + 200  # the interpreter's own caches
+    assert (end["files"], end["hooks"]) == (warm["files"], warm["hooks"])
+    assert resident() - memory < 20e6
+
+    # Still able to learn.
+    for group in optimizer.param_groups:
+        group.update(lr=1.0, weight_decay=0.0, curvature_every=1, jvp="forward", beta=0.9)
+    x = torch.randn(60, 4, generator=generator)
+    y = x[:, :3].argmax(1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.5
