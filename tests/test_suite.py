@@ -263,7 +263,7 @@ def test_variants_are_the_class_with_those_options():
     ("name", "message"),
     [
         ("adam", "method 'adam': expected one of sgd"),
-        ("adamw@lr=1", "only adler, adler-adam have variants"),
+        ("adamw@lr=1", "only adler, adler-adam, adler-schedulefree have variants"),
         ("adler@kappa=0.1", "'kappa' is none of lr, beta"),
         ("adler@output_fn=None", "'output_fn' is none of"),
         ("adler@", "expected adler@option=value"),

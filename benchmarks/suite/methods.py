@@ -81,6 +81,11 @@ def _measured(kind: Callable[..., Optimizer], **options: Any) -> Callable[[Setti
     return lambda s: Stepper(s, kind(s.model.parameters(), s.model, s.criterion, **options))
 
 
+def _interpolated(kind: Callable[..., Optimizer], **options: Any) -> Callable[[Setting], Stepper]:
+    """One that is tested at an average, which it puts in place of the weights."""
+    return lambda s: ScheduleFree(s, kind(s.model.parameters(), s.model, s.criterion, **options))
+
+
 def _plain(
     kind: Callable[..., Optimizer], tuned: bool = False, warmup: float | None = None, **options: Any
 ) -> Callable[[Setting], Stepper]:
@@ -199,6 +204,9 @@ METHODS: dict[str, Method] = {
     "adler-cap": Method("Adler (cap only)", None, 3, _measured(adler.Adler, **_CAP_ONLY)),
     "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
     "adler-adam": Method("AdlerAdam (default)", None, 3, _measured(adler.AdlerAdam)),
+    "adler-schedulefree": Method(
+        "AdlerScheduleFree (default)", None, 3, _interpolated(adler.AdlerScheduleFree)
+    ),
     "gauss-newton-published": Method(
         "GN (published)", None, 3, _measured(adler.GaussNewton.as_published)
     ),
@@ -234,7 +242,11 @@ METHODS: dict[str, Method] = {
 
 # --- variants ------------------------------------------------------------------------------------
 
-VARIED: dict[str, type[Optimizer]] = {"adler": adler.Adler, "adler-adam": adler.AdlerAdam}
+VARIED: dict[str, type[Optimizer]] = {
+    "adler": adler.Adler,
+    "adler-adam": adler.AdlerAdam,
+    "adler-schedulefree": adler.AdlerScheduleFree,
+}
 _NOT_VARIED = {"output_fn"}
 
 
@@ -290,4 +302,5 @@ def method(name: str) -> Method:
     if "@" not in name:
         raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}, or a variant")
     base, options = variant(name)
-    return Method(name, None, METHODS[base].passes, _measured(VARIED[base], **options))
+    begin = _interpolated if hasattr(VARIED[base], "eval") else _measured
+    return Method(name, None, METHODS[base].passes, begin(VARIED[base], **options))

@@ -12,12 +12,14 @@ from adler.adam import AdlerAdam
 from adler.measured import StepRecord
 from adler.model_loss import ModelLoss
 from adler.optimizer import Adler, GaussNewton
+from adler.schedule_free import AdlerScheduleFree
 from adler.spectral import SpectralSGD
 from adler.wrapper import Wrapped, wrap
 
 __all__ = [
     "Adler",
     "AdlerAdam",
+    "AdlerScheduleFree",
     "GaussNewton",
     "ModelLoss",
     "SpectralSGD",

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from adler.distributed import Layout, layout, local, whole
 
-__all__ = ["adam_", "decay_", "descend_", "dot", "momentum_", "reach", "squared_norm"]
+__all__ = [
+    "adam_",
+    "decay_",
+    "descend_",
+    "dot",
+    "momentum_",
+    "reach",
+    "schedule_free_",
+    "squared_norm",
+]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -244,6 +253,61 @@ def adam_(
             found_inf=veto,
         )
         torch._foreach_sub_(counts, [veto] * len(counts))
+
+
+def schedule_free_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    fast: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    r"""In place, a schedule-free step from $y$, or nothing at all.
+
+    With $u = d + \lambda y$ and the average $x$, which is not stored,
+
+    $$
+    z \leftarrow z - \eta\, u, \qquad x \leftarrow x + \tfrac1t (z - x), \qquad
+    y = (1 - \beta_1)\, z + \beta_1 x.
+    $$
+
+    Args:
+        params: ``y``; updated.
+        directions: ``d``, as many, of the same shapes, dtypes and devices; overwritten.
+        gradients: Likewise, for the second moment; may be non-finite when skipped.
+        fast: ``z``; updated.
+        exp_avg_sqs: Second moments; updated.
+        steps: Steps so far, 0-dim float32; updated to ``t``.
+        rate: ``η``, 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        betas: ``β₁`` and the discount of the second moment.
+        weight_decay: ``λ``.
+    """
+    rows = _local_alike(params, directions, gradients, fast, exp_avg_sqs, steps)
+    for (device, _, _), (y, d, g, z, squares, counts) in rows.items():
+        veto = skip.to(device)
+        torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
+        shares = torch.stack(counts).to(_widest(device)).clamp(min=1).reciprocal()
+        if weight_decay != 0:
+            torch._foreach_add_(d, y, alpha=weight_decay)
+        apart = torch._foreach_sub(y, z)
+        news = torch._foreach_addcmul(squares, g, g, value=-1)
+        keep = torch.as_tensor(1 - betas[1], dtype=_widest(device), device=device)
+        descend_(squares, list(news), keep, veto)
+        # Of y: towards z by the average's new share of it, and its own share of the step.
+        mine = rate.to(device) * (1 - betas[0] * (1 - shares))
+        for param, gap, direction, share, own in zip(
+            y, apart, d, shares.unbind(), mine.unbind(), strict=True
+        ):
+            descend_([param], [gap], share, veto)
+            descend_([param], [direction], own, veto)
+        descend_(z, d, rate, veto)
 
 
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:

@@ -1,0 +1,215 @@
+"""`AdlerScheduleFree`: the same search, at the point between an Adam iterate and its average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from adler import averaging, update
+from adler.capture import RecordedLoss
+from adler.directions import Adam, Direction, moments
+from adler.measured import MeasuredOptimizer
+from adler.model_loss import ModelLoss
+
+__all__ = ["AdlerScheduleFree"]
+
+
+class AdlerScheduleFree(MeasuredOptimizer):
+    r"""Schedule-free AdamW that measures its own learning rate: neither rate nor horizon to set.
+
+    Gradients, slope and curvature are taken at $y$, between the fast iterate $z$ and the average
+    $x$ of all $z$ so far, which is what is tested and kept:
+
+    $$
+    d = \frac{\nabla h(y)}{\sqrt{\hat v} + \epsilon_A}, \quad
+    \eta_k = \frac{g^\top d}{c(d) + \epsilon\, d^\top d}, \quad
+    z \leftarrow z - \min(\hat\eta_k, \rho_k)\, d, \quad
+    x \leftarrow \bigl(1 - \tfrac1k\bigr)\, x + \tfrac1k z, \quad
+    y = (1 - \beta_1)\, z + \beta_1 x,
+    $$
+
+    with $\hat v$, the mean $\hat\eta_k$ and the bounds $\rho_k$ of `AdlerAdam`. The average takes
+    the place of a schedule: no number of steps need be known.
+
+    While training the parameters are $y$. Call `eval` before testing or saving the model, which
+    puts $x$ in their place, and `train` before the next step, beside ``model.eval()`` and
+    ``model.train()``. With BatchNorm, whose running statistics belong to $y$,
+    ``torch.optim.swa_utils.update_bn(loader, model)`` after `eval` makes them those of $x$.
+
+    Args:
+        params: Parameters of ``model``, or groups of them, with or without names.
+        model: The network whose outputs the loss sees. Forward hooks record its calls.
+        criterion: The loss, reduced to a scalar; see `Adler`.
+        lr: Multiplies the measured rate; per group.
+        betas: How near ``y`` is to the average, in (0, 1), and the discount of the second moment,
+            in [0, 1); per group.
+        adam_eps: ``ε_A``, added to the root of the second moment; per group.
+        beta: Discount of the average of rates, in [0, 1).
+        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
+        trust_region: A step is at most this many minibatch rates long. ``None``: no guard at all,
+            whatever the next two say.
+        max_kl: As in `Adler`.
+        max_relative_change: As in `Adler`.
+        weight_decay: Decoupled, at ``y``: ``z ← z − rate · weight_decay · y``; per group.
+        jvp: ``"forward"``, ``"finite_difference"`` or ``"double_backward"``; see `Adler`.
+        curvature_every: Measure every so many steps; the steps between use the average.
+        output_fn: Maps what the model returns to the tensor that the criterion receives.
+
+    Raises:
+        ValueError: For an argument out of its range, parameters that are not the model's, or a
+            criterion with ``reduction="none"``.
+        TypeError: For arguments of another kind, complex parameters included.
+
+    Source: the points are A. Defazio et al., *The Road Less Scheduled*, arXiv 2405.15682; the rate
+    is Algorithm 1 of D. Balboni's thesis (SNS 2025, ch. 7) along the preconditioned gradient.
+
+    Examples:
+        >>> import torch
+        >>> model, criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+        >>> optimizer = AdlerScheduleFree(model.parameters(), model, criterion)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     criterion(model(x), y).backward()
+        ...     optimizer.step()
+        >>> optimizer.eval()
+        >>> tested = criterion(model(x), y)
+        >>> optimizer.train()
+    """
+
+    _mean = averaging.geometric
+
+    def __init__(
+        self,
+        params: ParamsT,
+        model: nn.Module,
+        criterion: Callable[..., Tensor] | ModelLoss,
+        *,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        beta: float = 0.99,
+        eps: float = 1e-10,
+        trust_region: float | None = 2.0,
+        max_kl: float | None = 0.1,
+        max_relative_change: float | None = 0.1,
+        weight_decay: float = 0.0,
+        jvp: str = "forward",
+        curvature_every: int = 1,
+        output_fn: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "adam_eps": adam_eps,
+            "beta": beta,
+            "eps": eps,
+            "trust_region": trust_region,
+            "max_kl": max_kl,
+            "max_relative_change": max_relative_change,
+            "weight_decay": weight_decay,
+            "jvp": jvp,
+            "curvature_every": curvature_every,
+        }
+        super().__init__(params, model, criterion, options, output_fn)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the averages in place of the parameters. Without effect when they are there."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                mine = self.state.get(p, {})
+                if "z" in mine and "y" not in mine:
+                    mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
+                    p.lerp_(mine["z"], 1 - 1 / group["betas"][0])
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the parameters back, bit for bit. Without effect when they are there."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state and "y" in self.state[p]:
+                    p.copy_(self.state[p].pop("y"))
+
+    def _direction(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        batch: list[RecordedLoss],
+        scale: Tensor | None,
+    ) -> Direction:
+        if any("y" in self.state[p] for p in params if p in self.state):
+            raise RuntimeError(
+                "step(): the parameters are the averages, for testing: call optimizer.train() "
+                "before the forward pass of a training step"
+            )
+        return ScheduleFree(self.param_groups, params, gradients, self.state)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        _check_interpolation(group.get("betas", self.defaults["betas"]))
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        for p in params:
+            _state(self.state, p)
+
+
+class ScheduleFree(Adam):
+    """From ``y``, measured along the preconditioned gradient there; moves ``z``, ``x`` and ``y``.
+
+    Args:
+        groups: With ``betas`` and ``adam_eps``.
+        params: Those with a gradient.
+        gradients: Of this minibatch.
+        state: The optimizer's; holds ``z``, ``exp_avg_sq`` and ``step``.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: Any,
+    ) -> None:
+        super().__init__(groups, params, gradients, state)
+        self._of = dict(zip(params, self.along, strict=True))
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """As `Direction.descend`; a step that is skipped leaves the state as it was."""
+        states = [self._moments(p) for p in params]
+        update.schedule_free_(
+            params,
+            [self._of[p] for p in params],
+            [p.grad for p in params if p.grad is not None],
+            [state["z"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            rate,
+            skipped,
+            betas=group["betas"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _moments(self, p: Tensor) -> dict[str, Tensor]:
+        return _state(self._state, p)
+
+
+def _state(state: Any, p: Tensor) -> dict[str, Tensor]:
+    mine = moments(state, p, "exp_avg_sq")
+    if "z" not in mine:
+        mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+    return mine
+
+
+def _check_interpolation(betas: tuple[float, float]) -> None:
+    if betas[0] == 0:
+        raise ValueError(
+            f"betas={betas!r}: the first must be above 0, or the average is never where gradients "
+            "are taken; the default is 0.9"
+        )
