@@ -70,6 +70,7 @@ def main() -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if control.should_log:
                 trainer.log(optimizer.scalars("adler/"))
+                control.should_log = True  # which log() takes down
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

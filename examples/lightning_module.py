@@ -6,6 +6,7 @@ The constructor is the only line that differs from any other optimizer's.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -51,7 +52,7 @@ class Digits(L.LightningModule):
         return adler.Adler(self.parameters(), self, self.criterion)
 
 
-def digits(batch_size: int = 64) -> tuple[DataLoader[list[Tensor]], DataLoader[list[Tensor]]]:
+def digits(batch_size: int = 64) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders of scikit-learn's digits, for training and for validation."""
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.as_tensor(pixels / 16, dtype=torch.float32), torch.as_tensor(labels)

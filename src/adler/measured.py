@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -86,9 +87,6 @@ class MeasuredOptimizer(Optimizer):
     _shared: ClassVar[tuple[str, ...]] = SHARED
     _last_step: StepRecord | None
 
-    # GradScaler then hands over its scale instead of unscaling behind our back.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -116,6 +114,16 @@ class MeasuredOptimizer(Optimizer):
         self._names = _names_of(model)
         super().__init__(params, options)
         self._attach()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler then hands over its scale instead of unscaling behind our back.
+
+        Lightning asks too, and would refuse to clip gradients. Told no, it has the scaler unscale
+        them first, which the scaler then tells us.
+        """
+        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
+        return not asks.startswith(("lightning", "pytorch_lightning"))
 
     def _loss_hessian(self) -> losses.LossHessian:
         """What takes the place of ``Q``."""

@@ -17,7 +17,9 @@ With $\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)$ the rules are
       most ``max_kl`` nats an example. One batch is weak evidence for more;
     - ``max_relative_change`` times `adler.update.reach`: no weight tensor moves by more than that
       fraction of its norm. Further away the network is not linear, whatever the model says: on the
-      plateau where a deep network starts, $c \approx 0$ and one step could kill every unit.
+      plateau where a deep network starts, $c \approx 0$ and one step could kill every unit;
+    - $10^{18} / \max(1, \sqrt{\texttt{slope}})$, so that no number of steps overflows float32: a
+      flat batch has rates up to $1/\epsilon$, and the average hands them on.
 
 ``trust_region=None`` is Algorithm 1 to the letter: only rule 1 remains.
 """
@@ -34,6 +36,9 @@ from adler.averaging import Average, DiscountedMean
 from adler.curvature import learning_rate
 
 __all__ = ["Guard", "Measurement", "StepLength", "remembered_step_length", "step_length"]
+
+# Longer than any step that is meant; as many of them as there are cannot overflow float32.
+_LONGEST = 1e18
 
 
 class Measurement(NamedTuple):
@@ -128,7 +133,7 @@ def step_length(
         torch.where(admitted, pushed.total, average.total),
         torch.where(admitted, pushed.weight, average.weight),
     )
-    found = _bounded(mean.read(average), bound, reach, guard)
+    found = _bounded(mean.read(average), bound, reach, slope, guard)
     skipped = ~usable | (average.weight == 0)
     return _outcome(
         found, minibatch_lr, bound, (usable & ~admitted) | found.clipped, skipped
@@ -155,7 +160,7 @@ def remembered_step_length(
         mean: How to read it.
         guard: As in `step_length`.
     """
-    found = _bounded(mean.read(average), bound, reach, guard)
+    found = _bounded(mean.read(average), bound, reach, slope, guard)
     skipped = ~torch.isfinite(slope) | (slope <= 0) | (average.weight == 0)
     return _outcome(found, minibatch_lr, bound, found.clipped, skipped)
 
@@ -165,9 +170,11 @@ class _Bounded(NamedTuple):
     clipped: Tensor
 
 
-def _bounded(rate: Tensor, bound: Tensor, reach: Tensor, guard: Guard) -> _Bounded:
-    if guard.trust_region is not None and guard.max_relative_change is not None:
-        bound = torch.minimum(bound, guard.max_relative_change * reach)
+def _bounded(rate: Tensor, bound: Tensor, reach: Tensor, slope: Tensor, guard: Guard) -> _Bounded:
+    if guard.trust_region is not None:
+        bound = torch.minimum(bound, _LONGEST * slope.clamp(min=1).rsqrt())
+        if guard.max_relative_change is not None:
+            bound = torch.minimum(bound, guard.max_relative_change * reach)
     return _Bounded(torch.minimum(rate, bound), rate > bound)
 
 

@@ -229,8 +229,10 @@ def adam_(
         skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
         betas: Discounts of the moments.
         eps: Added to the root of the second moment.
-        weight_decay: ``θ ← θ − rate · weight_decay · θ``.
+        weight_decay: ``θ ← θ − min(1, rate · weight_decay) · θ``.
     """
+    if weight_decay != 0:
+        decay_(params, rate * weight_decay)  # the fused kernel's would flip signs at large rates
     rows = _local_alike(params, gradients, exp_avgs, exp_avg_sqs, steps)
     for (device, _, _), (p, g, first, second, counts) in rows.items():
         veto = skip.to(device, torch.float32)
@@ -246,7 +248,7 @@ def adam_(
             lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
             beta1=betas[0],
             beta2=betas[1],
-            weight_decay=weight_decay,
+            weight_decay=0.0,
             eps=eps,
             maximize=False,
             grad_scale=None,

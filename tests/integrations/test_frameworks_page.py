@@ -35,6 +35,7 @@ def test_every_section_has_an_example():
 
 @pytest.mark.row("Documented examples")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning:lightning.*")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning:torch.*")
 @pytest.mark.parametrize("section", SECTIONS)
@@ -59,7 +60,7 @@ def example(name, *arguments):
 
 @pytest.mark.row("Character language model")
 def test_the_character_model_learns():
-    """More than the frequencies of single characters, which are worth 4.4 bits."""
+    """More than the frequencies of single characters, which are worth 4.68 bits."""
     printed = example("char_lm", "--steps", "40", "--every", "40", "--batch", "16")
     assert float(re.search(r"per character ([\d.]+)", printed)[1]) < 4.2
     assert "skipped 0" in printed

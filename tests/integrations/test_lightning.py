@@ -158,13 +158,35 @@ def test_accumulation_and_clipping(make, accumulated, clip):
 
 
 @pytest.mark.row("Lightning, precision flags")
-def test_bf16_mixed():
+@pytest.mark.parametrize(("accumulated", "clip"), [(1, None), (2, 0.5)])
+def test_bf16_mixed(accumulated, clip):
     module = Classifier(Adler, dtype=torch.float32)
-    run = fit(module, loader(torch.float32), precision="bf16-mixed")
-    net, optimizer = plain(Adler, autocast=True, dtype=torch.float32)
-    assert flat(module.net).equal(flat(net))
-    assert run.optimizers[0].scalars() == optimizer.scalars()
+    run = fit(
+        module,
+        loader(torch.float32),
+        precision="bf16-mixed",
+        accumulate_grad_batches=accumulated,
+        gradient_clip_val=clip,
+    )
+    net, optimizer = plain(Adler, accumulated, clip, autocast=True, dtype=torch.float32)
+    torch.testing.assert_close(flat(module.net), flat(net))
+    assert run.optimizers[0].scalars() == pytest.approx(optimizer.scalars(), rel=1e-4)
     assert int(optimizer.last_step.skipped_total) == 0
+
+
+@pytest.mark.row("Lightning, precision flags")
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_gradient_scaler(clip):
+    """In bfloat16, which the CPU computes; the scale is a power of two and drops out."""
+    precision = L.plugins.precision.MixedPrecision(
+        "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0)
+    )
+    precision.precision = "bf16-mixed"
+    module = Classifier(Adler, dtype=torch.float32)
+    run = fit(module, loader(torch.float32), plugins=[precision], gradient_clip_val=clip)
+    net, optimizer = plain(Adler, clip=clip, autocast=True, dtype=torch.float32)
+    torch.testing.assert_close(flat(module.net), flat(net), rtol=1e-3, atol=1e-5)
+    assert run.optimizers[0].scalars() == pytest.approx(optimizer.scalars(), rel=1e-2)
 
 
 @pytest.mark.row("Lightning, precision flags")
