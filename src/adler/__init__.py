@@ -8,8 +8,8 @@ safe in every direction.
 
 from adler import curvature, diagnostics, losses
 from adler.adam import AdlerAdam
-from adler.measured import StepRecord
 from adler.optimizer import Adler, GaussNewton
+from adler.record import StepRecord
 from adler.spectral import SpectralSGD
 
 __all__ = [

@@ -44,6 +44,9 @@ class RecordedLoss:
         targets: What the criterion received after the outputs.
         value: The loss, 0-dim, detached; None if the loop did not show it.
         weight: Gradient that arrived at the loss, 0-dim; None: 1.
+        output_gradient: Gradient that arrived at the outputs of the call, from all its losses;
+            None if the loop did not show it.
+        factor: How many of itself the loss stands for; see `adler.fraction`.
     """
 
     call: Call
@@ -51,6 +54,8 @@ class RecordedLoss:
     outputs: Tensor | None = None
     value: Tensor | None = None
     weight: Tensor | None = None
+    output_gradient: Tensor | None = None
+    factor: float = 1.0
 
 
 class _Hook:
@@ -97,6 +102,8 @@ class Recorder:
         self._last_call: Call | None = None
         self._by_output: Any = WeakTensorKeyDictionary()
         self._backpropagated: list[RecordedLoss] = []
+        self._output_gradients: dict[Call, Tensor] = {}
+        self._left: list[tuple[int, int]] | None = None
         self.clear()
         handles = [
             model.register_forward_pre_hook(_Hook(self, model, "_enter_model"), with_kwargs=True),
@@ -127,6 +134,15 @@ class Recorder:
         for loss in self._backpropagated:
             loss.weight = None  # the graph may be retained, and differentiated again
         self._backpropagated.clear()
+        self._output_gradients.clear()
+        self._left = None
+
+    def untouched(self) -> bool:
+        """Whether the gradients are known to be as the backward pass left them.
+
+        They are not once the loop has clipped, unscaled or exchanged them.
+        """
+        return self._left is not None and self._left == self._stamps()
 
     def losses(self) -> list[RecordedLoss]:
         """The losses whose gradients are in ``p.grad``.
@@ -135,7 +151,7 @@ class Recorder:
             RuntimeError: If there are none, or it is not certain which they are; says what to do.
         """
         if self._backpropagated:
-            return list(self._backpropagated)
+            return [self._with_gradient(loss) for loss in self._backpropagated]
         if self._calls == 0:
             reason = (
                 "the model was not called with gradients enabled since the last step. Call "
@@ -177,7 +193,8 @@ class Recorder:
             last = self._last_call
             if last is not None and _same_inputs(call, last):
                 call = last  # brings the random state, and so the same dropout masks
-        return [RecordedLoss(call, targets if isinstance(targets, tuple) else (targets,))]
+        loss = RecordedLoss(call, targets if isinstance(targets, tuple) else (targets,))
+        return [self._with_gradient(loss)]
 
     # --- called by the hooks ---------------------------------------------------------------------
 
@@ -203,9 +220,12 @@ class Recorder:
         self._last_call = call
         self._calls += 1
         self._calls_since_loss += 1
+        if self._output_fn is not None:
+            return  # what the criterion will receive is not known yet
         if isinstance(result, Tensor):
             self._by_output[result] = call
-        elif self._output_fn is None:
+            self._follow(result, call)
+        else:
             self._unlinked = not_a_tensor(result, has_output_fn=False)
 
     def _leave_criterion(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
@@ -228,8 +248,18 @@ class Recorder:
             )
             return
         self._losses += 1
+        if self._output_fn is not None and outputs not in self._by_output:
+            self._by_output[outputs] = call
+            self._follow(outputs, call)
         loss = RecordedLoss(call, tuple(targets), outputs.detach(), value.detach())
-        value.register_hook(_on_backward(weakref.ref(self), loss))  # type: ignore[no-untyped-call]
+        arrived = _on_backward(weakref.ref(self), "_arrived", loss)
+        value.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _follow(self, outputs: Tensor, call: Call) -> None:
+        """Takes note of the gradient that reaches what the loss sees of a call."""
+        if outputs.requires_grad:
+            arrived = _on_backward(weakref.ref(self), "_arrived_at_outputs", call)
+            outputs.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _link(self, outputs: Any) -> Call | None:
         """The call of the model that made the criterion's first argument."""
@@ -263,14 +293,37 @@ class Recorder:
         else:
             loss.weight = loss.weight + weight
 
+    def _arrived_at_outputs(self, call: Call, gradient: Tensor) -> None:
+        known, gradient = self._output_gradients.get(call), gradient.detach()
+        self._output_gradients[call] = gradient if known is None else known + gradient
+        me = weakref.ref(self)
 
-def _on_backward(recorder: weakref.ref[Recorder], loss: RecordedLoss) -> Callable[[Tensor], None]:
-    """The hook on a loss; the graph holds it, and through it the record."""
+        def finished() -> None:
+            alive = me()
+            if alive is not None:
+                alive._left = alive._stamps()
+
+        torch.autograd.Variable._execution_engine.queue_callback(finished)
+
+    def _with_gradient(self, loss: RecordedLoss) -> RecordedLoss:
+        loss.output_gradient = self._output_gradients.get(loss.call)
+        return loss
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        """Which tensor each gradient is, and how often it was written."""
+        gradients = (p.grad for p in self._params())
+        return [(id(g), g._version) for g in gradients if g is not None]
+
+
+def _on_backward(
+    recorder: weakref.ref[Recorder], method: str, what: RecordedLoss | Call
+) -> Callable[[Tensor], None]:
+    """The hook on a tensor; the graph holds it, and through it the record."""
 
     def hook(gradient: Tensor) -> None:
         alive = recorder()
         if alive is not None:
-            alive._arrived(loss, gradient)
+            getattr(alive, method)(what, gradient)
 
     return hook
 

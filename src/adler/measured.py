@@ -10,21 +10,23 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import hyperparameters, losses, update
-from adler.averaging import Average, DiscountedMean
+from adler.averaging import DiscountedMean
 from adler.capture import RecordedLoss, Recorder
+from adler.carried import CARRIED, Carried, completed
+from adler.fraction import part
 from adler.measurement import BatchCurvature, batch_curvature
+from adler.record import Log, StepRecord
 from adler.replay import unwrap
 from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
-from adler.watch import Watch
 
-__all__ = ["SHARED", "MeasuredOptimizer", "StepRecord"]
+__all__ = ["SHARED", "MeasuredOptimizer"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
 
@@ -37,33 +39,12 @@ SHARED = (
     "max_relative_change",
     "jvp",
     "curvature_every",
+    "curvature_fraction",
 )
-# What a step hands to the next one. Tensors are replaced, never mutated, so groups share them.
-_CARRIED = ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "steps")
-
-
-class StepRecord(NamedTuple):
-    """What the last step did; 0-dim tensors on the device, read with ``float()``.
-
-    Attributes:
-        minibatch_lr: ``η_k``, the minimiser of this minibatch's quadratic model.
-        effective_lr: The rate applied, before a group's ``lr``; 0 where the step was skipped.
-        slope: ``g·d``.
-        curvature: ``c = vᵀ Q v``; NaN where this step did not measure (``curvature_every``).
-        clipped: Whether a guard shortened the step.
-        skipped: Whether there was no step.
-        clipped_total: Steps clipped since the optimizer was made.
-        skipped_total: Steps skipped since the optimizer was made.
-    """
-
-    minibatch_lr: Tensor
-    effective_lr: Tensor
-    slope: Tensor
-    curvature: Tensor
-    clipped: Tensor
-    skipped: Tensor
-    clipped_total: Tensor
-    skipped_total: Tensor
+# What `MeasuredOptimizer.low_cost` sets.
+LOW_COST = {"jvp": "finite_difference", "curvature_fraction": 0.25, "curvature_every": 8}
+# How far a finite difference may be from the slope that backpropagation found.
+_INCONSISTENCY = 0.2
 
 
 class MeasuredOptimizer(Optimizer):
@@ -82,7 +63,6 @@ class MeasuredOptimizer(Optimizer):
 
     _mean: ClassVar[DiscountedMean]
     _shared: ClassVar[tuple[str, ...]] = SHARED
-    _last_step: StepRecord | None
 
     # GradScaler then hands over its scale instead of unscaling behind our back.
     _step_supports_amp_scaling = True
@@ -148,12 +128,13 @@ class MeasuredOptimizer(Optimizer):
             hyperparameters.check(group)
             self._check_shared(group)
         shared = self.param_groups[0]
-        measures = shared["steps"] % shared["curvature_every"] == 0
+        average, _, remembered, steps = Carried.of(shared)
+        measures = steps % shared["curvature_every"] == 0
         params, gradients = self._gradients()
         batch = self._batch(inputs, targets) if measures else []  # raises before anything changes
+        untouched = self._recorder.untouched()
         scale, veto = self._amp_unscale(gradients)
         direction = self._search_direction(params, gradients)
-        average = _average(shared)
         squared_norm = update.squared_norm(direction, self._home)
         plain = direction is gradients
         slope = squared_norm if plain else update.dot(gradients, direction, self._home)
@@ -161,31 +142,52 @@ class MeasuredOptimizer(Optimizer):
         reach = torch.full_like(squared_norm, math.inf)
         if guard.max_relative_change is not None:
             reach = update.reach(params, direction, self._home)
-        found: StepLength
-        curvature = torch.full_like(squared_norm, math.nan)
+        curvature = consistency = torch.full_like(squared_norm, math.nan)
+        trusted: Tensor | None = None
         if measures:
-            curvature, nat, finite, _ = self._measure(batch, params, direction, squared_norm, scale)
+            measured = self._measure(batch, params, direction, squared_norm, scale)
+            curvature = measured.value
+            if measured.slope is not None and untouched:
+                consistency = measured.slope / slope
+                if measured.engine == "finite_difference":
+                    # (A NaN is for the search to find.)
+                    trusted = ~((consistency - 1).abs() > _INCONSISTENCY)
             found, average = step_length(
-                Measurement(slope, curvature, squared_norm, nat, reach, finite & ~veto),
+                Measurement(
+                    slope,
+                    curvature,
+                    squared_norm,
+                    measured.nat,
+                    reach,
+                    measured.finite & ~veto,
+                    trusted,
+                ),
                 average,
                 self._mean,
                 guard,
-                beta=shared["beta"],
+                # The average forgets by steps, not by measurements.
+                beta=shared["beta"] ** shared["curvature_every"],
                 eps=shared["eps"],
+                remembered=remembered,
+                # As many parts as make one batch.
+                smoothing=1 - shared["curvature_fraction"],
             )
         else:
             found = remembered_step_length(
                 torch.where(veto, math.nan, slope),
+                squared_norm,
                 reach,
-                shared["minibatch_lr"],
-                shared["rate_bound"],
+                remembered,
                 average,
                 self._mean,
                 guard,
+                eps=shared["eps"],
             )
         self._apply(found)
-        self._carry(found, average, shared["steps"] + 1)
-        self._report(found, slope, curvature)
+        carried = Carried(average, found.minibatch_lr, found.remembered, steps + 1)
+        for group in self.param_groups:
+            group.update(carried.entries())
+        self._log.write(found, slope, curvature, consistency, trusted)
         self._recorder.clear()
         return loss
 
@@ -218,10 +220,12 @@ class MeasuredOptimizer(Optimizer):
 
     def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
         if targets is not None:
-            return self._recorder.explicit(inputs, targets)
-        if inputs is not None:
+            batch = self._recorder.explicit(inputs, targets)
+        elif inputs is not None:
             raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
-        return self._recorder.losses()
+        else:
+            batch = self._recorder.losses()
+        return part(batch, self.param_groups[0]["curvature_fraction"], self.criterion)
 
     def _measure(
         self,
@@ -233,6 +237,7 @@ class MeasuredOptimizer(Optimizer):
     ) -> BatchCurvature:
         """The batch's curvature; remembers a fallback from the forward engine."""
         shared = self.param_groups[0]
+        average, _, _, steps = Carried.of(shared)
         names = [self._names[p] for p in params]
         found = batch_curvature(
             batch,
@@ -242,7 +247,7 @@ class MeasuredOptimizer(Optimizer):
             self._hessian,
             jvp=shared["jvp"],
             squared_norm=squared_norm,
-            rate=self._mean.read(_average(shared)) if shared["steps"] > 0 else None,
+            rate=self._mean.read(average) if steps > 0 else None,
             wants_nat=shared["max_kl"] is not None,
             amp_scale=scale,
         )
@@ -262,27 +267,6 @@ class MeasuredOptimizer(Optimizer):
             if params:
                 self._descend(group, params, rate, found.skipped)
 
-    def _carry(self, found: StepLength, average: Average, steps: int) -> None:
-        for group in self.param_groups:
-            group["rate_total"], group["rate_weight"] = average
-            group["minibatch_lr"], group["rate_bound"] = found.minibatch_lr, found.bound
-            group["steps"] = steps
-
-    def _report(self, found: StepLength, slope: Tensor, curvature: Tensor) -> None:
-        last = self._last_step
-        clipped, skipped = found.clipped.long(), found.skipped.long()
-        self._last_step = StepRecord(
-            found.minibatch_lr,
-            found.rate,
-            slope,
-            curvature,
-            found.clipped,
-            found.skipped,
-            clipped if last is None else last.clipped_total + clipped,
-            skipped if last is None else last.skipped_total + skipped,
-        )
-        self._watch.observe(found.skipped)
-
     def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor]:
         """Takes over from a GradScaler: its scale (unscales in place), and whether it vetoes."""
         found_inf = getattr(self, "found_inf", None)
@@ -297,12 +281,42 @@ class MeasuredOptimizer(Optimizer):
             scale = torch.full((), math.nan, device=self._home)  # unscaled by the user
         return scale.to(self._home), found_inf.to(self._home).bool().squeeze()
 
+    @classmethod
+    def low_cost(
+        cls: type[Self],
+        params: ParamsT,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        **overrides: Any,
+    ) -> Self:
+        """Measures rarely and on a part of the batch: a few percent above SGD's step.
+
+        ``jvp="finite_difference"``, ``curvature_fraction=1/4``, ``curvature_every=8``. A part's
+        finite difference runs two forward passes without gradients on it (see `adler.fraction`):
+        two thirds of a quarter of a step, every eighth step, or 2 % of SGD's. Four parts make one
+        batch, so the curvature is averaged over the last 32 steps, and the rate over the last
+        hundred as always. Between measurements the bounds follow the present gradient.
+
+        Args:
+            params: See the class.
+            model: See the class.
+            criterion: See the class.
+            **overrides: Keyword arguments of the class, in place of these.
+
+        Examples:
+            >>> from adler import Adler
+            >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+            >>> Adler.low_cost(model.parameters(), model, criterion).defaults["curvature_every"]
+            8
+        """
+        return cls(params, model, criterion, **{**LOW_COST, **overrides})
+
     # --- what a user reads -----------------------------------------------------------------------
 
     @property
     def last_step(self) -> StepRecord | None:
         """What the last step did; None before the first."""
-        return self._last_step
+        return self._log.last
 
     def remove_hooks(self) -> None:
         """Takes the hooks off the model and the criterion; `step` then needs inputs and targets."""
@@ -330,14 +344,14 @@ class MeasuredOptimizer(Optimizer):
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
         if group is first:
-            first.update(_fresh(self._home))
-        group.update({key: first[key] for key in _CARRIED})
+            first.update(Carried.fresh(self._home).entries())
+        group.update({key: first[key] for key in CARRIED})
         group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         # A scheduler made in the middle of training needs initial_lr.
         known = {"params", "param_names", "effective_lr", "initial_lr"}
-        allowed = {*known, *self.defaults, *_CARRIED}
+        allowed = {*known, *self.defaults, *CARRIED}
         if unknown := sorted(group.keys() - allowed):
             raise ValueError(
                 f"unknown option {unknown[0]!r} in a parameter group: a group may set lr and "
@@ -407,13 +421,15 @@ class MeasuredOptimizer(Optimizer):
             self._names = _names_of(self.model)
             self._attach()
         first = self.param_groups[0]
-        fresh = _fresh(self._home)
+        carried = completed(first, self._home)
         for group in self.param_groups:
-            for key, default in {**self.defaults, **fresh}.items():
+            group.pop("rate_bound", None)  # of old checkpoints
+            for key, default in self.defaults.items():
                 group.setdefault(key, first.get(key, default))
-            for key, default in fresh.items():
-                if isinstance(default, Tensor):
-                    group[key] = torch.as_tensor(group[key]).to(default)
+            group.update(carried)
+            group["effective_lr"] = torch.as_tensor(group.get("effective_lr", 0.0)).to(
+                carried["rate_total"]
+            )
 
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
@@ -425,31 +441,13 @@ class MeasuredOptimizer(Optimizer):
             return (p for group in groups for p in group["params"])
 
         self._recorder = Recorder(self.model, self.criterion, self.output_fn, params)
-        self._last_step = None
-        self._watch = Watch()
+        self._log = Log()
 
     @property
     def _home(self) -> torch.device:
         """Where the scalars live: with the first parameter."""
         everything = (p for group in self.param_groups for p in group["params"])
         return next((p.device for p in everything), torch.device("cpu"))
-
-
-def _fresh(home: torch.device) -> dict[str, Any]:
-    """What a group holds besides its options before the first step."""
-    empty = Average.empty(home)
-    return {
-        "rate_total": empty.total,
-        "rate_weight": empty.weight,
-        "minibatch_lr": torch.full_like(empty.total, math.nan),
-        "rate_bound": torch.full_like(empty.total, math.inf),
-        "steps": 0,
-        "effective_lr": torch.zeros_like(empty.total),
-    }
-
-
-def _average(group: Mapping[str, Any]) -> Average:
-    return Average(group["rate_total"], group["rate_weight"])
 
 
 def _names_of(model: nn.Module) -> dict[Tensor, str]:

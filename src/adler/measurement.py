@@ -36,12 +36,15 @@ class BatchCurvature(NamedTuple):
         nat: What one nat an example is worth in units of the loss, 0-dim; see `LossHessian.nat`.
         finite: Whether the recorded losses are finite, 0-dim bool.
         engine: Name of the engine that computed the tangents, after any fallback.
+        slope: ``⟨∂h/∂F, v⟩ = g·d`` by the gradient that arrived at the outputs, 0-dim; None where
+            the loop did not show it. A replay that is not the training forward gives another value.
     """
 
     value: Tensor
     nat: Tensor
     finite: Tensor
     engine: str
+    slope: Tensor | None = None
 
 
 def batch_curvature(
@@ -81,6 +84,7 @@ def batch_curvature(
     """
     value = torch.zeros_like(squared_norm)
     nat = torch.full_like(value, 0.0 if wants_nat else math.inf)
+    slope: Tensor | None = torch.zeros_like(squared_norm)
     finite = torch.ones_like(squared_norm, dtype=torch.bool)
     weights = _weights(batch, value, amp_scale)
     with replaying():
@@ -91,6 +95,11 @@ def batch_curvature(
             outputs, tangents, jvp = directional_derivative(
                 call, params, direction, jvp, step=step, outputs=known
             )
+            arrived = losses[0].output_gradient
+            if slope is None or arrived is None or arrived.shape != tangents.shape:
+                slope = None
+            else:
+                slope = slope + update.dot([arrived.to(tangents)], [tangents], slope.device)
             for loss in losses:
                 height = _checked(loss, criterion, outputs)
                 finite = finite & torch.isfinite(height).to(finite.device)
@@ -99,7 +108,9 @@ def batch_curvature(
                 value = value + weights[loss] * form.to(value)
                 if wants_nat:
                     nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
-    return BatchCurvature(value, nat, finite, jvp)
+    if slope is not None and amp_scale is not None:
+        slope = slope / amp_scale  # NaN where the user has unscaled
+    return BatchCurvature(value, nat, finite, jvp, slope)
 
 
 def batch_spectral_curvature(
@@ -295,4 +306,5 @@ def _weights(
         total = torch.stack(list(weights.values())).sum()
         divisor = torch.where(torch.isnan(amp_scale), total, amp_scale.to(total))
         weights = {loss: weight / divisor for loss, weight in weights.items()}
-    return {loss: weights.get(loss, one) for loss in batch}
+    # (1.0 leaves every bit.)
+    return {loss: weights.get(loss, one) * loss.factor for loss in batch}

@@ -51,7 +51,10 @@ class Adler(MeasuredOptimizer):
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
-        curvature_every: Measure every so many steps; the steps between use the average.
+        curvature_every: Measure every so many steps; the steps between use the average, under the
+            bounds that the last measurement gives along their own direction.
+        curvature_fraction: Measure on this fraction of the batch, its first examples; the parts'
+            curvatures are averaged over as many as make one batch. See `adler.fraction`.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
 
@@ -95,6 +98,7 @@ class Adler(MeasuredOptimizer):
         weight_decay: float = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
+        curvature_fraction: float = 1.0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -107,6 +111,7 @@ class Adler(MeasuredOptimizer):
             "weight_decay": weight_decay,
             "jvp": jvp,
             "curvature_every": curvature_every,
+            "curvature_fraction": curvature_fraction,
         }
         super().__init__(params, model, criterion, options, output_fn)
 
@@ -139,6 +144,7 @@ class Adler(MeasuredOptimizer):
             "weight_decay": 0.0,
             "jvp": "forward",
             "curvature_every": 1,
+            "curvature_fraction": 1.0,
         }
         return cls(params, model, criterion, **{**published, **overrides})
 
