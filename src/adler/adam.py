@@ -123,9 +123,12 @@ class AdlerAdam(MeasuredOptimizer):
             g = [of[p] for p in mine]
             moments = torch._foreach_mul([self._moments(p)["exp_avg_sq"] for p in mine], discount)
             torch._foreach_addcmul_(moments, g, g, 1 - discount)
+            steps = torch.stack([self.state[p]["step"].to(self._home) for p in mine])
             # In float64: 1 - 0.999 keeps four digits in float32.
-            corrections = [1 - discount ** (self.state[p]["step"].double() + 1) for p in mine]
-            torch._foreach_div_(moments, corrections)
+            corrections = 1 - discount ** (steps.double() + 1)
+            torch._foreach_div_(
+                moments, [c.to(p.device) for c, p in zip(corrections, mine, strict=True)]
+            )
             torch._foreach_sqrt_(moments)
             torch._foreach_add_(moments, offset)
             found.update(zip(mine, torch._foreach_div(g, moments), strict=True))

@@ -25,6 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adler import update
+from adler.lazily import Lazy
+from adler.replay import Call
+
 __all__ = [
     "ENGINES",
     "ForwardModeUnsupportedError",
@@ -98,7 +102,8 @@ def finite_difference(
     r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$.
 
     The parameters themselves are not touched: the perturbed ones are copies, so there is nothing
-    to restore, whatever happens in ``f``.
+    to restore, whatever happens in ``f``. A `adler.replay.Call` on the CPU asks for them one by
+    one; elsewhere they are made together, by as many kernels whatever their number.
 
     Args:
         f: Pure function of named parameters.
@@ -117,11 +122,7 @@ def finite_difference(
         if step is None:
             step = _default_step(params, direction, outputs.dtype)
         alpha = torch.as_tensor(step, device=outputs.device)
-        perturbed = {
-            name: torch.addcmul(params[name], d, alpha.to(d), value=-1)
-            for name, d in direction.items()
-        }
-        change = outputs - f({**params, **perturbed})
+        change = outputs - f(_shifted(f, params, direction, -alpha))
         return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
 
 
@@ -271,6 +272,21 @@ def _load_forward_rules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+
+def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor) -> Parameters:
+    """``θ + by · d``, in new tensors."""
+    if isinstance(f, Call) and all(update.on_host(d.device) for d in direction.values()):
+        return Lazy(
+            params,
+            lambda name: (
+                torch.addcmul(params[name], direction[name], by.to(direction[name]))
+                if name in direction
+                else params[name]
+            ),
+        )
+    moved = update.shifted([params[name] for name in direction], list(direction.values()), by)
+    return {**params, **dict(zip(direction, moved, strict=True))}
 
 
 def _default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:

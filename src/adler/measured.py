@@ -117,9 +117,18 @@ class MeasuredOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If there is no gradient, or the batch that made it is unknown. The message
-                says what to do; parameters and state are unchanged.
-            ValueError: If explicit targets do not fit the outputs.
+                says what to do; parameters and state are unchanged. Also under CUDA-graph capture:
+                a step saves and sets the states of the random number generators and counts its
+                steps, which the host does.
+            ValueError: If explicit targets do not fit the outputs, or ``curvature_fraction`` meets
+                a batch that it cannot divide.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step(): a CUDA graph is being captured, but the host takes part in a step: it "
+                "restores random states and decides which steps measure. Capture forward and "
+                "backward, and call step() outside the graph"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -139,7 +148,7 @@ class MeasuredOptimizer(Optimizer):
         plain = direction is gradients
         slope = squared_norm if plain else update.dot(gradients, direction, self._home)
         guard = Guard(*(shared[key] for key in Guard._fields))
-        reach = torch.full_like(squared_norm, math.inf)
+        reach: Tensor | None = None
         if guard.max_relative_change is not None:
             reach = update.reach(params, direction, self._home)
         curvature = consistency = torch.full_like(squared_norm, math.nan)
@@ -159,7 +168,7 @@ class MeasuredOptimizer(Optimizer):
                     squared_norm,
                     measured.nat,
                     reach,
-                    measured.finite & ~veto,
+                    measured.finite if veto is None else measured.finite & ~veto,
                     trusted,
                 ),
                 average,
@@ -174,7 +183,7 @@ class MeasuredOptimizer(Optimizer):
             )
         else:
             found = remembered_step_length(
-                torch.where(veto, math.nan, slope),
+                slope if veto is None else torch.where(veto, math.nan, slope),
                 squared_norm,
                 reach,
                 remembered,
@@ -267,12 +276,11 @@ class MeasuredOptimizer(Optimizer):
             if params:
                 self._descend(group, params, rate, found.skipped)
 
-    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Takes over from a GradScaler: its scale (unscales in place), and whether it vetoes."""
         found_inf = getattr(self, "found_inf", None)
-        veto = torch.zeros((), dtype=torch.bool, device=self._home)
         if found_inf is None:
-            return None, veto
+            return None, None
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             for gradient in gradients:

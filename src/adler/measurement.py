@@ -91,7 +91,8 @@ def batch_curvature(
         for call, losses in _by_call(batch).items():
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
-            step = None if rate is None else _difference_step(rate, squared_norm, dtype)
+            half = [state.dtype for state in call.autocast if state.enabled]
+            step = None if rate is None else _difference_step(rate, squared_norm, dtype, *half)
             outputs, tangents, jvp = directional_derivative(
                 call, params, direction, jvp, step=step, outputs=known
             )
@@ -266,8 +267,9 @@ def _where(loss: RecordedLoss, outputs: Tensor) -> tuple[Tensor, Any]:
     return at, loss.targets[0] if len(loss.targets) == 1 else loss.targets
 
 
-def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    step = _DIFFERENCE[dtype] * rate
+def _difference_step(rate: Tensor, squared_norm: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """For outputs computed in these dtypes: outputs cast to float32 keep autocast's rounding."""
+    step = max(_DIFFERENCE[dtype] for dtype in dtypes) * rate
     return torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())
 
 

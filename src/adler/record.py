@@ -77,7 +77,6 @@ class Log:
             trusted: Whether the measurement was believed; None if that is not in question.
         """
         last = self.last
-        clipped, skipped = found.clipped.long(), found.skipped.long()
         self.last = StepRecord(
             found.minibatch_lr,
             found.rate,
@@ -85,8 +84,8 @@ class Log:
             curvature,
             found.clipped,
             found.skipped,
-            clipped if last is None else last.clipped_total + clipped,
-            skipped if last is None else last.skipped_total + skipped,
+            found.clipped.long() if last is None else last.clipped_total + found.clipped,
+            found.skipped.long() if last is None else last.skipped_total + found.skipped,
             consistency,
         )
         self._skipped.observe(found.skipped)

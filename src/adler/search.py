@@ -60,7 +60,7 @@ class Measurement(NamedTuple):
         curvature: ``c = vᵀ Q v``, with ``v = J d``.
         squared_norm: ``d·d``.
         nat: What one nat an example is worth in units of the loss.
-        reach: Step length at which some weight tensor has moved by its own norm.
+        reach: Step length at which some weight tensor has moved by its own norm; None: not asked.
         finite: Whether the loss, where known, is finite.
         trusted: Whether the measurement fits the gradient; None: not known.
     """
@@ -69,7 +69,7 @@ class Measurement(NamedTuple):
     curvature: Tensor
     squared_norm: Tensor
     nat: Tensor
-    reach: Tensor
+    reach: Tensor | None
     finite: Tensor
     trusted: Tensor | None = None
 
@@ -163,14 +163,14 @@ def step_length(
         (2.0, False)
     """
     slope, curvature, squared_norm, nat, reach, finite, trusted = measured
-    usable = finite & torch.isfinite(slope) & (slope > 0) & torch.isfinite(curvature)
+    usable = finite & _positive(slope) & (curvature.abs() < math.inf)
     believed = usable if trusted is None else usable & trusted
     ratio = arithmetic.push(remembered.ratio, curvature / squared_norm, smoothing)
     if smoothing > 0:
         ratio = _where(believed, ratio, remembered.ratio)
         curvature = arithmetic.read(ratio) * squared_norm
     minibatch_lr = learning_rate(slope, curvature, squared_norm, eps)
-    admitted = believed & torch.isfinite(minibatch_lr) & (minibatch_lr > 0)
+    admitted = believed & _positive(minibatch_lr)
     if guard.trust_region is not None:
         admitted = admitted & (curvature > 0)
     bound = torch.where(admitted, _bound(minibatch_lr, curvature, nat, guard), math.inf)
@@ -183,16 +183,15 @@ def step_length(
     if smoothing == 0:
         ratio = _where(admitted, ratio, remembered.ratio)
     found = _bounded(mean.read(average), bound, reach, guard)
-    skipped = ~usable | (average.weight == 0)
-    clipped = (usable & ~admitted) | found.clipped
     after = Remembered(ratio, torch.where(admitted, nat, remembered.nat))
-    return _outcome(found, minibatch_lr, after, clipped, skipped), average
+    clipped = ~admitted | found.clipped
+    return _outcome(found.rate, minibatch_lr, after, clipped, usable, average), average
 
 
 def remembered_step_length(
     slope: Tensor,
     squared_norm: Tensor,
-    reach: Tensor,
+    reach: Tensor | None,
     remembered: Remembered,
     average: Average,
     mean: DiscountedMean,
@@ -216,8 +215,8 @@ def remembered_step_length(
     minibatch_lr = learning_rate(slope, curvature, squared_norm, eps)
     bound = _bound(minibatch_lr, curvature, remembered.nat, guard)
     found = _bounded(mean.read(average), bound, reach, guard)
-    skipped = ~torch.isfinite(slope) | (slope <= 0) | (average.weight == 0)
-    return _outcome(found, minibatch_lr, remembered, found.clipped, skipped)
+    usable = _positive(slope)
+    return _outcome(found.rate, minibatch_lr, remembered, found.clipped, usable, average)
 
 
 def _bound(minibatch_lr: Tensor, curvature: Tensor, nat: Tensor, guard: Guard) -> Tensor:
@@ -232,6 +231,11 @@ def _bound(minibatch_lr: Tensor, curvature: Tensor, nat: Tensor, guard: Guard) -
     return torch.where(curvature > 0, bound, math.inf)
 
 
+def _positive(number: Tensor) -> Tensor:
+    """Whether it is positive and finite."""
+    return (number > 0) & (number < math.inf)
+
+
 def _where(condition: Tensor, a: Average, b: Average) -> Average:
     return Average(
         torch.where(condition, a.total, b.total), torch.where(condition, a.weight, b.weight)
@@ -243,19 +247,21 @@ class _Bounded(NamedTuple):
     clipped: Tensor
 
 
-def _bounded(rate: Tensor, bound: Tensor, reach: Tensor, guard: Guard) -> _Bounded:
-    if guard.trust_region is not None and guard.max_relative_change is not None:
+def _bounded(rate: Tensor, bound: Tensor, reach: Tensor | None, guard: Guard) -> _Bounded:
+    if reach is not None and not (guard.trust_region is None or guard.max_relative_change is None):
         bound = torch.minimum(bound, guard.max_relative_change * reach)
     return _Bounded(torch.minimum(rate, bound), rate > bound)
 
 
 def _outcome(
-    found: _Bounded,
+    rate: Tensor,
     minibatch_lr: Tensor,
     remembered: Remembered,
     clipped: Tensor,
-    skipped: Tensor,
+    usable: Tensor,
+    average: Average,
 ) -> StepLength:
-    skipped = skipped | ~torch.isfinite(found.rate)  # whatever the reason, never a parameter
-    rate = torch.where(skipped, torch.zeros_like(found.rate), found.rate)
-    return StepLength(rate, minibatch_lr, remembered, clipped & ~skipped, skipped)
+    # Whatever the reason, a rate that is no number reaches no parameter.
+    moves = usable & (average.weight > 0) & (rate.abs() < math.inf)
+    rate = torch.where(moves, rate, 0.0)
+    return StepLength(rate, minibatch_lr, remembered, clipped & moves, ~moves)

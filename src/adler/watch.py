@@ -23,6 +23,7 @@ class Watch:
 
     def __init__(self, message: str, patience: int = 10) -> None:
         self._message, self._patience = message, patience
+        self._run = 0
         self._count: Tensor | None = None
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         self._warned = False
@@ -31,9 +32,13 @@ class Watch:
         """Takes note of one step; ``bad`` is 0-dim bool."""
         if self._warned:
             return
-        before = torch.zeros_like(bad, dtype=torch.long) if self._count is None else self._count
-        self._count = torch.where(bad, before + 1, torch.zeros_like(before))
-        seen = self._arrived()
+        if bad.device.type == "cpu":
+            self._run = self._run + 1 if bad.numpy() else 0
+            seen: int | None = self._run
+        else:
+            before = bad.new_zeros((), dtype=torch.long) if self._count is None else self._count
+            self._count = torch.where(bad, before + 1, 0)
+            seen = self._arrived()
         if seen is not None and seen >= self._patience:
             self._warned = True
             warnings.warn(
@@ -46,8 +51,6 @@ class Watch:
     def _arrived(self) -> int | None:
         """The count, if the host can have it without waiting."""
         assert self._count is not None
-        if self._count.device.type == "cpu":
-            return int(self._count.numpy())
         if self._count.device.type != "cuda":
             return None
         seen = None
