@@ -34,6 +34,7 @@ __all__ = [
     "ForwardModeUnsupportedError",
     "Function",
     "Parameters",
+    "default_step",
     "differentiable_attention",
     "directional_derivative",
     "double_backward",
@@ -120,7 +121,7 @@ def finite_difference(
         if outputs is None:
             outputs = f(params)
         if step is None:
-            step = _default_step(params, direction, outputs.dtype)
+            step = default_step(params, direction, outputs.dtype)
         alpha = torch.as_tensor(step, device=outputs.device)
         change = outputs - f(_shifted(f, params, direction, -alpha))
         return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
@@ -289,17 +290,12 @@ def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor)
     return {**params, **dict(zip(direction, moved, strict=True))}
 
 
-def _default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
-    """Moves the parameters by the square root of the precision, relative to their norm."""
-    along = torch.stack([torch.linalg.vector_norm(d, dtype=_wide(d)) for d in direction.values()])
-    at = torch.stack(
-        [torch.linalg.vector_norm(params[n], dtype=_wide(params[n])) for n in direction]
-    )
-    length = torch.linalg.vector_norm(along)
-    reach = torch.linalg.vector_norm(at).clamp(min=1.0)
+def default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
+    """For a finite difference where no learning rate is known yet.
+
+    Moves the parameters by the square root of the precision of ``dtype``, relative to their norm.
+    """
+    length = update.squared_norm(list(direction.values())).sqrt()
+    reach = update.squared_norm([params[n] for n in direction]).sqrt().clamp(min=1.0)
     step = torch.finfo(dtype).eps ** 0.5 * reach / length
     return torch.where(length > 0, step, torch.ones_like(step))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

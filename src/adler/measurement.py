@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adler import update
 from adler.capture import RecordedLoss
-from adler.engines import directional_derivative, transpose
+from adler.engines import default_step, directional_derivative, transpose
 from adler.losses import LossHessian
 from adler.replay import Call, replaying
 
@@ -25,7 +25,7 @@ __all__ = [
 
 # Finite differences step this fraction of the learning rate along -d: truncation grows with it,
 # rounding shrinks.
-_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 5e-2}
 
 
 class BatchCurvature(NamedTuple):
@@ -91,8 +91,14 @@ def batch_curvature(
         for call, losses in _by_call(batch).items():
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
-            half = [state.dtype for state in call.autocast if state.enabled]
-            step = None if rate is None else _difference_step(rate, squared_norm, dtype, *half)
+            step = None
+            if jvp == "finite_difference":
+                dtype = _coarsest(call, dtype)
+                step = (
+                    default_step(params, direction, dtype)
+                    if rate is None
+                    else _difference_step(rate, squared_norm, dtype)
+                )
             outputs, tangents, jvp = directional_derivative(
                 call, params, direction, jvp, step=step, outputs=known
             )
@@ -267,9 +273,14 @@ def _where(loss: RecordedLoss, outputs: Tensor) -> tuple[Tensor, Any]:
     return at, loss.targets[0] if len(loss.targets) == 1 else loss.targets
 
 
-def _difference_step(rate: Tensor, squared_norm: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """For outputs computed in these dtypes: outputs cast to float32 keep autocast's rounding."""
-    step = max(_DIFFERENCE[dtype] for dtype in dtypes) * rate
+def _coarsest(call: Call, dtype: torch.dtype) -> torch.dtype:
+    """Of the outputs and of autocast, whose rounding outputs cast to float32 keep."""
+    half = [state.dtype for state in call.autocast if state.enabled]
+    return max((dtype, *half), key=lambda candidate: torch.finfo(candidate).eps)
+
+
+def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    step = _DIFFERENCE[dtype] * rate
     return torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())
 
 
