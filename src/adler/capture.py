@@ -40,7 +40,8 @@ class RecordedLoss:
 
     Attributes:
         call: The call of the model that made the outputs.
-        outputs: What the criterion received first, detached; None if the loop did not show it.
+        outputs: What the criterion received first, detached; None if the loop did not show it, or
+            only a part is replayed.
         targets: What the criterion received after the outputs.
         value: The loss, 0-dim, detached; None if the loop did not show it.
         weight: Gradient that arrived at the loss, 0-dim; None: 1.

@@ -64,7 +64,7 @@ def part(
         targets = _first(loss.targets, rows, count * rows // size, "criterion")
         summed = getattr(criterion, "reduction", "mean") == "sum"
         factor = size / count if summed else 1.0
-        found.append(RecordedLoss(call, targets, weight=loss.weight, factor=factor))
+        found.append(RecordedLoss(call, targets, None, loss.value, loss.weight, factor=factor))
     return found
 
 

@@ -154,7 +154,7 @@ class MeasuredOptimizer(Optimizer):
         curvature = consistency = torch.full_like(squared_norm, math.nan)
         trusted: Tensor | None = None
         if measures:
-            measured = self._measure(batch, params, direction, squared_norm, scale)
+            measured = self._measure(batch, params, direction, slope, squared_norm, scale)
             curvature = measured.value
             if measured.slope is not None and untouched:
                 consistency = measured.slope / slope
@@ -241,12 +241,16 @@ class MeasuredOptimizer(Optimizer):
         batch: list[RecordedLoss],
         params: list[Tensor],
         direction: list[Tensor],
+        slope: Tensor,
         squared_norm: Tensor,
         scale: Tensor | None,
     ) -> BatchCurvature:
         """The batch's curvature; remembers a fallback from the forward engine."""
         shared = self.param_groups[0]
-        average, _, _, steps = Carried.of(shared)
+        average, minibatch_lr, _, _ = Carried.of(shared)
+        rate = self._mean.read(average)
+        # Even a distrusted measurement tells the next one how far to look.
+        rate = torch.where(rate > 0, rate, minibatch_lr)
         names = [self._names[p] for p in params]
         found = batch_curvature(
             batch,
@@ -256,7 +260,8 @@ class MeasuredOptimizer(Optimizer):
             self._hessian,
             jvp=shared["jvp"],
             squared_norm=squared_norm,
-            rate=self._mean.read(average) if steps > 0 else None,
+            slope=slope,
+            rate=rate,
             wants_nat=shared["max_kl"] is not None,
             amp_scale=scale,
         )

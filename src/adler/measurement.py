@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adler import update
 from adler.capture import RecordedLoss
-from adler.engines import default_step, directional_derivative, transpose
+from adler.difference import difference_step, height
+from adler.engines import directional_derivative, transpose
 from adler.losses import LossHessian
 from adler.replay import Call, replaying
 
@@ -22,10 +23,6 @@ __all__ = [
     "batch_gershgorin_curvature",
     "batch_spectral_curvature",
 ]
-
-# Finite differences step this fraction of the learning rate along -d: truncation grows with it,
-# rounding shrinks.
-_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 5e-2}
 
 
 class BatchCurvature(NamedTuple):
@@ -56,6 +53,7 @@ def batch_curvature(
     *,
     jvp: str,
     squared_norm: Tensor,
+    slope: Tensor | None = None,
     rate: Tensor | None = None,
     wants_nat: bool = True,
     amp_scale: Tensor | None = None,
@@ -73,7 +71,8 @@ def batch_curvature(
         hessian: Its quadratic form.
         jvp: Name of the engine.
         squared_norm: ``d·d``, 0-dim; gives the result its dtype and device.
-        rate: Learning rate of now, which scales the finite difference; not positive: unknown.
+        slope: ``g·d``, 0-dim; default: ``d·d``. With ``rate`` it scales the finite difference.
+        rate: Learning rate of now; not positive: unknown.
         wants_nat: Whether to compute ``nat``, which is infinite otherwise.
         amp_scale: Scale of a `torch.amp.GradScaler` in the recorded weights; NaN: unknown, because
             the gradients are already unscaled.
@@ -84,40 +83,41 @@ def batch_curvature(
     """
     value = torch.zeros_like(squared_norm)
     nat = torch.full_like(value, 0.0 if wants_nat else math.inf)
-    slope: Tensor | None = torch.zeros_like(squared_norm)
-    finite = torch.ones_like(squared_norm, dtype=torch.bool)
     weights = _weights(batch, value, amp_scale)
+    tall = height(batch, weights, value)
+    found: Tensor | None = torch.zeros_like(squared_norm)
+    finite = torch.ones_like(squared_norm, dtype=torch.bool)
     with replaying():
         for call, losses in _by_call(batch).items():
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
-            step = None
-            if jvp == "finite_difference":
-                dtype = _coarsest(call, dtype)
-                step = (
-                    default_step(params, direction, dtype)
-                    if rate is None
-                    else _difference_step(rate, squared_norm, dtype)
-                )
+            step = difference_step(
+                call,
+                dtype,
+                rate=rate,
+                height=tall,
+                slope=squared_norm if slope is None else slope,
+                squared_norm=squared_norm,
+            )
             outputs, tangents, jvp = directional_derivative(
                 call, params, direction, jvp, step=step, outputs=known
             )
             arrived = losses[0].output_gradient
-            if slope is None or arrived is None or arrived.shape != tangents.shape:
-                slope = None
+            if found is None or arrived is None or arrived.shape != tangents.shape:
+                found = None
             else:
-                slope = slope + update.dot([arrived.to(tangents)], [tangents], slope.device)
+                found = found + update.dot([arrived.to(tangents)], [tangents], found.device)
             for loss in losses:
-                height = _checked(loss, criterion, outputs)
-                finite = finite & torch.isfinite(height).to(finite.device)
+                at_height = _checked(loss, criterion, outputs)
+                finite = finite & torch.isfinite(at_height).to(finite.device)
                 at, targets = _where(loss, outputs)
                 form = hessian.quadratic_form(at, targets, tangents)
                 value = value + weights[loss] * form.to(value)
                 if wants_nat:
-                    nat = nat + weights[loss] * hessian.nat(at, targets, height).to(nat)
-    if slope is not None and amp_scale is not None:
-        slope = slope / amp_scale  # NaN where the user has unscaled
-    return BatchCurvature(value, nat, finite, jvp, slope)
+                    nat = nat + weights[loss] * hessian.nat(at, targets, at_height).to(nat)
+    if found is not None and amp_scale is not None:
+        found = found / amp_scale  # NaN where the user has unscaled
+    return BatchCurvature(value, nat, finite, jvp, found)
 
 
 def batch_spectral_curvature(
@@ -273,20 +273,9 @@ def _where(loss: RecordedLoss, outputs: Tensor) -> tuple[Tensor, Any]:
     return at, loss.targets[0] if len(loss.targets) == 1 else loss.targets
 
 
-def _coarsest(call: Call, dtype: torch.dtype) -> torch.dtype:
-    """Of the outputs and of autocast, whose rounding outputs cast to float32 keep."""
-    half = [state.dtype for state in call.autocast if state.enabled]
-    return max((dtype, *half), key=lambda candidate: torch.finfo(candidate).eps)
-
-
-def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    step = _DIFFERENCE[dtype] * rate
-    return torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())
-
-
 def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tensor) -> Tensor:
     """The loss, once the replay is of the record's shape and explicit targets fit."""
-    if loss.value is None:
+    if loss.outputs is None:
         try:
             with warnings.catch_warnings():
                 # PyTorch only warns of a broadcast between outputs and targets.
@@ -298,7 +287,7 @@ def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tens
                 f"step(targets=...): the criterion refuses outputs of shape "
                 f"{tuple(outputs.shape)} with targets of shape {shapes}: {error}"
             ) from error
-    assert loss.outputs is not None
+    assert loss.value is not None
     if loss.outputs.shape != outputs.shape:
         raise RuntimeError(
             f"step(): the criterion received shape {tuple(loss.outputs.shape)}, but output_fn "

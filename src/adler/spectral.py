@@ -123,6 +123,7 @@ class SpectralSGD(MeasuredOptimizer):
         batch: list[RecordedLoss],
         params: list[Tensor],
         direction: list[Tensor],
+        slope: Tensor,
         squared_norm: Tensor,
         scale: Tensor | None,
     ) -> BatchCurvature:
