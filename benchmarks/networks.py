@@ -31,9 +31,9 @@ class Task:
     classes: int = 10
     tokens: bool = False
 
-    def batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Inputs and targets, the same at every call."""
-        generator = torch.Generator().manual_seed(0)
+    def batch(self, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, the same at every call with the same seed."""
+        generator = torch.Generator().manual_seed(seed)
         if self.tokens:
             size = (self.batch_size, self.shape[0] + 1)
             text = torch.randint(self.classes, size, generator=generator)

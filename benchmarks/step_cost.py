@@ -1,7 +1,7 @@
 """Time of a training step over that of SGD: this library's modes and its peers.
 
     pip install 'torch-adler[benchmarks]'
-    python -m benchmarks.step_cost --out benchmarks/results
+    python -m benchmarks.step_cost --out benchmarks/results --figures docs/pages/assets/cost
 
 All methods take turns, step by step, on the same batch, so that noise in the machine's speed meets
 all alike; the tables show medians of the ratio to SGD's step in the same rounds, with quartiles.
@@ -74,13 +74,13 @@ def measure(
 def errors(task: Task, steps: int) -> dict[str, float]:
     """Largest relative error of c of each engine, beside float64 along the same directions."""
     criterion, largest = nn.CrossEntropyLoss(), {}
-    x, y = task.batch()
-    wide = x.double() if x.is_floating_point() else x
     for name in ("forward", "finite_difference", "finite_difference, bfloat16 autocast"):
         model, found = task.network(), []
         engine, _, autocast = name.partition(", ")
         optimizer = adler.Adler(model.parameters(), model, criterion, jvp=engine)
-        for _ in range(steps):
+        for seed in range(steps):
+            x, y = task.batch(seed=seed)
+            wide = x.double() if x.is_floating_point() else x
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
                 loss = criterion(model(x), y)
@@ -199,6 +199,7 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     """What every benchmark of cost accepts."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    parser.add_argument("--figures", type=Path, help="where the figure goes; default: --out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="tiny; numbers mean nothing")
     return parser
@@ -216,16 +217,18 @@ def provenance(options: argparse.Namespace, module: str) -> dict[str, Any]:
 
 def save(
     results: dict[str, Any],
-    out: Path,
+    options: argparse.Namespace,
     name: str,
     show: Callable[[dict[str, Any]], str],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
     """JSON, table and figure."""
+    out, figures = options.out, options.figures or options.out
     out.mkdir(parents=True, exist_ok=True)
+    figures.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(results))
     (out / f"{name}.md").write_text(show(results))
-    draw(results, out / f"{name}.png")
+    draw(results, figures / f"{name}.png")
     print(show(results))
 
 
@@ -263,7 +266,7 @@ def main() -> None:
         "runs": runs,
         "errors": {name: errors(task, steps) for name, task in tqdm(tasks.items(), "errors")},
     }
-    save(results, options.out, "step_cost", table, plot)
+    save(results, options, "step_cost", table, plot)
 
 
 if __name__ == "__main__":
