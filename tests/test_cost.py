@@ -426,6 +426,8 @@ def test_a_state_of_before_the_curvature_was_carried_loads():
     train(model, criterion, optimizer, data[6:7])
     train(twin, criterion, old, data[6:7])  # a step between measurements
     torch.testing.assert_close(flat(twin), flat(model), rtol=1e-9, atol=1e-12)
+    rates = [float(each.last_step.minibatch_lr) for each in (old, optimizer)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)
     fresh = Adler(twin.parameters(), twin, criterion)
     state = fresh.state_dict()
     del state["param_groups"][0]["curvature_total"]
