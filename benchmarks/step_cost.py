@@ -1,173 +1,272 @@
-"""Time of a training step over that of SGD, for several networks and engines.
+"""Time of a training step over that of SGD: this library's modes and its peers.
 
-    python -m benchmarks.step_cost --out benchmarks/results
+    pip install 'torch-adler[benchmarks]'
+    python -m benchmarks.step_cost --out benchmarks/results --figures docs/pages/assets/cost
 
 All methods take turns, step by step, on the same batch, so that noise in the machine's speed meets
-all alike; the table shows medians of the ratio to SGD's step in the same round, with quartiles.
+all alike; the tables show medians of the ratio to SGD's step in the same rounds, with quartiles.
+The error of c is that along the method's own gradient, over a few steps, beside float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import adler
+from benchmarks.networks import QUICK, TASKS, Task
+from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
 
-Factory = Callable[[nn.Module, nn.Module], torch.optim.Optimizer]
-
-METHODS: dict[str, Factory] = {
-    "SGD": lambda model, loss: torch.optim.SGD(model.parameters(), lr=1e-3),
-    "forward": lambda model, loss: adler.Adler(model.parameters(), model, loss),
-    "finite_difference": lambda model, loss: adler.Adler(
-        model.parameters(), model, loss, jvp="finite_difference"
-    ),
-    "double_backward": lambda model, loss: adler.Adler(
-        model.parameters(), model, loss, jvp="double_backward"
-    ),
-    "finite_difference, every 4": lambda model, loss: adler.Adler(
-        model.parameters(), model, loss, jvp="finite_difference", curvature_every=4
-    ),
-}
+# Rounds are summed in blocks, so that a step that measures every eighth time is seen whole.
+BLOCK = 8
 
 
-@dataclass(frozen=True)
-class Task:
-    """A network and the shape of one example."""
-
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    batch_size: int = 64
-    classes: int = 10
-
-
-def mlp() -> nn.Module:
-    """1.0 million parameters."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(784, 768),
-        nn.ReLU(),
-        nn.Linear(768, 512),
-        nn.ReLU(),
-        nn.Linear(512, 10),
-    )
-
-
-def cnn_bn() -> nn.Module:
-    """Three convolutions with BatchNorm, on images of 32 x 32."""
-    layers: list[nn.Module] = []
-    for inside, outside in ((3, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
-
-
-class Transformer(nn.Module):
-    """Two encoder layers of width 128 on sequences of 64 tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(128, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores of shape ``(b, 10)``."""
-        scores: Tensor = self.head(self.encoder(x).mean(1))
-        return scores
-
-
-TASKS: dict[str, Task] = {
-    "MLP, 1.0 M": Task(mlp, (784,)),
-    "CNN + BatchNorm, 0.07 M": Task(cnn_bn, (3, 32, 32)),
-    "Transformer, 0.27 M": Task(Transformer, (64, 128), batch_size=32),
-}
-
-
-def measure(task: Task, rounds: int, warmup: int = 5) -> dict[str, list[float]]:
-    """Seconds of each method's step in each round."""
-    torch.manual_seed(0)
-    x = torch.randn(task.batch_size, *task.shape)
-    y = torch.randint(task.classes, (task.batch_size,))
-    runs = {}
-    for name, make in METHODS.items():
-        torch.manual_seed(1)
-        model, criterion = task.build(), nn.CrossEntropyLoss()
-        runs[name] = (model, criterion, make(model, criterion))
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
+def measure(
+    task: Task,
+    steppers: dict[str, Stepper],
+    rounds: int,
+    *,
+    device: str = "cpu",
+    compiled: bool = False,
+    warmup: int = BLOCK,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each method's step in each round, and why some methods have none."""
+    x, y = task.batch(device)
+    steps: dict[str, Step] = {}
+    failures: dict[str, str] = {}
+    for name, make in steppers.items():
+        network = task.network(device)
+        model: nn.Module = torch.compile(network) if compiled else network  # type: ignore[assignment]
+        try:
+            step = make(model, nn.CrossEntropyLoss())
+            step(x, y)
+        except Exception as error:  # a peer that cannot do this network is reported, not hidden
+            if name in OURS:
+                raise
+            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        else:
+            steps[name] = step
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warmup + rounds):
-        for name, (model, criterion, optimizer) in runs.items():
+        for name, step in steps.items():
+            _wait(device)
             begun = time.perf_counter()
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            optimizer.step()
+            step(x, y)
+            _wait(device)
             if number >= warmup:
                 times[name].append(time.perf_counter() - begun)
-    return times
+    return times, failures
 
 
-def blocks(values: list[float], size: int) -> np.ndarray[Any, Any]:
-    """Sums over consecutive rounds, so that a step that measures every 4 is seen whole."""
-    summed: np.ndarray[Any, Any] = np.asarray(values).reshape(-1, size).sum(1)
+def errors(task: Task, steps: int) -> dict[str, float]:
+    """Largest relative error of c of each engine, beside float64 along the same directions."""
+    criterion, largest = nn.CrossEntropyLoss(), {}
+    for name in ("forward", "finite_difference", "finite_difference, bfloat16 autocast"):
+        model, found = task.network(), []
+        engine, _, autocast = name.partition(", ")
+        optimizer = adler.Adler(model.parameters(), model, criterion, jvp=engine)
+        for seed in range(steps):
+            x, y = task.batch(seed=seed)
+            wide = x.double() if x.is_floating_point() else x
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
+                loss = criterion(model(x), y)
+            loss.backward()
+            twin = copy.deepcopy(model).double()
+            direction = [p.grad.double() for p in model.parameters() if p.grad is not None]
+            c = adler.curvature.quadratic_form(
+                twin, twin.parameters(), wide, y, criterion, direction
+            )
+            optimizer.step()
+            assert optimizer.last_step is not None
+            found.append(abs(float(optimizer.last_step.curvature) / float(c) - 1))
+        largest[name] = max(found)
+    return largest
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def blocks(values: list[float]) -> np.ndarray[Any, Any]:
+    """Sums over consecutive rounds."""
+    summed: np.ndarray[Any, Any] = np.asarray(values).reshape(-1, BLOCK).sum(1)
     return summed
+
+
+def ratios(times: dict[str, list[float]], name: str) -> np.ndarray[Any, Any]:
+    """Quartiles of the ratio to SGD's step."""
+    found: np.ndarray[Any, Any] = np.percentile(
+        blocks(times[name]) / blocks(times[BASE]), [25, 50, 75]
+    )
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    methods = [name for name in METHODS if name != "SGD"]
-    lines = [
-        "| network | SGD, ms | " + " | ".join(f"`{name}`" for name in methods) + " |",
-        "|---|---|" + "---|" * len(methods),
+    parts = [_times(run) for run in results["runs"]] + [_errors(results["errors"])]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts.append(
+        f"Medians over {results['rounds']} interleaved steps, in blocks of {BLOCK} (quartiles); "
+        f"{results['threads']} CPU thread(s), {results['machine']}, {versions}, fixed seeds. "
+        f"Written by `{results['command']}`.\n"
+    )
+    return "\n".join(parts)
+
+
+def _times(run: dict[str, Any]) -> str:
+    names = [name for name in (*OURS, *PEERS) if name != BASE and name in run["methods"]]
+    kind = f"{run['device']}, {'compiled' if run['compiled'] else 'eager'}"
+    networks = list(run["seconds"])
+    lines = [f"| step time over SGD's ({kind}) | " + " | ".join(networks) + " |"]
+    lines.append("|---|" + "---|" * len(networks))
+    cells = [
+        f"{1000 * np.median(blocks(times[BASE])) / BLOCK:.1f} ms"
+        for times in run["seconds"].values()
     ]
-    for task, times in results["seconds"].items():
-        base = blocks(times["SGD"], 4)
-        cells = [f"{250 * np.median(base):.1f}"]
-        for name in methods:
-            low, middle, high = np.percentile(blocks(times[name], 4) / base, [25, 50, 75])
+    lines.append(f"| {BASE} | " + " | ".join(cells) + " |")
+    for name in names:
+        cells = []
+        for times in run["seconds"].values():
+            if name not in times:
+                cells.append("fails")
+                continue
+            low, middle, high = ratios(times, name)
             cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Medians of {results['rounds']} interleaved steps (quartiles), "
-        f"{results['threads']} CPU thread, torch {results['versions']['torch']}, "
-        f"{results['machine']}. Written by `python -m benchmarks.step_cost`.",
-    ]
+        label = f"`{name}`" if name in OURS and " " not in name else name
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _errors(by_task: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(by_task.values())))
+    lines = ["| largest relative error of c | " + " | ".join(by_task) + " |"]
+    lines.append("|---|" + "---|" * len(by_task))
+    for name in names:
+        engine, _, rest = name.partition(", ")
+        cells = [f"{found[name]:.0e}" for found in by_task.values()]
+        label = f"`{engine}`" + (f", {rest}" if rest else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Median ratios as bars, a panel a run."""
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    runs = results["runs"]
+    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 3.4 * len(runs)), squeeze=False)
+    for axis, run in zip(axes[:, 0], runs, strict=True):
+        names = [name for name in (*OURS, *PEERS) if name != BASE and name in run["methods"]]
+        networks = run["seconds"]
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            known = [k for k, times in enumerate(networks.values()) if name in times]
+            middle = [ratios(times, name) for times in networks.values() if name in times]
+            axis.bar(
+                [k + (i - len(names) / 2) * width for k in known],
+                [m[1] for m in middle],
+                width,
+                yerr=[[m[1] - m[0] for m in middle], [m[2] - m[1] for m in middle]],
+                label=name,
+            )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(networks)), list(networks), fontsize=8)
+        axis.set_ylabel("step time / SGD's")
+        axis.set_title(f"{run['device']}, {'compiled' if run['compiled'] else 'eager'}")
+    axes[0, 0].legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
+    """What every benchmark of cost accepts."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    parser.add_argument("--figures", type=Path, help="where the figure goes; default: --out")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="tiny; numbers mean nothing")
+    return parser
+
+
+def provenance(options: argparse.Namespace, module: str) -> dict[str, Any]:
+    """What every result carries."""
+    return {
+        "threads": options.threads,
+        "machine": platform.machine(),
+        "versions": {"torch": torch.__version__, "adler": adler.__version__},
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+    }
+
+
+def save(
+    results: dict[str, Any],
+    options: argparse.Namespace,
+    name: str,
+    show: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """JSON, table and figure."""
+    out, figures = options.out, options.figures or options.out
+    out.mkdir(parents=True, exist_ok=True)
+    figures.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(results))
+    (out / f"{name}.md").write_text(show(results))
+    draw(results, figures / f"{name}.png")
+    print(show(results))
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/step_cost"))
-    parser.add_argument("--rounds", type=int, default=80, help="a multiple of 4")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = arguments(__doc__, "step_cost")
+    parser.add_argument("--rounds", type=int, default=80, help=f"a multiple of {BLOCK}")
+    parser.add_argument("--compiled", action="store_true", help="also with torch.compile")
+    parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
+    if options.rounds < BLOCK or options.rounds % BLOCK:
+        parser.error(f"--rounds {options.rounds}: expected a multiple of {BLOCK}")
     torch.set_num_threads(options.threads)
-    seconds = {name: measure(task, options.rounds) for name, task in tqdm(TASKS.items())}
+    tasks = QUICK if options.quick else TASKS
+    rounds = BLOCK if options.quick else options.rounds
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    runs = []
+    for device in devices:
+        for compiled in (False, True)[: 1 + options.compiled]:
+            # Peers differentiate in ways that compiled modules do not support.
+            peers = {} if options.no_peers or compiled else PEERS
+            run: dict[str, Any] = {"device": device, "compiled": compiled}
+            run |= {"methods": [*OURS, *peers], "seconds": {}, "failures": {}}
+            for name, task in tqdm(tasks.items(), f"{device}, compiled: {compiled}"):
+                times, failures = measure(
+                    task, {**OURS, **peers}, rounds, device=device, compiled=compiled
+                )
+                run["seconds"][name] = {m: [round(t, 7) for t in ts] for m, ts in times.items()}
+                run["failures"][name] = failures
+            runs.append(run)
+    steps = 2 if options.quick else 10
     results = {
-        "rounds": options.rounds,
-        "threads": options.threads,
-        "machine": platform.machine(),
-        "versions": {"torch": torch.__version__, "adler": adler.__version__},
-        "seconds": {
-            task: {name: [round(t, 7) for t in times] for name, times in by_method.items()}
-            for task, by_method in seconds.items()
-        },
+        **provenance(options, "benchmarks.step_cost"),
+        "rounds": rounds,
+        "runs": runs,
+        "errors": {name: errors(task, steps) for name, task in tqdm(tasks.items(), "errors")},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "step_cost.json").write_text(json.dumps(results))
-    (options.out / "step_cost.md").write_text(table(results))
-    print(table(results))
+    save(results, options, "step_cost", table, plot)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,12 @@ def same(a, b):
 OPTIONS = {
     "defaults": {},
     "amortised": {"curvature_every": 3, "trust_region": 1.0},
+    "parts": {"curvature_every": 2, "curvature_fraction": 0.5},
     "difference": {"jvp": "finite_difference", "beta": 0.5},
     "decayed": {"weight_decay": 0.01, "lr": 0.5, "eps": 1e-4},
 }
 OTHERS = {"lr": 0.1, "beta": 0.1, "eps": 1e-2, "trust_region": 0.5, "weight_decay": 0.3}
-OTHERS |= {"jvp": "double_backward", "curvature_every": 2}
+OTHERS |= {"jvp": "double_backward", "curvature_every": 2, "curvature_fraction": 0.3}
 
 
 def resumed(make, file, steps):
@@ -252,6 +253,7 @@ BAD_OPTIONS = {
     "weight_decay": [-0.1, NAN, INF, None],
     "jvp": ["backward", "", None, 1],
     "curvature_every": [0, -1, 1.5, NAN, True, None],
+    "curvature_fraction": [0.0, -0.5, 1.5, NAN, INF, True, "1", None],
 }
 
 

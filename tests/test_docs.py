@@ -13,12 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
-PAGES = [
-    "README.md",
-    "docs/pages/index.md",
-    "docs/pages/use.md",
-    "docs/pages/training-loops.md",
-    "docs/pages/diagnostics.md",
+PAGES = ["README.md"]
+PAGES += [
+    f"docs/pages/{name}.md" for name in ("index", "use", "training-loops", "cost", "diagnostics")
 ]
 
 
@@ -76,12 +73,39 @@ def test_the_committed_digits_table_is_that_of_the_committed_results():
     )
 
 
-@pytest.mark.parametrize("name", ["step_cost", "tangent_kernel"])
+@pytest.mark.parametrize("name", ["step_cost", "memory", "scaling", "tangent_kernel"])
 def test_the_committed_benchmarks_are_those_of_the_committed_results(name):
     table = importlib.import_module(f"benchmarks.{name}").table
     folder = ROOT / "benchmarks/results"
     results = json.loads((folder / f"{name}.json").read_text())
     assert table(results) == (folder / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["step_cost", "memory", "scaling"])
+def test_the_benchmarks_of_cost_run(name, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
+    peers = ["--no-peers"] * (name != "scaling")  # they are not installed with the tests
+    subprocess.run([*command, *peers], cwd=ROOT, check=True)
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    text = (tmp_path / f"{name}.md").read_text()
+    assert importlib.import_module(f"benchmarks.{name}").table(results) == text
+    assert "| `low_cost` |" in text
+    assert "fails" not in text
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_peers_that_need_no_package_find_the_curvature():
+    from benchmarks.networks import QUICK
+    from benchmarks.steppers import line_search, pearlmutter
+
+    for make in (pearlmutter, line_search):
+        task = QUICK["MLP, small"]
+        model, criterion = task.network(), torch.nn.CrossEntropyLoss()
+        step, (x, y) = make(model, criterion), task.batch()
+        before = float(criterion(model(x), y))
+        for _ in range(5):
+            step(x, y)
+        assert float(criterion(model(x), y)) < before
 
 
 def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():

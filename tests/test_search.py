@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adler.averaging import Average, geometric
-from adler.search import Guard, Measurement, remembered_step_length, step_length
+from adler.search import Guard, Measurement, Remembered, remembered_step_length, step_length
 
 
 def scalar(value):
@@ -25,9 +25,14 @@ def search(
     reach=math.inf,
     max_kl=None,
     max_relative_change=None,
+    trusted=None,
+    remembered=None,
+    smoothing=0.0,
 ):
     measured = Measurement(
-        *(scalar(value) for value in (slope, curvature, slope, nat, reach)), torch.tensor(finite)
+        *(scalar(value) for value in (slope, curvature, slope, nat, reach)),
+        torch.tensor(finite),
+        None if trusted is None else torch.tensor(trusted),
     )
     return step_length(
         measured,
@@ -36,6 +41,8 @@ def search(
         Guard(trust_region, max_kl, max_relative_change),
         beta=beta,
         eps=eps,
+        remembered=Remembered.nothing() if remembered is None else remembered,
+        smoothing=smoothing,
     )
 
 
@@ -189,44 +196,127 @@ def test_no_sequence_of_measurements_breaks_the_average(measurements):
         assert all(torch.isfinite(t) for t in average)
 
 
-def remembered(slope, bound, average, reach=math.inf):
-    numbers = (scalar(value) for value in (slope, reach, 0.5, bound))
-    guard = Guard(2.0, None, 0.1)
-    return remembered_step_length(*numbers, average, geometric, guard)
+# --- between measurements -------------------------------------------------------------------------
+
+
+def ratio(value, nat=math.inf):
+    return Remembered(Average(scalar(value), scalar(1.0)), scalar(nat))
+
+
+def remembered(slope, past, average, reach=math.inf, squared_norm=None, **guard):
+    numbers = (scalar(v) for v in (slope, slope if squared_norm is None else squared_norm, reach))
+    options = {"trust_region": 2.0, "max_kl": None, "max_relative_change": 0.1, **guard}
+    return remembered_step_length(*numbers, past, average, geometric, Guard(**options), eps=0.0)
 
 
 def test_a_step_between_measurements_uses_the_average():
-    found = remembered(1.0, math.inf, averaged(0.7))
+    found = remembered(1.0, ratio(1.0), averaged(0.7))
     assert float(found.rate) == pytest.approx(0.7)
     assert not found.clipped
 
 
-def test_a_step_between_measurements_stays_within_the_last_bound():
-    found = remembered(1.0, 0.2, averaged(0.7))
-    assert float(found.rate) == pytest.approx(0.2)
+def test_a_step_between_measurements_stays_within_two_minimisers_along_its_own_direction():
+    # c = 10 · d·d, so that the minimiser is g·d / (10 d·d)
+    found = remembered(3.0, ratio(10.0), averaged(0.7), squared_norm=2.0)
+    assert float(found.minibatch_lr) == pytest.approx(3 / 20)
+    assert float(found.rate) == pytest.approx(2 * 3 / 20)
+    assert found.clipped
+
+
+def test_a_step_between_measurements_moves_predictions_by_no_more_than_max_kl():
+    # ½ η² (0.5 · 8) / 4 = 0.25 with the present gradient, whatever it was when c was measured
+    found = remembered(8.0, ratio(0.5, nat=4.0), averaged(3.0), max_kl=0.25)
+    assert float(found.rate) == pytest.approx(math.sqrt(0.5))
     assert found.clipped
 
 
 def test_a_step_between_measurements_looks_at_its_own_reach():
-    found = remembered(1.0, 0.2, averaged(0.7), reach=0.5)
+    found = remembered(1.0, ratio(10.0), averaged(0.7), reach=0.5)
     assert float(found.rate) == pytest.approx(0.05)
     assert found.clipped
 
 
-def test_the_bound_of_a_measurement_lasts_until_the_next():
-    found, average = search(1.0, 1.0, averaged(1e6), nat=8.0, max_kl=0.04)
-    assert float(found.bound) == pytest.approx(0.8)
-    assert float(remembered(1.0, float(found.bound), average).rate) == pytest.approx(0.8)
+def test_a_measurement_is_remembered_until_the_next():
+    found, average = search(2.0, 3.0, averaged(1e6), nat=8.0, max_kl=0.04)
+    assert float(found.remembered.curvature(scalar(4.0))) == pytest.approx(6.0)
+    after = remembered(2.0, found.remembered, average, max_kl=0.04)
+    assert float(after.rate) == pytest.approx(float(found.rate))
+    assert after.remembered is found.remembered
+
+
+@pytest.mark.parametrize(("curvature", "finite"), [(0.0, True), (-1.0, True), (5.0, False)])
+def test_what_is_not_admitted_is_not_remembered(curvature, finite):
+    found, _ = search(1.0, curvature, averaged(0.5), finite, remembered=ratio(3.0, nat=2.0))
+    assert float(found.remembered.curvature(scalar(1.0))) == 3.0
+    assert float(found.remembered.nat) == 2.0
 
 
 @pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
 def test_a_step_between_measurements_skips_bad_gradients(slope):
-    found = remembered(slope, 0.5, averaged(0.7))
+    found = remembered(slope, ratio(1.0), averaged(0.7))
     assert found.skipped
     assert float(found.rate) == 0.0
 
 
 def test_a_step_before_any_measurement_is_skipped():
-    found = remembered(1.0, math.nan, Average.empty())
+    found = remembered(1.0, Remembered.nothing(), Average.empty())
     assert found.skipped
     assert float(found.rate) == 0.0
+
+
+@given(positive, positive, positive, positive, positive, st.floats(0.1, 10))
+def test_no_average_takes_a_step_between_measurements_past_the_guard(
+    slope, squared_norm, rho, nat, average, radius
+):
+    options = {"trust_region": radius, "max_kl": 0.1, "max_relative_change": None}
+    found = remembered(
+        slope, ratio(rho, nat), averaged(average), squared_norm=squared_norm, **options
+    )
+    c, rate = rho * squared_norm, float(found.rate)
+    assert 0 < rate <= radius * slope / c * (1 + 1e-12)
+    assert rate**2 * c / 2 <= 0.1 * nat * (1 + 1e-12)
+
+
+# --- measurements that contradict the gradient; parts of a batch ----------------------------------
+
+
+def test_a_distrusted_measurement_steps_by_the_average_under_the_last_bound():
+    before = averaged(0.7)
+    found, after = search(1.0, 1e-6, before, trusted=False, remembered=ratio(10.0))
+    assert float(found.rate) == pytest.approx(0.2)
+    assert found.clipped
+    assert not found.skipped
+    assert all(a.equal(b) for a, b in zip(before, after))
+    assert float(found.remembered.curvature(scalar(1.0))) == 10.0
+
+
+@pytest.mark.parametrize("trust_region", [2.0, None])
+def test_a_distrusted_measurement_without_a_past_is_no_step(trust_region):
+    found, after = search(1.0, 1.0, trusted=False, trust_region=trust_region)
+    assert found.skipped
+    assert float(after.weight) == 0.0
+
+
+def test_a_trusted_measurement_is_as_any_other():
+    for past in (ratio(1e-9), ratio(1e9)):
+        found, _ = search(6.0, 2.0, trusted=True, remembered=past)
+        assert float(found.rate) == pytest.approx(3.0)
+
+
+def test_parts_are_averaged_before_they_are_inverted():
+    past = Remembered.nothing()
+    for number, curvature in enumerate((1.0, 9.0, 2.0)):
+        found, _ = search(2.0, curvature, smoothing=0.75, remembered=past)
+        past = found.remembered
+        weights = [0.75**k for k in range(number, -1, -1)]
+        mean = sum(w * c for w, c in zip(weights, (1.0, 9.0, 2.0))) / sum(weights)
+        assert float(found.minibatch_lr) == pytest.approx(2 / mean)
+
+
+def test_a_flat_part_counts_and_an_infinite_one_does_not():
+    past = search(1.0, 4.0, smoothing=0.5)[0].remembered
+    found, _ = search(1.0, 0.0, smoothing=0.5, remembered=past)
+    assert float(found.minibatch_lr) == pytest.approx((0.5 + 1) / (0.5 * 4.0))
+    found, _ = search(1.0, math.inf, smoothing=0.5, remembered=past)
+    assert found.skipped
+    assert float(found.remembered.curvature(scalar(1.0))) == 4.0

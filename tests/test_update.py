@@ -85,17 +85,22 @@ def test_descend_with_skip_leaves_every_bit(dtype):
     assert all(p.equal(b) for p, b in zip(params, before))
 
 
-def test_the_fallback_equals_the_fused_kernel(monkeypatch):
-    fused, plain = mixed(0), mixed(0)
+DEVICES = {"fused": ("cpu",), "plain": ()}
+
+
+@pytest.mark.parametrize("fused_devices", DEVICES.values(), ids=DEVICES)
+def test_other_devices_kernels_equal_the_hosts(monkeypatch, fused_devices):
+    host, other = mixed(0), mixed(0)
     rate = torch.tensor(0.3, dtype=torch.float64)
-    descend_(fused, mixed(1), rate, torch.tensor(False))
-    monkeypatch.setattr("adler.update._FUSED_DEVICES", ())
-    descend_(plain, mixed(1), rate, torch.tensor(False))
-    for a, b in zip(fused, plain):
+    descend_(host, mixed(1), rate, torch.tensor(False))
+    monkeypatch.setattr("adler.update._HOST_DEVICES", ())
+    monkeypatch.setattr("adler.update._FUSED_DEVICES", fused_devices)
+    descend_(other, mixed(1), rate, torch.tensor(False))
+    for a, b in zip(host, other):
         torch.testing.assert_close(a, b)
-    before = [p.clone() for p in plain]
-    descend_(plain, [p * math.nan for p in plain], rate, torch.tensor(True))
-    assert all(p.equal(b) for p, b in zip(plain, before))
+    before = [p.clone() for p in other]
+    descend_(other, [p * math.nan for p in other], rate, torch.tensor(True))
+    assert all(p.equal(b) for p, b in zip(other, before))
 
 
 def test_decay_shrinks_and_never_flips_a_sign():

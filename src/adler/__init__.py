@@ -9,9 +9,9 @@ safe in every direction.
 
 from adler import curvature, diagnostics, losses
 from adler.adam import AdlerAdam
-from adler.measured import StepRecord
 from adler.model_loss import ModelLoss
 from adler.optimizer import Adler, GaussNewton
+from adler.record import StepRecord
 from adler.schedule_free import AdlerScheduleFree
 from adler.spectral import SpectralSGD
 from adler.wrapper import Wrapped, wrap

@@ -51,6 +51,7 @@ class AdlerAdam(MeasuredOptimizer):
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: ``"forward"``, ``"finite_difference"`` or ``"double_backward"``; see `Adler`.
         curvature_every: Measure every so many steps; the steps between use the average.
+        curvature_fraction: Measure on this fraction of the batch; see `Adler`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
 
     Raises:
@@ -93,6 +94,7 @@ class AdlerAdam(MeasuredOptimizer):
         weight_decay: float = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
+        curvature_fraction: float = 1.0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -107,6 +109,7 @@ class AdlerAdam(MeasuredOptimizer):
             "weight_decay": weight_decay,
             "jvp": jvp,
             "curvature_every": curvature_every,
+            "curvature_fraction": curvature_fraction,
         }
         super().__init__(params, model, criterion, options, output_fn)
 

@@ -43,10 +43,14 @@ class RecordedLoss:
 
     Attributes:
         call: The call of the model that made the outputs.
-        outputs: What the criterion received first, detached; None if the loop did not show it.
+        outputs: What the criterion received first, detached; None if the loop did not show it, or
+            only a part is replayed.
         targets: What the criterion received after the outputs.
         value: The loss, 0-dim, detached; None if the loop did not show it.
         weight: Gradient that arrived at the loss, 0-dim; None: 1.
+        output_gradient: Gradient that arrived at the outputs of the call, from all its losses;
+            None if the loop did not show it.
+        factor: How many of itself the loss stands for; see `adler.fraction`.
     """
 
     call: Call
@@ -54,6 +58,8 @@ class RecordedLoss:
     outputs: Tensor | None = None
     value: Tensor | None = None
     weight: Tensor | None = None
+    output_gradient: Tensor | None = None
+    factor: float = 1.0
 
 
 class _Hook:
@@ -104,6 +110,8 @@ class Recorder:
         self._last_call: Call | None = None
         self._by_output: Any = WeakTensorKeyDictionary()
         self._backpropagated: list[RecordedLoss] = []
+        self._output_gradients: dict[Call, Tensor] = {}
+        self._left: list[tuple[int, int]] | None = None
         self.clear()
         handles = [
             model.register_forward_pre_hook(_Hook(self, model, "_enter_model"), with_kwargs=True),
@@ -134,6 +142,15 @@ class Recorder:
         for loss in self._backpropagated:
             loss.weight = None  # the graph may be retained, and differentiated again
         self._backpropagated.clear()
+        self._output_gradients.clear()
+        self._left = None
+
+    def untouched(self) -> bool:
+        """Whether the gradients are known to be as the backward pass left them.
+
+        They are not once the loop has clipped, unscaled or exchanged them.
+        """
+        return self._left is not None and self._left == self._stamps()
 
     def losses(self) -> list[RecordedLoss]:
         """The losses whose gradients are in ``p.grad``.
@@ -143,7 +160,7 @@ class Recorder:
                 loss is not what its description says; says what to do.
         """
         if self._backpropagated:
-            return [self._scaled(loss) for loss in self._backpropagated]
+            return [self._scaled(self._with_gradient(loss)) for loss in self._backpropagated]
         if self._calls == 0:
             reason = (
                 "the model was not called with gradients enabled since the last step. Call "
@@ -205,7 +222,8 @@ class Recorder:
             last = self._last_call
             if last is not None and _same_inputs(call, last):
                 call = last  # brings the random state, and so the same dropout masks
-        return [RecordedLoss(call, targets if isinstance(targets, tuple) else (targets,))]
+        loss = RecordedLoss(call, targets if isinstance(targets, tuple) else (targets,))
+        return [self._with_gradient(loss)]
 
     @property
     def saw_nothing(self) -> bool:
@@ -240,9 +258,13 @@ class Recorder:
         self._calls_since_loss += 1
         if self._model_loss is not None:
             self._leave_model_with_loss(self._model_loss, call, result)
-        elif isinstance(result, Tensor):
+            return
+        if self._output_fn is not None:
+            return  # what the criterion will receive is not known yet
+        if isinstance(result, Tensor):
             self._by_output[result] = call
-        elif self._output_fn is None:
+            self._follow(result, call)
+        else:
             self._unlinked = not_a_tensor(result, has_output_fn=False)
 
     def _leave_model_with_loss(self, described: ModelLoss, call: Call, result: Any) -> None:
@@ -282,12 +304,22 @@ class Recorder:
                 "through them too, which the curvature would miss: detach them"
             )
             return
+        if self._output_fn is not None and outputs not in self._by_output:
+            self._by_output[outputs] = call
+            self._follow(outputs, call)
         self._watch(value, RecordedLoss(call, tuple(targets), outputs.detach(), value.detach()))
 
     def _watch(self, value: Tensor, loss: RecordedLoss) -> None:
         """Waits for the backward pass to reach the loss."""
         self._losses += 1
-        value.register_hook(_on_backward(weakref.ref(self), loss))  # type: ignore[no-untyped-call]
+        arrived = _on_backward(weakref.ref(self), "_arrived", loss)
+        value.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _follow(self, outputs: Tensor, call: Call) -> None:
+        """Takes note of the gradient that reaches what the loss sees of a call."""
+        if outputs.requires_grad:
+            arrived = _on_backward(weakref.ref(self), "_arrived_at_outputs", call)
+            outputs.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _link(self, outputs: Any) -> Call | None:
         """The call of the model that made the criterion's first argument."""
@@ -321,14 +353,37 @@ class Recorder:
         else:
             loss.weight = loss.weight + weight
 
+    def _arrived_at_outputs(self, call: Call, gradient: Tensor) -> None:
+        known, gradient = self._output_gradients.get(call), gradient.detach()
+        self._output_gradients[call] = gradient if known is None else known + gradient
+        me = weakref.ref(self)
 
-def _on_backward(recorder: weakref.ref[Recorder], loss: RecordedLoss) -> Callable[[Tensor], None]:
-    """The hook on a loss; the graph holds it, and through it the record."""
+        def finished() -> None:
+            alive = me()
+            if alive is not None:
+                alive._left = alive._stamps()
+
+        torch.autograd.Variable._execution_engine.queue_callback(finished)
+
+    def _with_gradient(self, loss: RecordedLoss) -> RecordedLoss:
+        loss.output_gradient = self._output_gradients.get(loss.call)
+        return loss
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        """Which tensor each gradient is, and how often it was written."""
+        gradients = (p.grad for p in self._params())
+        return [(id(g), g._version) for g in gradients if g is not None]
+
+
+def _on_backward(
+    recorder: weakref.ref[Recorder], method: str, what: RecordedLoss | Call
+) -> Callable[[Tensor], None]:
+    """The hook on a tensor; the graph holds it, and through it the record."""
 
     def hook(gradient: Tensor) -> None:
         alive = recorder()
         if alive is not None:
-            alive._arrived(loss, gradient)
+            getattr(alive, method)(what, gradient)
 
     return hook
 

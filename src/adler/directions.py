@@ -168,8 +168,11 @@ def adam_denominators(
         discount: ``β₂``.
         offset: ``ε_A``.
     """
+    home = squares[0].device
     # In float64: 1 - 0.999 keeps four digits in float32.
-    torch._foreach_div_(squares, [1 - discount ** step.double() for step in steps])
+    corrections = 1 - discount ** torch.stack([step.to(home) for step in steps]).double()
+    own = [c.to(v.device) for c, v in zip(corrections, squares, strict=True)]
+    torch._foreach_div_(squares, own)
     torch._foreach_sqrt_(squares)
     torch._foreach_add_(squares, offset)
 

@@ -25,11 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adler import update
+from adler.lazily import Lazy
+from adler.replay import Call
+
 __all__ = [
     "ENGINES",
     "ForwardModeUnsupportedError",
     "Function",
     "Parameters",
+    "default_step",
     "differentiable_attention",
     "directional_derivative",
     "double_backward",
@@ -99,7 +104,8 @@ def finite_difference(
     r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$.
 
     The parameters themselves are not touched: the perturbed ones are copies, so there is nothing
-    to restore, whatever happens in ``f``.
+    to restore, whatever happens in ``f``. A `adler.replay.Call` on the CPU asks for them one by
+    one; elsewhere they are made together, by as many kernels whatever their number.
 
     Args:
         f: Pure function of named parameters.
@@ -116,13 +122,9 @@ def finite_difference(
         if outputs is None:
             outputs = f(params)
         if step is None:
-            step = _default_step(params, direction, outputs.dtype)
+            step = default_step(params, direction, outputs.dtype)
         alpha = torch.as_tensor(step, device=outputs.device)
-        perturbed = {
-            name: torch.addcmul(params[name], d, alpha.to(d), value=-1)
-            for name, d in direction.items()
-        }
-        change = outputs - f({**params, **perturbed})
+        change = outputs - f(_shifted(f, params, direction, -alpha))
         return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
 
 
@@ -282,17 +284,27 @@ def _load_forward_rules() -> None:
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
-def _default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
-    """Moves the parameters by the square root of the precision, relative to their norm."""
-    along = torch.stack([torch.linalg.vector_norm(d, dtype=_wide(d)) for d in direction.values()])
-    at = torch.stack(
-        [torch.linalg.vector_norm(params[n], dtype=_wide(params[n])) for n in direction]
-    )
-    length = torch.linalg.vector_norm(along)
-    reach = torch.linalg.vector_norm(at).clamp(min=1.0)
+def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor) -> Parameters:
+    """``θ + by · d``, in new tensors."""
+    if isinstance(f, Call) and all(update.on_host(d.device) for d in direction.values()):
+        return Lazy(
+            params,
+            lambda name: (
+                torch.addcmul(params[name], direction[name], by.to(direction[name]))
+                if name in direction
+                else params[name]
+            ),
+        )
+    moved = update.shifted([params[name] for name in direction], list(direction.values()), by)
+    return {**params, **dict(zip(direction, moved, strict=True))}
+
+
+def default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
+    """For a finite difference where no learning rate is known yet.
+
+    Moves the parameters by the square root of the precision of ``dtype``, relative to their norm.
+    """
+    length = update.squared_norm(list(direction.values())).sqrt()
+    reach = update.squared_norm([params[n] for n in direction]).sqrt().clamp(min=1.0)
     step = torch.finfo(dtype).eps ** 0.5 * reach / length
     return torch.where(length > 0, step, torch.ones_like(step))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

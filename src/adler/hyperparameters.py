@@ -50,6 +50,9 @@ def check(options: Mapping[str, Any]) -> None:
     jvp = options["jvp"]
     valid = isinstance(jvp, str) and jvp in ENGINES
     _require(options, "jvp", valid, f"one of {', '.join(map(repr, ENGINES))}")
+    fraction = options["curvature_fraction"]
+    valid = _number(fraction) and 0 < fraction <= 1
+    _require(options, "curvature_fraction", valid, "a number in (0, 1]")
     for key in ("curvature_every", "power_iterations", "gershgorin_columns"):
         count = options.get(key, 1)
         valid = isinstance(count, int) and not isinstance(count, bool) and count >= 1

@@ -196,7 +196,7 @@ def joint_direction(
     along = list(torch._foreach_mul(scaled, [-ratio.to(delta) for delta in scaled]))
     torch._foreach_add_(along, gradients)
     if plane is not None and seen is not None:
-        seen = seen._replace(value=_curvature_along(plane, ratio))
+        seen = seen._replace(value=_curvature_along(plane, ratio), slope=None)
     return Joint(along, params, state, shared, momenta, seen)
 
 

@@ -11,23 +11,25 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import distributed, hyperparameters, losses, update
-from adler.averaging import Average, DiscountedMean
+from adler.averaging import DiscountedMean
 from adler.capture import RecordedLoss, Recorder
+from adler.carried import CARRIED, Carried, completed
 from adler.directions import Direction
+from adler.fraction import part
 from adler.measurement import BatchCurvature, batch_curvature
 from adler.model_loss import ModelLoss
+from adler.record import Log, StepRecord
 from adler.replay import unwrap
 from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
-from adler.watch import Watch
 
-__all__ = ["SHARED", "MeasuredOptimizer", "StepRecord"]
+__all__ = ["SHARED", "MeasuredOptimizer"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
 
@@ -40,33 +42,12 @@ SHARED = (
     "max_relative_change",
     "jvp",
     "curvature_every",
+    "curvature_fraction",
 )
-# What a step hands to the next one. Tensors are replaced, never mutated, so groups share them.
-_CARRIED = ("rate_total", "rate_weight", "minibatch_lr", "rate_bound", "steps")
-
-
-class StepRecord(NamedTuple):
-    """What the last step did; 0-dim tensors on the device, read with ``float()``.
-
-    Attributes:
-        minibatch_lr: ``η_k``, the minimiser of this minibatch's quadratic model.
-        effective_lr: The rate applied, before a group's ``lr``; 0 where the step was skipped.
-        slope: ``g·d``.
-        curvature: ``c = vᵀ Q v``; NaN where this step did not measure (``curvature_every``).
-        clipped: Whether a guard shortened the step.
-        skipped: Whether there was no step.
-        clipped_total: Steps clipped since the optimizer was made.
-        skipped_total: Steps skipped since the optimizer was made.
-    """
-
-    minibatch_lr: Tensor
-    effective_lr: Tensor
-    slope: Tensor
-    curvature: Tensor
-    clipped: Tensor
-    skipped: Tensor
-    clipped_total: Tensor
-    skipped_total: Tensor
+# What `MeasuredOptimizer.low_cost` sets.
+LOW_COST = {"jvp": "finite_difference", "curvature_fraction": 0.25, "curvature_every": 8}
+# How far a finite difference may be from the slope that backpropagation found.
+_INCONSISTENCY = 0.2
 
 
 class MeasuredOptimizer(Optimizer):
@@ -85,7 +66,6 @@ class MeasuredOptimizer(Optimizer):
 
     _mean: ClassVar[DiscountedMean]
     _shared: ClassVar[tuple[str, ...]] = SHARED
-    _last_step: StepRecord | None
 
     def __init__(
         self,
@@ -154,9 +134,18 @@ class MeasuredOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If there is no gradient, or the batch that made it is unknown. The message
-                says what to do; parameters and state are unchanged.
-            ValueError: If explicit targets do not fit the outputs.
+                says what to do; parameters and state are unchanged. Also under CUDA-graph capture:
+                a step saves and sets the states of the random number generators and counts its
+                steps, which the host does.
+            ValueError: If explicit targets do not fit the outputs, or ``curvature_fraction`` meets
+                a batch that it cannot divide.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step(): a CUDA graph is being captured, but the host takes part in a step: it "
+                "restores random states and decides which steps measure. Capture forward and "
+                "backward, and call step() outside the graph"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -165,55 +154,73 @@ class MeasuredOptimizer(Optimizer):
             hyperparameters.check(group)
             self._check_shared(group)
         shared = self.param_groups[0]
-        measures = shared["steps"] % shared["curvature_every"] == 0
+        average, _, remembered, steps = Carried.of(shared)
+        measures = steps % shared["curvature_every"] == 0
         params, gradients = self._gradients()
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
         ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
         batch = self._batch(inputs, targets) if measures else []  # raises before anything changes
+        untouched = self._recorder.untouched()
         scale, veto = self._amp_unscale(gradients)
         course = self._direction(params, gradients, batch, scale)
         direction = course.along
-        average = _average(shared)
         squared_norm = update.squared_norm(direction, self._home)
         plain = direction is gradients
         slope = squared_norm if plain else update.dot(gradients, direction, self._home)
         guard = Guard(*(shared[key] for key in Guard._fields))
-        reach = torch.full_like(squared_norm, math.inf)
+        reach: Tensor | None = None
         if guard.max_relative_change is not None:
             reach = update.reach(params, direction, self._home)
-        found: StepLength
-        curvature = torch.full_like(squared_norm, math.nan)
+        curvature = consistency = torch.full_like(squared_norm, math.nan)
+        trusted: Tensor | None = None
         if measures:
-            curvature, nat, finite, _ = course.curvature or self._measure(
-                batch, params, direction, squared_norm, scale
+            measured = course.curvature or self._measure(
+                batch, params, direction, slope, squared_norm, scale
             )
-            fine = (finite & ~veto).to(slope)
-            slope, curvature, squared_norm, nat, reach, fine = distributed.mean(
-                (slope, curvature, squared_norm, nat, reach, fine), ranks
+            finite = measured.finite if veto is None else measured.finite & ~veto
+            seen, predicted = _of_all_ranks(
+                Measurement(slope, measured.value, squared_norm, measured.nat, reach, finite),
+                measured.slope,
+                ranks,
             )
+            slope, curvature = seen.slope, seen.curvature
+            if predicted is not None and untouched:
+                consistency = predicted / slope
+                if measured.engine == "finite_difference":
+                    # (A NaN is for the search to find.)
+                    trusted = ~((consistency - 1).abs() > _INCONSISTENCY)
             found, average = step_length(
-                Measurement(slope, curvature, squared_norm, nat, reach, fine == 1),
+                seen._replace(trusted=trusted),
                 average,
                 self._mean,
                 guard,
-                beta=shared["beta"],
+                # The average forgets by steps, not by measurements.
+                beta=shared["beta"] ** shared["curvature_every"],
                 eps=shared["eps"],
+                remembered=remembered,
+                # As many parts as make one batch.
+                smoothing=1 - shared["curvature_fraction"],
             )
         else:
-            slope, reach = distributed.mean((torch.where(veto, math.nan, slope), reach), ranks)
+            if veto is not None:
+                slope = torch.where(veto, math.nan, slope)
+            slope, squared_norm = distributed.mean((slope, squared_norm), ranks)
             found = remembered_step_length(
                 slope,
+                squared_norm,
                 reach,
-                shared["minibatch_lr"],
-                shared["rate_bound"],
+                remembered,
                 average,
                 self._mean,
                 guard,
+                eps=shared["eps"],
             )
         self._apply(found, course)
-        self._carry(found, average, shared["steps"] + 1)
-        self._report(found, slope, curvature)
+        carried = Carried(average, found.minibatch_lr, found.remembered, steps + 1)
+        for group in self.param_groups:
+            group.update(carried.entries())
+        self._log.write(found, slope, curvature, consistency, trusted)
         self._recorder.clear()
         return loss
 
@@ -257,22 +264,29 @@ class MeasuredOptimizer(Optimizer):
 
     def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
         if targets is not None:
-            return self._recorder.explicit(inputs, targets)
-        if inputs is not None:
+            batch = self._recorder.explicit(inputs, targets)
+        elif inputs is not None:
             raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
-        return self._recorder.losses()
+        else:
+            batch = self._recorder.losses()
+        return part(batch, self.param_groups[0]["curvature_fraction"], self.criterion)
 
     def _measure(
         self,
         batch: list[RecordedLoss],
         params: list[Tensor],
         direction: list[Tensor],
+        slope: Tensor,
         squared_norm: Tensor,
         scale: Tensor | None,
         hessian: losses.LossHessian | None = None,
     ) -> BatchCurvature:
         """The batch's curvature; remembers a fallback from the forward engine."""
         shared = self.param_groups[0]
+        average, minibatch_lr, _, _ = Carried.of(shared)
+        rate = self._mean.read(average)
+        # Even a distrusted measurement tells the next one how far to look.
+        rate = torch.where(rate > 0, rate, minibatch_lr)
         names = [self._names[p] for p in params]
         found = batch_curvature(
             batch,
@@ -282,7 +296,8 @@ class MeasuredOptimizer(Optimizer):
             self._hessian if hessian is None else hessian,
             jvp=shared["jvp"],
             squared_norm=squared_norm,
-            rate=self._mean.read(_average(shared)) if shared["steps"] > 0 else None,
+            slope=slope,
+            rate=rate,
             wants_nat=shared["max_kl"] is not None,
             amp_scale=scale,
         )
@@ -303,33 +318,11 @@ class MeasuredOptimizer(Optimizer):
                 course.descend(group, params, rate, found.skipped)
         course.settle(found.skipped)
 
-    def _carry(self, found: StepLength, average: Average, steps: int) -> None:
-        for group in self.param_groups:
-            group["rate_total"], group["rate_weight"] = average
-            group["minibatch_lr"], group["rate_bound"] = found.minibatch_lr, found.bound
-            group["steps"] = steps
-
-    def _report(self, found: StepLength, slope: Tensor, curvature: Tensor) -> None:
-        last = self._last_step
-        clipped, skipped = found.clipped.long(), found.skipped.long()
-        self._last_step = StepRecord(
-            found.minibatch_lr,
-            found.rate,
-            slope,
-            curvature,
-            found.clipped,
-            found.skipped,
-            clipped if last is None else last.clipped_total + clipped,
-            skipped if last is None else last.skipped_total + skipped,
-        )
-        self._watch.observe(found.skipped)
-
-    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Takes over from a GradScaler: its scale (unscales in place), and whether it vetoes."""
         found_inf = getattr(self, "found_inf", None)
-        veto = torch.zeros((), dtype=torch.bool, device=self._home)
         if found_inf is None:
-            return None, veto
+            return None, None
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             for gradient in distributed.local(gradients):
@@ -338,12 +331,42 @@ class MeasuredOptimizer(Optimizer):
             scale = torch.full((), math.nan, device=self._home)  # unscaled by the user
         return scale.to(self._home), found_inf.to(self._home).bool().squeeze()
 
+    @classmethod
+    def low_cost(
+        cls: type[Self],
+        params: ParamsT,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        **overrides: Any,
+    ) -> Self:
+        """Measures rarely and on a part of the batch: a few percent above SGD's step.
+
+        ``jvp="finite_difference"``, ``curvature_fraction=1/4``, ``curvature_every=8``. A part's
+        finite difference runs two forward passes without gradients on it (see `adler.fraction`):
+        two thirds of a quarter of a step, every eighth step, or 2 % of SGD's. Four parts make one
+        batch, so the curvature is averaged over the last 32 steps, and the rate over the last
+        hundred as always. Between measurements the bounds follow the present gradient.
+
+        Args:
+            params: See the class.
+            model: See the class.
+            criterion: See the class.
+            **overrides: Keyword arguments of the class, in place of these.
+
+        Examples:
+            >>> from adler import Adler
+            >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+            >>> Adler.low_cost(model.parameters(), model, criterion).defaults["curvature_every"]
+            8
+        """
+        return cls(params, model, criterion, **{**LOW_COST, **overrides})
+
     # --- what a user reads -----------------------------------------------------------------------
 
     @property
     def last_step(self) -> StepRecord | None:
         """What the last step did; None before the first."""
-        return self._last_step
+        return self._log.last
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
         """The last step as numbers for a logger, by name; waits for the device once.
@@ -402,14 +425,14 @@ class MeasuredOptimizer(Optimizer):
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
         if group is first:
-            first.update(_fresh(self._home))
-        group.update({key: first[key] for key in _CARRIED})
+            first.update(Carried.fresh(self._home).entries())
+        group.update({key: first[key] for key in CARRIED})
         group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         # A scheduler made in the middle of training needs initial_lr.
         known = {"params", "param_names", "effective_lr", "initial_lr"}
-        allowed = {*known, *self.defaults, *_CARRIED}
+        allowed = {*known, *self.defaults, *CARRIED}
         if unknown := sorted(group.keys() - allowed):
             raise ValueError(
                 f"unknown option {unknown[0]!r} in a parameter group: a group may set {self._own}"
@@ -483,13 +506,15 @@ class MeasuredOptimizer(Optimizer):
             self._names = _names_of(self.model)
             self._attach()
         first = self.param_groups[0]
-        fresh = _fresh(self._home)
+        carried = completed(first, self._home)
         for group in self.param_groups:
-            for key, default in {**self.defaults, **fresh}.items():
+            group.pop("rate_bound", None)  # of old checkpoints
+            for key, default in self.defaults.items():
                 group.setdefault(key, first.get(key, default))
-            for key, default in fresh.items():
-                if isinstance(default, Tensor):
-                    group[key] = torch.as_tensor(group[key]).to(default)
+            group.update(carried)
+            group["effective_lr"] = torch.as_tensor(group.get("effective_lr", 0.0)).to(
+                carried["rate_total"]
+            )
 
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
@@ -503,8 +528,7 @@ class MeasuredOptimizer(Optimizer):
         self._recorder = Recorder(
             self.model, self.criterion, self.output_fn, params, self._model_loss
         )
-        self._last_step = None
-        self._watch = Watch()
+        self._log = Log()
 
     @property
     def _home(self) -> torch.device:
@@ -513,21 +537,18 @@ class MeasuredOptimizer(Optimizer):
         return next((p.device for p in everything), torch.device("cpu"))
 
 
-def _fresh(home: torch.device) -> dict[str, Any]:
-    """What a group holds besides its options before the first step."""
-    empty = Average.empty(home)
-    return {
-        "rate_total": empty.total,
-        "rate_weight": empty.weight,
-        "minibatch_lr": torch.full_like(empty.total, math.nan),
-        "rate_bound": torch.full_like(empty.total, math.inf),
-        "steps": 0,
-        "effective_lr": torch.zeros_like(empty.total),
-    }
-
-
-def _average(group: Mapping[str, Any]) -> Average:
-    return Average(group["rate_total"], group["rate_weight"])
+def _of_all_ranks(
+    seen: Measurement, predicted: Tensor | None, ranks: list[Any]
+) -> tuple[Measurement, Tensor | None]:
+    """Means over the ranks: of what this one has measured, and of ``⟨∂h/∂F, v⟩``."""
+    if not ranks:
+        return seen, predicted
+    known = torch.full_like(seen.slope, math.nan) if predicted is None else predicted
+    slope, curvature, squared_norm, nat, finite, known = distributed.mean(
+        (*seen[:4], seen.finite.to(seen.slope), known), ranks
+    )
+    joint = Measurement(slope, curvature, squared_norm, nat, seen.reach, finite == 1)
+    return joint, None if predicted is None else known
 
 
 def _names_of(model: nn.Module) -> dict[Tensor, str]:

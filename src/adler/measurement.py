@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adler import update
 from adler.capture import RecordedLoss
+from adler.difference import difference_step, height
 from adler.distributed import is_sharded, sharded_difference
 from adler.engines import directional_derivative, transpose, warn_of_fallback
 from adler.losses import LossHessian
@@ -24,10 +25,6 @@ __all__ = [
     "batch_spectral_curvature",
 ]
 
-# Finite differences step this fraction of the learning rate along -d: truncation grows with it,
-# rounding shrinks.
-_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 2e-1}
-
 
 class BatchCurvature(NamedTuple):
     """Curvature of the backpropagated loss along a direction.
@@ -37,12 +34,15 @@ class BatchCurvature(NamedTuple):
         nat: What one nat an example is worth in units of the loss, 0-dim; see `LossHessian.nat`.
         finite: Whether the recorded losses are finite, 0-dim bool.
         engine: Name of the engine that computed the tangents, after any fallback.
+        slope: ``⟨∂h/∂F, v⟩ = g·d`` by the gradient that arrived at the outputs, 0-dim; None where
+            the loop did not show it. A replay that is not the training forward gives another value.
     """
 
     value: Tensor
     nat: Tensor
     finite: Tensor
     engine: str
+    slope: Tensor | None = None
 
 
 def batch_curvature(
@@ -54,6 +54,7 @@ def batch_curvature(
     *,
     jvp: str,
     squared_norm: Tensor,
+    slope: Tensor | None = None,
     rate: Tensor | None = None,
     wants_nat: bool = True,
     amp_scale: Tensor | None = None,
@@ -71,7 +72,8 @@ def batch_curvature(
         hessian: Its quadratic form.
         jvp: Name of the engine.
         squared_norm: ``d·d``, 0-dim; gives the result its dtype and device.
-        rate: Learning rate of now, which scales the finite difference; not positive: unknown.
+        slope: ``g·d``, 0-dim; default: ``d·d``. With ``rate`` it scales the finite difference.
+        rate: Learning rate of now; not positive: unknown.
         wants_nat: Whether to compute ``nat``, which is infinite otherwise.
         amp_scale: Scale of a `torch.amp.GradScaler` in the recorded weights; NaN: unknown, because
             the gradients are already unscaled.
@@ -82,19 +84,30 @@ def batch_curvature(
     """
     value = torch.zeros_like(squared_norm)
     nat = torch.full_like(value, 0.0 if wants_nat else math.inf)
-    finite = torch.ones_like(squared_norm, dtype=torch.bool)
     weights = _weights(batch, value, amp_scale)
+    tall = height(batch, weights, value)
+    found: Tensor | None = torch.zeros_like(squared_norm)
+    finite = torch.ones_like(squared_norm, dtype=torch.bool)
     with replaying():
         for call, losses in _by_call(batch).items():
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
-            step = None if rate is None else _difference_step(rate, squared_norm, dtype)
-            if any(is_sharded(p) for p in params.values()):
+            sharded = any(is_sharded(p) for p in params.values())
+            step = difference_step(
+                call,
+                dtype,
+                rate=rate,
+                # All ranks move the shards by one step, and each knows only its own loss.
+                height=torch.full_like(tall, math.nan) if sharded else tall,
+                slope=squared_norm if slope is None else slope,
+                squared_norm=squared_norm,
+            )
+            if sharded:
                 if jvp != "finite_difference":
                     warn_of_fallback("sharded parameters (DTensor)", jvp, stacklevel=4)
                 jvp = "finite_difference"
-                if step is None:
-                    step = _first_step(params, squared_norm, dtype)
+                first = _first_step(params, squared_norm, dtype)
+                step = first if rate is None else torch.where(rate > 0, step, first)
                 outputs, tangents = sharded_difference(
                     call, call.model, params, direction, step, known
                 )
@@ -102,15 +115,22 @@ def batch_curvature(
                 outputs, tangents, jvp = directional_derivative(
                     call, params, direction, jvp, step=step, outputs=known
                 )
+            arrived = losses[0].output_gradient
+            if found is None or arrived is None or arrived.shape != tangents.shape:
+                found = None
+            else:
+                found = found + update.dot([arrived.to(tangents)], [tangents], found.device)
             for loss in losses:
-                height = _checked(loss, criterion, outputs)
-                finite = finite & torch.isfinite(height).to(finite.device)
+                at_height = _checked(loss, criterion, outputs)
+                finite = finite & torch.isfinite(at_height).to(finite.device)
                 at, targets = _where(loss, outputs)
                 form = hessian.quadratic_form(at, targets, tangents)
                 value = value + _weighted(weights[loss], form)
                 if wants_nat:
-                    nat = nat + _weighted(weights[loss], hessian.nat(at, targets, height))
-    return BatchCurvature(value, nat, finite, jvp)
+                    nat = nat + _weighted(weights[loss], hessian.nat(at, targets, at_height))
+    if found is not None and amp_scale is not None:
+        found = found / amp_scale  # NaN where the user has unscaled
+    return BatchCurvature(value, nat, finite, jvp, found)
 
 
 def batch_spectral_curvature(
@@ -271,11 +291,6 @@ def _where(loss: RecordedLoss, outputs: Tensor) -> tuple[Tensor, Any]:
     return at, loss.targets[0] if len(loss.targets) == 1 else loss.targets
 
 
-def _difference_step(rate: Tensor, squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    step = _DIFFERENCE[dtype] * rate
-    return torch.where(step > 0, step, 1e-3 * squared_norm.rsqrt())
-
-
 def _first_step(params: Mapping[str, Tensor], squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
     """Moves the parameters by the square root of the precision, relative to their norm."""
     norm = update.squared_norm(list(params.values()), squared_norm.device).sqrt()
@@ -285,7 +300,7 @@ def _first_step(params: Mapping[str, Tensor], squared_norm: Tensor, dtype: torch
 
 def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tensor) -> Tensor:
     """The loss, once the replay is of the record's shape and explicit targets fit."""
-    if loss.value is None:
+    if loss.outputs is None:
         try:
             with warnings.catch_warnings():
                 # PyTorch only warns of a broadcast between outputs and targets.
@@ -297,7 +312,7 @@ def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tens
                 f"step(targets=...): the criterion refuses outputs of shape "
                 f"{tuple(outputs.shape)} with targets of shape {shapes}: {error}"
             ) from error
-    assert loss.outputs is not None
+    assert loss.value is not None
     if loss.outputs.shape != outputs.shape:
         raise RuntimeError(
             f"step(): the criterion received shape {tuple(loss.outputs.shape)}, but output_fn "
@@ -318,4 +333,5 @@ def _weights(
         total = torch.stack(list(weights.values())).sum()
         divisor = torch.where(torch.isnan(amp_scale), total, amp_scale.to(total))
         weights = {loss: weight / divisor for loss, weight in weights.items()}
-    return {loss: weights.get(loss, one) for loss in batch}
+    # (1.0 leaves every bit.)
+    return {loss: weights.get(loss, one) * loss.factor for loss in batch}

@@ -63,7 +63,10 @@ class Adler(MeasuredOptimizer):
             the last step (`adler.joint`), by one more Jacobian-vector product.
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
-        curvature_every: Measure every so many steps; the steps between use the average.
+        curvature_every: Measure every so many steps; the steps between use the average, under the
+            bounds that the last measurement gives along their own direction.
+        curvature_fraction: Measure on this fraction of the batch, its first examples; the parts'
+            curvatures are averaged over as many as make one batch. See `adler.fraction`.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
 
@@ -109,6 +112,7 @@ class Adler(MeasuredOptimizer):
         momentum: float | str = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
+        curvature_fraction: float = 1.0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -122,6 +126,7 @@ class Adler(MeasuredOptimizer):
             "momentum": momentum,
             "jvp": jvp,
             "curvature_every": curvature_every,
+            "curvature_fraction": curvature_fraction,
         }
         super().__init__(params, model, criterion, options, output_fn)
 
@@ -146,7 +151,9 @@ class Adler(MeasuredOptimizer):
         def measure(
             direction: list[Tensor], squared_norm: Tensor, hessian: losses.LossHessian
         ) -> BatchCurvature:
-            return self._measure(batch, params, direction, squared_norm, scale, hessian)
+            return self._measure(
+                batch, params, direction, squared_norm, squared_norm, scale, hessian
+            )
 
         return joint_direction(
             params,
@@ -205,6 +212,7 @@ class Adler(MeasuredOptimizer):
             "momentum": 0.0,
             "jvp": "forward",
             "curvature_every": 1,
+            "curvature_fraction": 1.0,
         }
         return cls(params, model, criterion, **{**published, **overrides})
 

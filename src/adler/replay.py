@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adler import distributed
+from adler.lazily import Lazy, on_access
 
 __all__ = ["Call", "RandomState", "is_replaying", "replaying", "unwrap"]
 
@@ -168,6 +169,8 @@ class Call:
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """The outputs with ``params`` (by name) in place of the model's own.
 
+        A `Lazy` mapping is asked for each parameter when the forward pass needs it.
+
         Raises:
             TypeError: If the result is not one tensor.
         """
@@ -180,9 +183,18 @@ class Call:
             for state in self.autocast:
                 stack.enter_context(state.context())
             # Cloned here, inside any function transform: running statistics are updated in place.
-            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            tensors = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            if isinstance(params, Lazy):
+                stack.enter_context(on_access(self.model, params))
+            else:
+                tensors.update(params)
             result = functional_call(
-                self.model, {**buffers, **params}, self.args, dict(self.kwargs)
+                self.model,
+                tensors,
+                self.args,
+                dict(self.kwargs),
+                # Looking for tied tensors would ask for all parameters at once.
+                tie_weights=not isinstance(params, Lazy),
             )
             outputs = result if self.output_fn is None else self.output_fn(result)
         if not isinstance(outputs, Tensor):

@@ -62,6 +62,7 @@ class SpectralSGD(MeasuredOptimizer):
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         jvp: See `Adler`.
         curvature_every: Measure every so many steps; the steps between use the average.
+        curvature_fraction: Measure on this fraction of the batch; see `Adler`.
         output_fn: See `Adler`.
 
     Raises:
@@ -101,6 +102,7 @@ class SpectralSGD(MeasuredOptimizer):
         weight_decay: float = 0.0,
         jvp: str = "forward",
         curvature_every: int = 1,
+        curvature_fraction: float = 1.0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -115,6 +117,7 @@ class SpectralSGD(MeasuredOptimizer):
             "weight_decay": weight_decay,
             "jvp": jvp,
             "curvature_every": curvature_every,
+            "curvature_fraction": curvature_fraction,
         }
         super().__init__(params, model, criterion, options, output_fn)
 
@@ -123,6 +126,7 @@ class SpectralSGD(MeasuredOptimizer):
         batch: list[RecordedLoss],
         params: list[Tensor],
         direction: list[Tensor],
+        slope: Tensor,
         squared_norm: Tensor,
         scale: Tensor | None,
         hessian: LossHessian | None = None,

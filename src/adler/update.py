@@ -20,13 +20,21 @@ __all__ = [
     "descend_",
     "dot",
     "momentum_",
+    "on_host",
     "reach",
     "schedule_free_",
+    "shifted",
     "squared_norm",
 ]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda")
+_HOST_DEVICES = ("cpu",)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether a kernel a tensor costs little, and nobody waits for who looks at a number."""
+    return device.type in _HOST_DEVICES
 
 
 def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) -> Tensor:
@@ -68,14 +76,53 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = No
     """
     home = a[0].device if home is None else home
     total = torch.zeros((), dtype=_widest(home), device=home)
-    for (device, dtype, where), (left, right) in _alike(a, b).items():
-        wide = torch.promote_types(dtype, torch.float32)
-        products = torch._foreach_mul(
-            [t.to(wide) for t in local(left)], [t.to(wide) for t in local(right)]
-        )
-        sums = torch.stack([product.sum() for product in products])
+    for (device, _, where), (left, right) in _alike(a, b).items():
+        few = _dots if on_host(device) else _dots_by_few_kernels
+        sums = few(local(left), local(right))
         total = total + whole(sums.to(_widest(device)).sum(), where).to(total)
     return total
+
+
+def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Of each pair, without temporaries where the dtype is wide."""
+    flat = [(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+    return torch.stack([torch.dot(a.to(_wide(a)), b.to(_wide(b))) for a, b in flat])
+
+
+def _dots_by_few_kernels(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Terms of the sum over all pairs, by as many kernels whatever their number.
+
+    PyTorch sums a list of tensors by their absolute values only, so negative products are counted
+    first with the wrong sign, and taken off twice.
+    """
+    wide = _wide(left[0])
+    products = torch._foreach_mul([a.to(wide) for a in left], [b.to(wide) for b in right])
+    absolute = torch.stack(torch._foreach_norm(products, 1))
+    torch._foreach_clamp_max_(products, 0)
+    return absolute - 2 * torch.stack(torch._foreach_norm(products, 1))
+
+
+def shifted(params: Sequence[Tensor], directions: Sequence[Tensor], by: Tensor) -> list[Tensor]:
+    r"""$\theta + b\, d$, in new tensors: one set of them, and two kernels a dtype.
+
+    Args:
+        params: Any shapes, floating dtypes and devices.
+        directions: As many, of the same shapes, dtypes and devices.
+        by: 0-dim.
+
+    Examples:
+        >>> shifted([torch.ones(2)], [torch.tensor([1.0, 2.0])], torch.tensor(0.5))
+        [tensor([1.5000, 2.0000])]
+    """
+    found: dict[int, Tensor] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, param in enumerate(params):
+        groups[param.device, param.dtype].append(i)
+    for (device, dtype), members in groups.items():
+        moved = torch._foreach_mul([directions[i] for i in members], by.to(device, dtype))
+        torch._foreach_add_(moved, [params[i] for i in members])
+        found.update(zip(members, moved, strict=True))
+    return [found[i] for i in range(len(params))]
 
 
 def reach(
@@ -125,7 +172,11 @@ def descend_(
         skip: 0-dim bool on the same device as ``rate``: leave every bit of ``params`` alone.
     """
     for (device, dtype, _), (p, d) in _local_alike(params, directions).items():
-        if _is_fused(device, dtype):
+        if on_host(device) and on_host(rate.device):
+            # The faster kernel of the two.
+            if not skip.numpy():
+                torch._foreach_add_(p, d, alpha=-float(rate.detach().numpy()))
+        elif _is_fused(device, dtype):
             _fused_descend_(p, d, [], rate, skip)
         else:
             step, veto = rate.to(device), skip.to(device)
@@ -319,6 +370,10 @@ def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
         torch._foreach_mul_(members, keep.to(device, dtype))
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _norms(tensors: list[Tensor], where: Layout | None) -> list[Tensor]:
     """Of each; tensors of one dtype and layout. Halves are accumulated in float32."""
     half = tensors[0].dtype in (torch.float16, torch.bfloat16)
@@ -339,6 +394,9 @@ _Groups = dict[_Key, tuple[list[Tensor], ...]]
 
 def _alike(*lists: Sequence[Tensor]) -> _Groups:
     """Rows of tensors by device, dtype and layout of the first."""
+    keys = [(t.device, t.dtype, layout(t)) for t in lists[0]] if lists else []
+    if keys and keys.count(keys[0]) == len(keys):  # nearly always, and at every step
+        return {keys[0]: tuple(map(list, lists))}
     groups: _Groups = defaultdict(lambda: tuple([] for _ in lists))
     for row in zip(*lists, strict=True):
         group = groups[row[0].device, row[0].dtype, layout(row[0])]

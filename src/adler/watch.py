@@ -1,4 +1,4 @@
-"""Notices a run of skipped steps without making the host wait for the device."""
+"""Notices a run of bad steps without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ from torch import Tensor
 
 __all__ = ["Watch"]
 
-_PATIENCE = 10
-
 
 class Watch:
-    """Counts consecutive skipped steps on the device and warns once when there are many.
+    """Counts consecutive bad steps on the device and warns once when there are many.
 
     On the CPU the count is read at once. Elsewhere it is copied to the host while the device goes
     on, and read when a later step finds that the copy has arrived.
+
+    Args:
+        message: What is said, after the number of steps.
+        patience: How many are too many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str, patience: int = 10) -> None:
+        self._message, self._patience = message, patience
+        self._run = 0
         self._count: Tensor | None = None
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         self._warned = False
 
-    def observe(self, skipped: Tensor) -> None:
-        """Takes note of one step; ``skipped`` is 0-dim bool."""
+    def observe(self, bad: Tensor) -> None:
+        """Takes note of one step; ``bad`` is 0-dim bool."""
         if self._warned:
             return
-        before = torch.zeros_like(skipped, dtype=torch.long) if self._count is None else self._count
-        self._count = torch.where(skipped, before + 1, torch.zeros_like(before))
-        seen = self._arrived()
-        if seen is not None and seen >= _PATIENCE:
+        if bad.device.type == "cpu":
+            self._run = self._run + 1 if bad.numpy() else 0
+            seen: int | None = self._run
+        else:
+            before = bad.new_zeros((), dtype=torch.long) if self._count is None else self._count
+            self._count = torch.where(bad, before + 1, 0)
+            seen = self._arrived()
+        if seen is not None and seen >= self._patience:
             self._warned = True
             warnings.warn(
-                f"the last {seen} steps were skipped: gradient, loss or curvature were zero or not "
-                "finite, and the parameters have not moved. optimizer.last_step holds the numbers; "
-                "this is said once",
+                f"the last {seen} {self._message}. optimizer.last_step holds the numbers; this is "
+                "said once",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -44,8 +51,6 @@ class Watch:
     def _arrived(self) -> int | None:
         """The count, if the host can have it without waiting."""
         assert self._count is not None
-        if self._count.device.type == "cpu":
-            return int(self._count.numpy())
         if self._count.device.type != "cuda":
             return None
         seen = None

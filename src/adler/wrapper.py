@@ -91,6 +91,7 @@ class Wrapped(MeasuredOptimizer):
         max_relative_change: See `Adler`.
         jvp: See `Adler`.
         curvature_every: Measure every so many steps; the steps between use the average.
+        curvature_fraction: Measure on this fraction of the batch; see `Adler`.
         output_fn: See `Adler`.
 
     Attributes:
@@ -122,6 +123,7 @@ class Wrapped(MeasuredOptimizer):
         max_relative_change: float | None = 0.1,
         jvp: str = "forward",
         curvature_every: int = 1,
+        curvature_fraction: float = 1.0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         _check_base(base)
@@ -134,6 +136,7 @@ class Wrapped(MeasuredOptimizer):
             "max_relative_change": max_relative_change,
             "jvp": jvp,
             "curvature_every": curvature_every,
+            "curvature_fraction": curvature_fraction,
         }
         groups = [{"params": _params_of(group)} for group in base.param_groups]
         super().__init__(groups, model, criterion, options, output_fn)
@@ -165,7 +168,10 @@ class Wrapped(MeasuredOptimizer):
         if batch:
             try:
                 squared_norm = update.squared_norm(course.along, self._home)
-                course.curvature = self._measure(batch, params, course.along, squared_norm, scale)
+                slope = update.dot(gradients, course.along, self._home)
+                course.curvature = self._measure(
+                    batch, params, course.along, slope, squared_norm, scale
+                )
             except BaseException:
                 course.undo()
                 raise

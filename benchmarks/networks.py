@@ -1,0 +1,170 @@
+"""The networks on which the cost of a step is measured, and a batch for each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["QUICK", "TASKS", "Task", "mlp"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and the batch that it trains on.
+
+    Attributes:
+        build: Makes the network.
+        shape: Of one example; without a channel of floats: tokens.
+        batch_size: Number of examples.
+        classes: Number of outputs; of a language model, its vocabulary.
+        tokens: Whether examples are token sequences, each predicting the next.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch_size: int
+    classes: int = 10
+    tokens: bool = False
+
+    def batch(self, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, the same at every call with the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            size = (self.batch_size, self.shape[0] + 1)
+            text = torch.randint(self.classes, size, generator=generator)
+            x, y = text[:, :-1], text[:, 1:].flatten()
+        else:
+            x = torch.randn(self.batch_size, *self.shape, generator=generator)
+            y = torch.randint(self.classes, (self.batch_size,), generator=generator)
+        return x.to(device), y.to(device)
+
+    def network(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The network, with the same weights at every call."""
+        torch.manual_seed(1)
+        return self.build().to(device)
+
+
+def mlp(*widths: int) -> nn.Module:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for inside, outside in itertools.pairwise(widths):
+        layers += [nn.Linear(inside, outside), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn_bn() -> nn.Module:
+    """Three convolutions with BatchNorm."""
+    layers: list[nn.Module] = []
+    for inside, outside in ((3, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm beside a shortcut (K. He et al., arXiv 1512.03385)."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        stride = 1 if inside == outside else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inside, outside, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outside),
+            nn.ReLU(),
+            nn.Conv2d(outside, outside, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outside),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride == 2:
+            self.shortcut = nn.Conv2d(inside, outside, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halves height and width where the number of channels changes."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """ResNet-14 for images of 32 x 32."""
+    widths = (16, 16, 16, 32, 32, 64, 64)
+    blocks = [Residual(a, b) for a, b in itertools.pairwise(widths)]
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*stem, *blocks, *head)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, normalised before."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(b, T, width)``, as the input."""
+        b, length, width = x.shape
+        parts = self.qkv(self.before(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.mix(mixed.transpose(1, 2).reshape(b, length, width))
+        fed: Tensor = self.feed(self.between(x))
+        return x + fed
+
+
+class ViT(nn.Module):
+    """Four blocks of width 128 on 64 patches of 4 x 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 128, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(64, 128))
+        self.blocks = nn.Sequential(*[Block(128, 4, causal=False) for _ in range(4)])
+        self.head = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of shape ``(b, 10)``."""
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        scores: Tensor = self.head(self.blocks(tokens).mean(1))
+        return scores
+
+
+class Decoder(nn.Module):
+    """GPT-style: four causal blocks of width 128, 256 tokens, tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 128)
+        self.position = nn.Parameter(0.02 * torch.randn(64, 128))
+        self.blocks = nn.Sequential(*[Block(128, 4, causal=True) for _ in range(4)])
+        self.norm = nn.LayerNorm(128)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the next token, ``(b T, 256)``."""
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.embed.weight).flatten(0, 1)
+
+
+TASKS: dict[str, Task] = {
+    "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 64),
+    "CNN + BatchNorm, 0.07 M": Task(cnn_bn, (3, 32, 32), 64),
+    "ResNet-14, 0.18 M": Task(resnet, (3, 32, 32), 64),
+    "ViT, 0.8 M": Task(ViT, (3, 32, 32), 32),
+    "GPT-style decoder, 0.8 M": Task(Decoder, (64,), 32, classes=256, tokens=True),
+}
+
+# For a look at whether everything runs.
+QUICK: dict[str, Task] = {
+    "MLP, small": Task(lambda: mlp(16, 24, 10), (16,), 16),
+    "ResNet-14, 0.18 M": Task(resnet, (3, 8, 8), 4),
+    "GPT-style decoder, 0.8 M": Task(Decoder, (8,), 4, classes=256, tokens=True),
+}
