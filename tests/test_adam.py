@@ -99,6 +99,46 @@ def test_a_poisonous_batch_leaves_parameters_moments_and_average(bad):
         assert all(after["state"][p][key].equal(value) for key, value in kept.items())
 
 
+@pytest.mark.parametrize("size", [1e19, 2e19, 1e20, 5e20, 1e21, 1e25, 1e38])
+def test_a_gradient_whose_square_overflows_is_skipped(size):
+    """It is finite itself; in the second moment it would be infinite for ever."""
+    model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss()
+    optimizer = AdlerAdam(model.parameters(), model, criterion)
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    train(model, criterion, optimizer, [(x, y)])
+    before, state = flat(model), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    model.weight.grad[0, 0] = size
+    optimizer.step()
+    assert all(t.isfinite().all() for kept in optimizer.state.values() for t in kept.values())
+    assert flat(model).isfinite().all()
+    if size < 1e21:
+        return
+    assert optimizer.last_step.skipped
+    assert flat(model).equal(before)
+    for p, kept in state.items():
+        after = optimizer.state_dict()["state"][p]
+        assert all(after[key].equal(value) for key, value in kept.items())
+
+
+def test_decay_never_flips_a_sign():
+    model, criterion = nn.Linear(3, 2, bias=False), nn.MSELoss()
+    optimizer = AdlerAdam(
+        model.parameters(), model, criterion, lr=1e6, weight_decay=1e6, max_relative_change=1e-3
+    )
+    x = torch.randn(6, 3)
+    before = model.weight.detach().clone()
+    train(model, criterion, optimizer, [(x, model(x).detach() + 1e-3)])
+    moments = optimizer.state[model.weight]
+    corrected = moments["exp_avg"] / 0.1 / ((moments["exp_avg_sq"] / 1e-3).sqrt() + 1e-8)
+    # All of the weight is gone, and no more: what is left is Adam's step.
+    expected = -float(optimizer.param_groups[0]["effective_lr"]) * corrected
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-3, atol=0)
+    assert not optimizer.last_step.skipped
+    assert before.abs().max() < expected.abs().max()
+
+
 def test_the_default_guards_hold():
     model, criterion, optimizer, data = setting("mlp-relu")
     for batch in data:

@@ -320,3 +320,14 @@ def test_a_flat_part_counts_and_an_infinite_one_does_not():
     found, _ = search(1.0, math.inf, smoothing=0.5, remembered=past)
     assert found.skipped
     assert float(found.remembered.curvature(scalar(1.0))) == 4.0
+
+
+@pytest.mark.parametrize("slope", [1e-30, 1.0, 1e30])
+def test_no_step_is_so_long_that_many_of_them_overflow(slope):
+    """A flat batch has no rate of its own, and the average may hold one of 1/eps."""
+    flat_before = Average(scalar(math.log(1e300)), scalar(1.0))
+    found, _ = search(slope, 0.0, flat_before)
+    assert float(found.rate) * max(1.0, math.sqrt(slope)) == pytest.approx(1e18)
+    assert found.clipped
+    unguarded, _ = search(slope, 1e-300 * slope, flat_before, trust_region=None, beta=0.5)
+    assert float(unguarded.rate) > 1e200

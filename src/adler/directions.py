@@ -126,8 +126,8 @@ class Adam(Direction):
             seconds = local([state["exp_avg_sq"] for state in states])
             squares = list(torch._foreach_mul(seconds, discount))
             torch._foreach_addcmul_(squares, g, g, 1 - discount)
-            steps = [state["step"] + 1 for state in states]
-            adam_denominators(squares, steps, discount, group["adam_eps"])
+            steps = [state["step"] for state in states]
+            adam_denominators(squares, steps, discount, group["adam_eps"], ahead=1)
             parts = list(torch._foreach_div(g, squares))
             # A square that overflows would stay in the moment for ever: NaN, and so no step.
             size = update.squared_norm(squares)
@@ -158,19 +158,24 @@ class Adam(Direction):
 
 
 def adam_denominators(
-    squares: list[Tensor], steps: Sequence[Tensor], discount: float, offset: float
+    squares: list[Tensor],
+    steps: Sequence[Tensor],
+    discount: float,
+    offset: float,
+    ahead: int = 0,
 ) -> None:
     r"""In place, second moments $v$ become $\sqrt{v / (1 - \beta_2^t)} + \epsilon_A$.
 
     Args:
         squares: Second moments; overwritten.
-        steps: ``t`` of each, 0-dim.
+        steps: ``t`` of each, 0-dim, less ``ahead``.
         discount: ``β₂``.
         offset: ``ε_A``.
+        ahead: Steps to come.
     """
     home = squares[0].device
     # In float64: 1 - 0.999 keeps four digits in float32.
-    corrections = 1 - discount ** torch.stack([step.to(home) for step in steps]).double()
+    corrections = 1 - discount ** (torch.stack([step.to(home) for step in steps]).double() + ahead)
     own = [c.to(v.device) for c, v in zip(corrections, squares, strict=True)]
     torch._foreach_div_(squares, own)
     torch._foreach_sqrt_(squares)
