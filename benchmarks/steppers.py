@@ -51,7 +51,9 @@ OURS: dict[str, Stepper] = {
     "finite_difference": _adler(jvp="finite_difference"),
     "double_backward": _adler(jvp="double_backward"),
     "low_cost": optimized(
-        lambda model, loss: adler.Adler.low_cost(model.parameters(), model, loss)
+        lambda model, loss: adler.Adler.low_cost(
+            model.parameters(), model, loss, curvature_warmup=0
+        )  # as after its first hundred steps
     ),
     # Measures at the first step only: all that is not a replay.
     "all but the measurement": _adler(curvature_every=10**9),
