@@ -169,7 +169,7 @@ def line_search(model: nn.Module, criterion: nn.Module) -> Step:
             for _ in range(20):
                 for (p, g), start in zip(pairs, before, strict=True):
                     torch.add(start, g, alpha=-rate, out=p)
-                if float(criterion(model(x), y)) <= float(loss) - 0.1 * rate * slope:
+                if float(criterion(model(x), y)) <= float(loss.detach()) - 0.1 * rate * slope:
                     break
                 rate *= 0.9
             last[0] = rate

@@ -389,7 +389,7 @@ def test_low_cost_survives_the_plateau_where_a_network_without_normalisation_sta
         y = torch.randint(10, (64,))
         x = prototypes[y] + 0.3 * torch.randn(64, 1, 8, 8)
         train(model, criterion, optimizer, [(x, y)])
-    assert float(criterion(model(x), y)) < 0.5  # guessing: 2.3
+    assert criterion(model(x), y).item() < 0.5  # guessing: 2.3
 
 
 def test_low_cost_runs_two_forwards_on_a_quarter_every_eighth_step():
