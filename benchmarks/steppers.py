@@ -51,7 +51,9 @@ OURS: dict[str, Stepper] = {
     "finite_difference": _adler(jvp="finite_difference"),
     "double_backward": _adler(jvp="double_backward"),
     "low_cost": optimized(
-        lambda model, loss: adler.Adler.low_cost(model.parameters(), model, loss)
+        lambda model, loss: adler.Adler.low_cost(
+            model.parameters(), model, loss, curvature_warmup=0
+        )  # as after its first hundred steps
     ),
     # Measures at the first step only: all that is not a replay.
     "all but the measurement": _adler(curvature_every=10**9),
@@ -167,7 +169,7 @@ def line_search(model: nn.Module, criterion: nn.Module) -> Step:
             for _ in range(20):
                 for (p, g), start in zip(pairs, before, strict=True):
                     torch.add(start, g, alpha=-rate, out=p)
-                if float(criterion(model(x), y)) <= float(loss) - 0.1 * rate * slope:
+                if float(criterion(model(x), y)) <= float(loss.detach()) - 0.1 * rate * slope:
                     break
                 rate *= 0.9
             last[0] = rate

@@ -253,6 +253,7 @@ BAD_OPTIONS = {
     "weight_decay": [-0.1, NAN, INF, None],
     "jvp": ["backward", "", None, 1],
     "curvature_every": [0, -1, 1.5, NAN, True, None],
+    "curvature_warmup": [-1, 1.5, True, None],
     "curvature_fraction": [0.0, -0.5, 1.5, NAN, INF, True, "1", None],
 }
 

@@ -376,14 +376,31 @@ def test_low_cost_is_a_preset_of_every_optimizer(kind):
         make(model.parameters(), model, criterion, momentun=0.9)
 
 
+def test_low_cost_survives_the_plateau_where_a_network_without_normalisation_starts():
+    """With a ratio that is eight steps old from the start, every ReLU is dead at the end."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)]
+    model, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
+    optimizer = Adler.low_cost(model.parameters(), model, criterion)
+    prototypes = torch.rand(10, 1, 8, 8)
+    for _ in range(150):
+        y = torch.randint(10, (64,))
+        x = prototypes[y] + 0.3 * torch.randn(64, 1, 8, 8)
+        train(model, criterion, optimizer, [(x, y)])
+    assert criterion(model(x), y).item() < 0.5  # guessing: 2.3
+
+
 def test_low_cost_runs_two_forwards_on_a_quarter_every_eighth_step():
     model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss()
-    optimizer, rows = Adler.low_cost(model.parameters(), model, criterion), []
+    optimizer = Adler.low_cost(model.parameters(), model, criterion, curvature_warmup=3)
+    rows = []
     model.register_forward_hook(
         lambda _, args, __: None if torch.is_grad_enabled() else rows.append(len(args[0]))
     )
     train(model, criterion, optimizer, batches("mlp-tanh", criterion, 17, size=20))
-    assert rows == [5, 5] * 3
+    assert rows == [5, 5] * 5  # steps 0, 1, 2, 8 and 16
 
 
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam])

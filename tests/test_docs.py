@@ -102,10 +102,10 @@ def test_the_peers_that_need_no_package_find_the_curvature():
         task = QUICK["MLP, small"]
         model, criterion = task.network(), torch.nn.CrossEntropyLoss()
         step, (x, y) = make(model, criterion), task.batch()
-        before = float(criterion(model(x), y))
+        before = criterion(model(x), y).item()
         for _ in range(5):
             step(x, y)
-        assert float(criterion(model(x), y)) < before
+        assert criterion(model(x), y).item() < before
 
 
 def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():

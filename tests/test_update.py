@@ -97,7 +97,8 @@ def test_other_devices_kernels_equal_the_hosts(monkeypatch, fused_devices):
     monkeypatch.setattr("adler.update._FUSED_DEVICES", fused_devices)
     descend_(other, mixed(1), rate, torch.tensor(False))
     for a, b in zip(host, other):
-        torch.testing.assert_close(a, b)
+        rounding = 4 * torch.finfo(a.dtype).eps  # of entries of size one, and their cancellation
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
     before = [p.clone() for p in other]
     descend_(other, [p * math.nan for p in other], rate, torch.tensor(True))
     assert all(p.equal(b) for p, b in zip(other, before))

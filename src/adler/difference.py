@@ -62,8 +62,8 @@ def difference_step(
         >>> one = torch.ones(())
         >>> options = {"height": 3 * one, "slope": 2 * one, "squared_norm": one}
         >>> call = Call.of(torch.nn.Identity(), one)
-        >>> float(difference_step(call, torch.float64, rate=None, **options))
-        3.75e-07
+        >>> difference_step(call, torch.float64, rate=None, **options)
+        tensor(3.7500e-07)
     """
     half = [state.dtype for state in call.autocast if state.enabled]
     coarsest = max((dtype, *half), key=lambda candidate: torch.finfo(candidate).eps)

@@ -53,6 +53,9 @@ def check(options: Mapping[str, Any]) -> None:
     fraction = options["curvature_fraction"]
     valid = _number(fraction) and 0 < fraction <= 1
     _require(options, "curvature_fraction", valid, "a number in (0, 1]")
+    count = options["curvature_warmup"]
+    valid = isinstance(count, int) and not isinstance(count, bool) and count >= 0
+    _require(options, "curvature_warmup", valid, "a whole number of at least 0")
     for key in ("curvature_every", "power_iterations", "gershgorin_columns"):
         count = options.get(key, 1)
         valid = isinstance(count, int) and not isinstance(count, bool) and count >= 1

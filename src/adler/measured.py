@@ -43,9 +43,15 @@ SHARED = (
     "jvp",
     "curvature_every",
     "curvature_fraction",
+    "curvature_warmup",
 )
 # What `MeasuredOptimizer.low_cost` sets.
-LOW_COST = {"jvp": "finite_difference", "curvature_fraction": 0.25, "curvature_every": 8}
+LOW_COST = {
+    "jvp": "finite_difference",
+    "curvature_fraction": 0.25,
+    "curvature_every": 8,
+    "curvature_warmup": 100,
+}
 # How far a finite difference may be from the slope that backpropagation found.
 _INCONSISTENCY = 0.2
 
@@ -155,7 +161,8 @@ class MeasuredOptimizer(Optimizer):
             self._check_shared(group)
         shared = self.param_groups[0]
         average, _, remembered, steps = Carried.of(shared)
-        measures = steps % shared["curvature_every"] == 0
+        every = 1 if steps < shared["curvature_warmup"] else shared["curvature_every"]
+        measures = steps % every == 0
         params, gradients = self._gradients()
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
@@ -196,7 +203,7 @@ class MeasuredOptimizer(Optimizer):
                 self._mean,
                 guard,
                 # The average forgets by steps, not by measurements.
-                beta=shared["beta"] ** shared["curvature_every"],
+                beta=shared["beta"] ** every,
                 eps=shared["eps"],
                 remembered=remembered,
                 # As many parts as make one batch.
@@ -341,7 +348,9 @@ class MeasuredOptimizer(Optimizer):
     ) -> Self:
         """Measures rarely and on a part of the batch: a few percent above SGD's step.
 
-        ``jvp="finite_difference"``, ``curvature_fraction=1/4``, ``curvature_every=8``. A part's
+        ``jvp="finite_difference"``, ``curvature_fraction=1/4``, ``curvature_every=8`` after the
+        first hundred steps, all of which measure: on the plateau where a network starts, a ratio
+        that is eight steps old says nothing of what comes next, and could kill every unit. A part's
         finite difference runs two forward passes without gradients on it (see `adler.fraction`):
         two thirds of a quarter of a step, every eighth step, or 2 % of SGD's. Four parts make one
         batch, so the curvature is averaged over the last 32 steps, and the rate over the last

@@ -67,6 +67,7 @@ class Adler(MeasuredOptimizer):
             bounds that the last measurement gives along their own direction.
         curvature_fraction: Measure on this fraction of the batch, its first examples; the parts'
             curvatures are averaged over as many as make one batch. See `adler.fraction`.
+        curvature_warmup: Number of first steps that all measure, whatever ``curvature_every``.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
 
@@ -113,6 +114,7 @@ class Adler(MeasuredOptimizer):
         jvp: str = "forward",
         curvature_every: int = 1,
         curvature_fraction: float = 1.0,
+        curvature_warmup: int = 0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -127,6 +129,7 @@ class Adler(MeasuredOptimizer):
             "jvp": jvp,
             "curvature_every": curvature_every,
             "curvature_fraction": curvature_fraction,
+            "curvature_warmup": curvature_warmup,
         }
         super().__init__(params, model, criterion, options, output_fn)
 
@@ -213,6 +216,7 @@ class Adler(MeasuredOptimizer):
             "jvp": "forward",
             "curvature_every": 1,
             "curvature_fraction": 1.0,
+            "curvature_warmup": 0,
         }
         return cls(params, model, criterion, **{**published, **overrides})
 

@@ -63,6 +63,7 @@ class SpectralSGD(MeasuredOptimizer):
         jvp: See `Adler`.
         curvature_every: Measure every so many steps; the steps between use the average.
         curvature_fraction: Measure on this fraction of the batch; see `Adler`.
+        curvature_warmup: Number of first steps that all measure; see `Adler`.
         output_fn: See `Adler`.
 
     Raises:
@@ -103,6 +104,7 @@ class SpectralSGD(MeasuredOptimizer):
         jvp: str = "forward",
         curvature_every: int = 1,
         curvature_fraction: float = 1.0,
+        curvature_warmup: int = 0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -118,6 +120,7 @@ class SpectralSGD(MeasuredOptimizer):
             "jvp": jvp,
             "curvature_every": curvature_every,
             "curvature_fraction": curvature_fraction,
+            "curvature_warmup": curvature_warmup,
         }
         super().__init__(params, model, criterion, options, output_fn)
 
