@@ -13,7 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
-PAGES = ["README.md", "docs/pages/index.md", "docs/pages/use.md", "docs/pages/diagnostics.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/pages/{name}.md" for name in ("index", "use", "directions", "diagnostics")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
