@@ -13,9 +13,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 
-PAGES = ["README.md"]
-PAGES += [
-    f"docs/pages/{name}.md" for name in ("index", "use", "training-loops", "cost", "diagnostics")
+PAGES = [
+    "README.md",
+    *(
+        f"docs/pages/{name}.md"
+        for name in ("index", "use", "training-loops", "directions", "cost", "diagnostics")
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from loops import NoSynchronisation
 
-from adler.update import decay_, descend_, reach, squared_norm
+from adler.update import decay_, descend_, momentum_, reach, squared_norm
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -74,6 +74,29 @@ def test_descend_subtracts_the_scaled_direction(dtype):
     for p, e in zip(params, expected):
         torch.testing.assert_close(p.double(), e, rtol=rounding, atol=rounding)
     assert all(d.equal(u) for d, u in zip(directions, untouched))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_momentum_steps_along_the_corrected_average(dtype):
+    params, rate = mixed(0, [dtype]), torch.tensor(0.3, dtype=torch.float64)
+    averages = [torch.zeros_like(p) for p in params]
+    steps = [torch.zeros(()) for _ in params]
+    exact, means = (
+        [p.double().clone() for p in params],
+        [torch.zeros_like(p).double() for p in params],
+    )
+    for t in (1, 2, 3):
+        gradients = mixed(t, [dtype])
+        bad = [g * math.nan for g in gradients]
+        momentum_(params, bad, averages, steps, rate, torch.tensor(True), momentum=0.8)
+        momentum_(params, gradients, averages, steps, rate, torch.tensor(False), momentum=0.8)
+        means = [0.8 * m + 0.2 * g.double() for m, g in zip(means, gradients)]
+        exact = [p - 0.3 * m / (1 - 0.8**t) for p, m in zip(exact, means)]
+    assert all(float(count) == 3 for count in steps)
+    # Three steps of entries of size one; a mean's rounding is divided by 1 - 0.8.
+    rounding = 16 * torch.finfo(dtype).eps
+    for found, expected in zip([*params, *averages], [*exact, *means]):
+        torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -72,10 +72,10 @@ def plane_minimiser(plane: Plane, tolerance: float = 0.0) -> tuple[Tensor, Tenso
         ``η`` and ``μ``, 0-dim.
 
     Examples:
-        >>> numbers = (1.0, -0.5, 2.0, 1.0, 1.0)
+        >>> numbers = (1.0, -0.5, 4.0, 1.0, 1.0)
         >>> rate, momentum = plane_minimiser(Plane(*map(torch.tensor, numbers)))
         >>> float(rate), float(momentum)
-        (1.5, 2.0)
+        (0.5, 1.0)
     """
     slope, last_slope, curvature, mixed, last_curvature = plane
     size, last_size = curvature.sqrt(), last_curvature.sqrt()
@@ -188,7 +188,9 @@ def joint_direction(
             _regularised(plane, shared["eps"]), _tolerance(gradients, seen.engine)
         )
         admitted = (found > 0) & torch.isfinite(found)
-        momenta = _where(admitted, arithmetic.push(momenta, momentum * scale, beta), momenta)
+        # Zero: there was no last step, or it is nearly along the gradient.
+        pushed = arithmetic.push(momenta, momentum * scale, beta)
+        momenta = _where(admitted & (momentum != 0), pushed, momenta)
         rate = mean.read(_where(admitted, mean.push(average, found, beta), average))
     ratio = arithmetic.read(momenta) / (rate * scale)
     descends = torch.isfinite(ratio) & (squared_norm > ratio * last_slope)

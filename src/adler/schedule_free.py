@@ -58,6 +58,7 @@ class AdlerScheduleFree(MeasuredOptimizer):
         jvp: ``"forward"``, ``"finite_difference"`` or ``"double_backward"``; see `Adler`.
         curvature_every: Measure every so many steps; the steps between use the average.
         curvature_fraction: Measure on this fraction of the batch; see `Adler`.
+        curvature_warmup: Number of first steps that all measure; see `Adler`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
 
     Raises:
@@ -102,6 +103,7 @@ class AdlerScheduleFree(MeasuredOptimizer):
         jvp: str = "forward",
         curvature_every: int = 1,
         curvature_fraction: float = 1.0,
+        curvature_warmup: int = 0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {
@@ -117,6 +119,7 @@ class AdlerScheduleFree(MeasuredOptimizer):
             "jvp": jvp,
             "curvature_every": curvature_every,
             "curvature_fraction": curvature_fraction,
+            "curvature_warmup": curvature_warmup,
         }
         super().__init__(params, model, criterion, options, output_fn)
 

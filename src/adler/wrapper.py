@@ -20,6 +20,9 @@ from adler.measured import MeasuredOptimizer
 
 __all__ = ["Displacement", "Wrapped", "wrap"]
 
+# An unknown base is taken to forget at least this much of its last step.
+_LONGEST_MEMORY = 0.99
+
 
 def wrap(
     base: Optimizer, model: nn.Module, criterion: Callable[..., Tensor], **options: Any
@@ -65,17 +68,18 @@ class Wrapped(MeasuredOptimizer):
     - A decoupled weight decay of the base is part of $\Delta$, so it is scaled by the measured
       rate; it is no part of $D$. A coupled one, added to the gradient, enters $\Delta$ and the
       base's moments alone.
-    - Optimizers that PyTorch does not have are measured along the fresh part of their step,
-      $\Delta(g) - \Delta(0)$ from the same state, made as long as $\Delta(g)$: the step is as long
-      as the minimising step along its fresh part. The base then steps twice for each step, and the
-      host waits for the device. One warning says so.
+    - Any other base is stepped twice from the same state, with the gradient and without. With
+      $F = \Delta(g) - \Delta(0)$ and $\mu = \Delta(0)^\top \Delta_{-1} / \|\Delta_{-1}\|^2$, the
+      fraction (of at most 0.99) of its last step that the base repeats without a gradient,
+      $D = F / (1 - \mu)$: what equal gradients would add up to. The host then waits for the
+      device. One warning says so.
     - Bases that keep a copy of the parameters in their state (schedule-free methods) assume that
       their own step was taken, and do not fit.
 
     Beside the forward pass, a step holds a copy of the gradients, two of the parameters and one of
-    the base's state. The displacement is a difference of parameters: in half precision it is
-    coarse. Known bases make the host wait only where their state changes its form (at their first
-    step).
+    the base's state; for bases that are not known, the last step too. The displacement is a
+    difference of parameters: in half precision it is coarse. Known bases make the host wait only
+    where their state changes its form, at their first step.
 
     Args:
         base: Any optimizer of parameters of ``model`` that steps without a closure. Its groups are
@@ -92,6 +96,7 @@ class Wrapped(MeasuredOptimizer):
         jvp: See `Adler`.
         curvature_every: Measure every so many steps; the steps between use the average.
         curvature_fraction: Measure on this fraction of the batch; see `Adler`.
+        curvature_warmup: Number of first steps that all measure; see `Adler`.
         output_fn: See `Adler`.
 
     Attributes:
@@ -124,6 +129,7 @@ class Wrapped(MeasuredOptimizer):
         jvp: str = "forward",
         curvature_every: int = 1,
         curvature_fraction: float = 1.0,
+        curvature_warmup: int = 0,
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         _check_base(base)
@@ -137,6 +143,7 @@ class Wrapped(MeasuredOptimizer):
             "jvp": jvp,
             "curvature_every": curvature_every,
             "curvature_fraction": curvature_fraction,
+            "curvature_warmup": curvature_warmup,
         }
         groups = [{"params": _params_of(group)} for group in base.param_groups]
         super().__init__(groups, model, criterion, options, output_fn)
@@ -232,14 +239,15 @@ class Displacement(Direction):
         base: The optimizer that gives the step.
         params: Those with a gradient.
         gradients: Of this minibatch.
-        state: The wrapper's; holds ``gain`` where the base has momentum.
+        state: The wrapper's; holds ``gain`` where a known base has momentum, and the ``last`` step
+            of any other.
     """
 
     def __init__(
         self, base: Optimizer, params: list[Tensor], gradients: list[Tensor], state: State
     ) -> None:
         self._saved, self._state = _Saved(base), state
-        self._gains: dict[Tensor, Tensor] = {}
+        self._kept: dict[Tensor, dict[str, Tensor]] = {}
         try:
             if type(base) in FRESH:
                 step = _displacement(base, params, gradients)
@@ -262,7 +270,7 @@ class Displacement(Direction):
             one = Update(groups[p], base.state[p], started, gain, gradient)
             found.append(fresh(base, one))
             if one.gain is not None:
-                self._gains[p] = one.gain
+                self._kept[p] = {"gain": one.gain}
         return found
 
     def _fresh_part(
@@ -274,10 +282,17 @@ class Displacement(Direction):
         idle = _displacement(base, params, [torch.zeros_like(g) for g in gradients])
         self._saved.restore()
         step = _displacement(base, params, gradients)
-        along = torch._foreach_sub(step, idle)
-        ratio = (update.squared_norm(step) / update.squared_norm(along)).sqrt()
-        torch._foreach_mul_(along, [ratio.to(part) for part in along])
-        return step, list(along)
+        along = list(torch._foreach_sub(step, idle))
+        memory = torch.zeros_like(squared_norm)
+        if all("last" in self._state[p] for p in params):
+            last = [self._state[p]["last"] for p in params]
+            memory = update.dot(idle, last) / update.squared_norm(last)
+        # If what a step leaves of the last one is the fraction μ, equal gradients add up to
+        # 1 + μ + μ² + ... times the fresh part.
+        gain = 1 / (1 - memory.nan_to_num(0.0).clamp(0, _LONGEST_MEMORY))
+        torch._foreach_mul_(along, [gain.to(part) for part in along])
+        self._kept = {p: {"last": part} for p, part in zip(params, step, strict=True)}
+        return step, along
 
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
@@ -288,11 +303,12 @@ class Displacement(Direction):
     def settle(self, skipped: Tensor) -> None:
         """In a step that is skipped, the base's state goes back to what it was."""
         self._saved.restore_where(skipped)
-        for p, gain in self._gains.items():
-            before = self._state[p].get("gain")
-            before = torch.zeros_like(gain) if before is None else before
-            # Replaced, never mutated: a state_dict of before stays as it is.
-            self._state[p] = {"gain": torch.where(skipped.to(gain.device), before, gain)}
+        for p, kept in self._kept.items():
+            for key, after in kept.items():
+                before = self._state[p].get(key)
+                before = torch.zeros_like(after) if before is None else before
+                # Replaced, never mutated: a state_dict of before stays as it is.
+                self._state[p][key] = torch.where(skipped.to(after.device), before, after)
 
     def undo(self) -> None:
         """Puts the base's state back to what it was."""
