@@ -522,10 +522,11 @@ def test_kernels_do_not_grow_with_the_number_of_parameters(kind, options, step, 
 
 
 def test_on_the_host_a_step_between_measurements_is_a_pass_over_the_gradients_and_one_more():
-    counts = [kernels(Adler, depth, 1, curvature_every=2) for depth in (2, 12)]
+    options = {"curvature_every": 2, "max_relative_change": None}  # whose norms are two passes more
+    counts = [kernels(Adler, depth, 1, **options) for depth in (2, 12)]
     assert counts[0] == counts[1]
     assert counts[0]["aten._foreach_norm.Scalar"] == counts[0]["aten._foreach_add_.List"] == 1
-    assert sum(counts[0].values()) < 50
+    assert sum(counts[0].values()) < 55
 
 
 def test_a_captured_graph_is_refused_and_nothing_moves(monkeypatch):
