@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+LOOPS  := tests/integrations tests/test_loops.py tests/test_wrapper.py
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
 .PHONY: demo test test-integrations lint format types pytest docs readme matrix clean
@@ -35,12 +36,12 @@ types: $(VENV)/.test $(VENV)/.examples
 pytest: $(VENV)/.test $(VENV)/.examples $(VENV)/.diagnostics
 	$(BIN)/python -m pytest -n 2 src tests
 
-# Not part of make test, which needs none of these packages.
+# What the table of loops and frameworks counts. tests/integrations is not part of make test, which needs none of these packages.
 test-integrations: $(VENV)/.test $(VENV)/.examples $(VENV)/.integrations  ## real processes, other packages
-	$(BIN)/python -m pytest tests/integrations
+	$(BIN)/python -m pytest $(LOOPS)
 
 matrix: $(VENV)/.test $(VENV)/.examples $(VENV)/.integrations  ## what was tested, into its page
-	$(BIN)/python -m pytest tests/integrations --matrix docs/data/matrix.json
+	$(BIN)/python -m pytest $(LOOPS) --matrix docs/data/matrix.json
 	$(PYTHON) docs/matrix.py
 
 readme:  ## renders the measured tables into the README

@@ -53,3 +53,8 @@ def unchanged(model: nn.Module, gradients: bool = True) -> Iterator[None]:
     assert len(before) == len(after)
     assert all(a.equal(b) for a, b in zip(before, after))
     assert modes == [m.training for m in model.modules()]
+
+
+def numbers(optimizer: Any) -> dict[str, float]:
+    """The last step's, but for the one that tells whether the loop has touched the gradients."""
+    return {key: value for key, value in optimizer.scalars().items() if key != "consistency"}

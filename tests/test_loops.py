@@ -32,6 +32,7 @@ def gradients(model):
 # --- mixed precision ------------------------------------------------------------------------------
 
 
+@pytest.mark.row("Autocast and GradScaler, bf16 and fp16")
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rates_under_autocast_and_a_scaler_are_those_of_float32(dtype, kind):
@@ -55,12 +56,14 @@ def test_rates_under_autocast_and_a_scaler_are_those_of_float32(dtype, kind):
     assert rates(2.0**10, True) == pytest.approx(rates(1.0, False), rel=0.02)
 
 
+@pytest.mark.row("Autocast and GradScaler, bf16 and fp16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mixed_precision_example(dtype, capsys):
     first, last = mixed_precision.main(dtype, steps=15)
     assert last < 0.5 * first
 
 
+@pytest.mark.row("Plain loop")
 def test_the_plain_example(capsys):
     assert loop.main(epochs=3) > 0.9
 
@@ -68,6 +71,7 @@ def test_the_plain_example(capsys):
 # --- clipping and accumulation --------------------------------------------------------------------
 
 
+@pytest.mark.row("Gradient clipping, norm and value")
 @pytest.mark.parametrize("bounded", [False, True])
 def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate(bounded):
     model, criterion, x, y = setting()
@@ -94,6 +98,7 @@ def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate(bounded):
     torch.testing.assert_close(flat(model) - start, factor * (flat(twin) - start))
 
 
+@pytest.mark.row("Gradient clipping, norm and value")
 def test_clipping_by_value_measures_along_what_is_left():
     """η = d·d / c(d), which is no more than the minimiser g·d / c(d) along d."""
     model, criterion, x, y = setting()
@@ -110,6 +115,7 @@ def test_clipping_by_value_measures_along_what_is_left():
     assert size < 0.9 * slope  # it did clip
 
 
+@pytest.mark.row("Gradient accumulation")
 def test_a_curvature_of_the_last_micro_batch_alone_is_unbiased():
     """c of the whole is the mean of the micro-batches' along the same direction."""
     found, whole = [], None
@@ -138,6 +144,7 @@ def test_a_curvature_of_the_last_micro_batch_alone_is_unbiased():
 # --- which record ---------------------------------------------------------------------------------
 
 
+@pytest.mark.row("Several forwards, teachers, averages of weights")
 def test_a_teacher_and_an_average_of_weights_do_not_disturb():
     model, criterion, x, y = setting()
     twin = copy.deepcopy(model)
@@ -156,6 +163,7 @@ def test_a_teacher_and_an_average_of_weights_do_not_disturb():
 # --- compiled, checkpointed, frozen ---------------------------------------------------------------
 
 
+@pytest.mark.row("Activation checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_takes_the_same_steps(reentrant):
     class Checkpointed(nn.Module):
@@ -181,6 +189,7 @@ def test_activation_checkpointing_takes_the_same_steps(reentrant):
 
 
 # PyTorch's own, where a compiled function meets a hook between two of its parts.
+@pytest.mark.row("torch.compile, model and step")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_train_step_takes_the_same_steps():
     """The forward and backward in one compiled function; step() stays outside."""
@@ -201,6 +210,7 @@ def test_a_compiled_train_step_takes_the_same_steps():
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.row("Frozen base with low-rank adapters")
 def test_a_frozen_base_with_low_rank_adapters():
     class Adapted(nn.Module):
         def __init__(self):
@@ -223,6 +233,7 @@ def test_a_frozen_base_with_low_rank_adapters():
     assert int(optimizer.last_step.skipped_total) == 0
 
 
+@pytest.mark.row("nn.DataParallel: refused")
 def test_data_parallel_is_refused():
     model, criterion, _, _ = setting()
     with pytest.raises(TypeError, match=r"DataParallel.*use .*DistributedDataParallel"):
@@ -310,6 +321,7 @@ def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
+@pytest.mark.row("Segmentation")
 def test_segmentation():
     torch.manual_seed(0)
     x, y = double(2, 2, 5, 5), torch.randint(3, (2, 5, 5))
@@ -317,6 +329,7 @@ def test_segmentation():
     checked_step(model, nn.CrossEntropyLoss(), lambda: model(x), y)
 
 
+@pytest.mark.row("Language models with padding")
 def test_a_language_model_ignores_padding():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 9)).double()
@@ -338,6 +351,7 @@ def test_a_language_model_ignores_padding():
     assert records[0] == pytest.approx(records[1], rel=1e-9)
 
 
+@pytest.mark.row("LSTM, GRU, RNN")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_networks(kind):
     torch.manual_seed(0)
@@ -346,6 +360,7 @@ def test_recurrent_networks(kind):
     checked_step(model, criterion, lambda: model(x), y)
 
 
+@pytest.mark.row("Graphs of several sizes")
 def test_graphs_of_several_sizes():
     torch.manual_seed(0)
     model, criterion = Graph().double(), nn.CrossEntropyLoss()
@@ -359,6 +374,7 @@ def test_graphs_of_several_sizes():
     assert not optimizer.last_step.skipped
 
 
+@pytest.mark.row("Several inputs, dataclass outputs")
 def test_several_inputs_and_a_dataclass():
     torch.manual_seed(0)
     model, a, b = TwoInputs().double(), double(6, 4), double(6, 4)
@@ -367,6 +383,7 @@ def test_several_inputs_and_a_dataclass():
     checked_step(model, nn.CrossEntropyLoss(), lambda: model(a, b=b), y, output_fn=pick)
 
 
+@pytest.mark.row("Complex parameters: refused")
 def test_complex_parameters_are_refused():
     model = nn.Linear(4, 3, dtype=torch.complex64)
     with pytest.raises(TypeError, match="complex parameters are not supported"):

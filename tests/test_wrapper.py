@@ -218,6 +218,7 @@ def test_one_warning_names_an_unknown_base_and_says_what_is_done():
     assert int(optimizer.base.state[model[0].weight]["step"]) == 3
 
 
+@pytest.mark.row("Any base optimizer: Prodigy", versions=["prodigyopt"])
 def test_a_third_party_optimizer_trains():
     prodigyopt = pytest.importorskip("prodigyopt")
     loss, _ = Noisy(0).train(prodigyopt.Prodigy)
@@ -227,6 +228,7 @@ def test_a_third_party_optimizer_trains():
 # --- equivalences ---------------------------------------------------------------------------------
 
 
+@pytest.mark.row("Any base optimizer: SGD, AdamW")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["mlp-relu", "transformer"])
 def test_with_adamw_it_is_adler_adam(name, weight_decay):
@@ -239,6 +241,7 @@ def test_with_adamw_it_is_adler_adam(name, weight_decay):
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.row("Any base optimizer: SGD, AdamW")
 @pytest.mark.parametrize("lr", [1e-3, 7.0, torch.tensor(0.3)], ids=["small", "large", "tensor"])
 def test_with_sgd_it_is_adler(lr):
     model, optimizer, data = setting(lambda p: optim.SGD(p, lr=lr))

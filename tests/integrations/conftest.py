@@ -24,9 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "row(name, versions=[...]): the table's row, and the packages it ran with"
-    )
     config.pluginmanager.register(Matrix(config.getoption("--matrix")), "matrix")
 
 
@@ -42,14 +39,14 @@ class Matrix:
         report = yield
         marker = item.get_closest_marker("row")
         if marker is not None and (report.when == "call" or report.outcome != "passed"):
-            packages = ["torch", *marker.kwargs.get("versions", [])]
+            packages = dict.fromkeys(["torch", *marker.kwargs.get("versions", [])])
             row = self.rows.setdefault(
                 marker.args[0],
                 {
                     "passed": 0,
                     "failed": 0,
                     "skipped": 0,
-                    "versions": {p: metadata.version(p) for p in dict.fromkeys(packages)},
+                    "versions": {p: metadata.version(p) for p in packages if _installed(p)},
                     "python": platform.python_version(),
                 },
             )
@@ -63,3 +60,7 @@ class Matrix:
         rows = dict(sorted({**known, **self.rows}.items()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def _installed(package: str) -> bool:
+    return any(True for _ in metadata.distributions(name=package))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from cases import flat
+from loops import numbers
 from torch import nn
 
 from adler import Adler, AdlerAdam
@@ -71,7 +72,7 @@ def plain(make, model, criterion, loader, accumulated=1, clip=None, epochs=2, au
     return optimizer
 
 
-@pytest.mark.row("Accelerate")
+@pytest.mark.row("Accelerate", versions=["accelerate"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 @pytest.mark.parametrize(("accumulated", "clip"), [(1, None), (2, None), (1, 0.5), (2, 0.5)])
 def test_the_prepared_loop_steps_as_the_plain_one(make, accumulated, clip):
@@ -82,10 +83,10 @@ def test_the_prepared_loop_steps_as_the_plain_one(make, accumulated, clip):
     expected = plain(make, twin, criterion, loader, accumulated, clip)
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-12)
     assert all(a.equal(b) for a, b in zip(model.buffers(), twin.buffers()))
-    assert optimizer.scalars() == pytest.approx(expected.scalars(), rel=1e-9)
+    assert numbers(optimizer) == pytest.approx(numbers(expected), rel=1e-9)
 
 
-@pytest.mark.row("Accelerate")
+@pytest.mark.row("Accelerate", versions=["accelerate"])
 def test_mixed_precision():
     model, criterion, loader = setting(torch.float32)
     twin = copy.deepcopy(model)
@@ -102,11 +103,11 @@ def test_mixed_precision():
 
     expected = plain(Adler, InFloat32(), criterion, loader, autocast=True)
     torch.testing.assert_close(flat(model), flat(twin))
-    assert optimizer.scalars() == pytest.approx(expected.scalars(), rel=1e-5)
+    assert numbers(optimizer) == pytest.approx(numbers(expected), rel=1e-5)
     assert int(optimizer.last_step.skipped_total) == 0
 
 
-@pytest.mark.row("Accelerate")
+@pytest.mark.row("Accelerate", versions=["accelerate"])
 def test_a_saved_state_resumes_bit_for_bit(tmp_path):
     def run(first, last):
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import flat
+from loops import numbers
 from torch import nn
 from torch.nn import functional as F
 
@@ -134,13 +135,13 @@ def plain(
 def agree(module, run, net, optimizer, rtol=1e-12):
     torch.testing.assert_close(flat(module.net), flat(net), rtol=rtol, atol=1e-12)
     assert all(a.equal(b) for a, b in zip(module.net.buffers(), net.buffers()))
-    assert run.optimizers[0].scalars() == pytest.approx(optimizer.scalars(), rel=1e-9)
+    assert numbers(run.optimizers[0]) == pytest.approx(numbers(optimizer), rel=1e-9)
 
 
 # --- automatic optimisation -----------------------------------------------------------------------
 
 
-@pytest.mark.row("Lightning, automatic optimisation")
+@pytest.mark.row("Lightning, automatic optimisation", versions=["lightning"])
 @pytest.mark.parametrize("whole", [True, False], ids=["module", "submodule"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam, GaussNewton])
 def test_the_trainer_steps_as_the_plain_loop(make, whole):
@@ -148,7 +149,7 @@ def test_the_trainer_steps_as_the_plain_loop(make, whole):
     agree(module, fit(module), *plain(make))
 
 
-@pytest.mark.row("Lightning, accumulation and clipping")
+@pytest.mark.row("Lightning, accumulation and clipping", versions=["lightning"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 @pytest.mark.parametrize(("accumulated", "clip"), [(2, None), (1, 0.5), (2, 0.5)])
 def test_accumulation_and_clipping(make, accumulated, clip):
@@ -157,7 +158,7 @@ def test_accumulation_and_clipping(make, accumulated, clip):
     agree(module, run, *plain(make, accumulated, clip))
 
 
-@pytest.mark.row("Lightning, precision flags")
+@pytest.mark.row("Lightning, precision flags", versions=["lightning"])
 @pytest.mark.parametrize(("accumulated", "clip"), [(1, None), (2, 0.5)])
 def test_bf16_mixed(accumulated, clip):
     module = Classifier(Adler, dtype=torch.float32)
@@ -170,11 +171,11 @@ def test_bf16_mixed(accumulated, clip):
     )
     net, optimizer = plain(Adler, accumulated, clip, autocast=True, dtype=torch.float32)
     torch.testing.assert_close(flat(module.net), flat(net))
-    assert run.optimizers[0].scalars() == pytest.approx(optimizer.scalars(), rel=1e-4)
+    assert numbers(run.optimizers[0]) == pytest.approx(numbers(optimizer), rel=1e-4)
     assert int(optimizer.last_step.skipped_total) == 0
 
 
-@pytest.mark.row("Lightning, precision flags")
+@pytest.mark.row("Lightning, precision flags", versions=["lightning"])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_a_gradient_scaler(clip):
     """In bfloat16, which the CPU computes; the scale is a power of two and drops out."""
@@ -186,10 +187,10 @@ def test_a_gradient_scaler(clip):
     run = fit(module, loader(torch.float32), plugins=[precision], gradient_clip_val=clip)
     net, optimizer = plain(Adler, clip=clip, autocast=True, dtype=torch.float32)
     torch.testing.assert_close(flat(module.net), flat(net), rtol=1e-3, atol=1e-5)
-    assert run.optimizers[0].scalars() == pytest.approx(optimizer.scalars(), rel=1e-2)
+    assert numbers(run.optimizers[0]) == pytest.approx(numbers(optimizer), rel=1e-2)
 
 
-@pytest.mark.row("Lightning, precision flags")
+@pytest.mark.row("Lightning, precision flags", versions=["lightning"])
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "32-true"])
 def test_true_precisions_train(precision):
     module = Classifier(AdlerAdam, dtype=torch.float32)
@@ -203,7 +204,7 @@ def test_true_precisions_train(precision):
     assert float(F.cross_entropy(module.net(x.to(dtype)), y).detach()) < before
 
 
-@pytest.mark.row("Lightning, automatic optimisation")
+@pytest.mark.row("Lightning, automatic optimisation", versions=["lightning"])
 def test_validation_between_the_steps_changes_nothing():
     class Validated(Classifier):
         def validation_step(self, batch, batch_idx):
@@ -216,7 +217,7 @@ def test_validation_between_the_steps_changes_nothing():
     assert float(run.callback_metrics["val_loss"]) > 0
 
 
-@pytest.mark.row("Lightning, automatic optimisation")
+@pytest.mark.row("Lightning, automatic optimisation", versions=["lightning"])
 def test_a_functional_loss_is_an_error_that_says_what_to_do():
     class Functional(Classifier):
         def training_step(self, batch, batch_idx):
@@ -230,7 +231,7 @@ def test_a_functional_loss_is_an_error_that_says_what_to_do():
 # --- manual optimisation --------------------------------------------------------------------------
 
 
-@pytest.mark.row("Lightning, manual optimisation")
+@pytest.mark.row("Lightning, manual optimisation", versions=["lightning"])
 @pytest.mark.parametrize("whole", [True, False], ids=["module", "submodule"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 def test_manual_optimisation_steps_as_the_plain_loop(make, whole):
@@ -238,7 +239,7 @@ def test_manual_optimisation_steps_as_the_plain_loop(make, whole):
     agree(module, fit(module), *plain(make, clip=0.5, chunks=2))
 
 
-@pytest.mark.row("Lightning, manual optimisation")
+@pytest.mark.row("Lightning, manual optimisation", versions=["lightning"])
 def test_a_functional_loss_with_explicit_targets():
     class Functional(Manual):
         def training_step(self, batch, batch_idx):
@@ -256,7 +257,7 @@ def test_a_functional_loss_with_explicit_targets():
 # --- monitors, checkpoints, copies ----------------------------------------------------------------
 
 
-@pytest.mark.row("Lightning, LearningRateMonitor")
+@pytest.mark.row("Lightning, LearningRateMonitor", versions=["lightning"])
 def test_the_monitor_logs_the_multiplier_and_one_line_logs_the_rest(tmp_path):
     class Logged(Classifier):
         def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -279,7 +280,7 @@ def test_the_monitor_logs_the_multiplier_and_one_line_logs_the_rest(tmp_path):
     assert rows[-1]["adler/applied_lr"] == pytest.approx(0.9**9 * rate, rel=1e-6)
 
 
-@pytest.mark.row("Lightning, checkpoints")
+@pytest.mark.row("Lightning, checkpoints", versions=["lightning"])
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(make, tmp_path):
@@ -302,7 +303,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(make, tmp_path):
     assert str(states[0]) == str(states[1])
 
 
-@pytest.mark.row("Lightning, checkpoints")
+@pytest.mark.row("Lightning, checkpoints", versions=["lightning"])
 def test_copies_and_pickles_after_training_go_on_alike():
     module = Classifier(AdlerAdam)
     run = fit(module)
@@ -320,7 +321,7 @@ def test_copies_and_pickles_after_training_go_on_alike():
     assert all(end.equal(ends[0]) for end in ends)
 
 
-@pytest.mark.row("Lightning, checkpoints")
+@pytest.mark.row("Lightning, checkpoints", versions=["lightning"])
 def test_training_leaves_no_hook_behind():
     module = Classifier(Adler, whole=True)
     for _ in range(3):

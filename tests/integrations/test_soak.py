@@ -83,6 +83,7 @@ def live(model, criterion):
 
 @pytest.mark.row("Soak")
 @pytest.mark.filterwarnings("ignore:the last 10 steps were skipped:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:the last 10 measurements contradict:RuntimeWarning")
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 def test_bad_batches_and_changing_options(make):
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ def trained(log, steps=4):
     return records
 
 
-@pytest.mark.row("TensorBoard")
+@pytest.mark.row("TensorBoard", versions=["tensorboard"])
 def test_what_tensorboard_reads_back_is_the_record(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,7 +51,7 @@ def test_what_tensorboard_reads_back_is_the_record(tmp_path):
     assert [event.value for event in skips] == [0, 0, 1, 0]
 
 
-@pytest.mark.row("Any logger")
+@pytest.mark.row("Any logger", versions=["tensorboard"])
 def test_a_logger_of_ones_own(tmp_path):
     path = tmp_path / "steps.csv"
     with path.open("w", newline="") as file:

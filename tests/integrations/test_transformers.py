@@ -126,7 +126,7 @@ LANGUAGE_MODELS = {
 }
 
 
-@pytest.mark.row("Hugging Face model, loss inside")
+@pytest.mark.row("Hugging Face model, loss inside", versions=["transformers"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam, GaussNewton])
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_one_line_serves_a_model_that_computes_its_loss(name, make):
@@ -149,7 +149,7 @@ def test_one_line_serves_a_model_that_computes_its_loss(name, make):
     assert not ours.skipped
 
 
-@pytest.mark.row("Hugging Face model, loss inside")
+@pytest.mark.row("Hugging Face model, loss inside", versions=["transformers"])
 @pytest.mark.parametrize(
     ("problem_type", "classes", "criterion", "labels"),
     [
@@ -177,7 +177,7 @@ def test_heads_over_sequences(problem_type, classes, criterion, labels):
     assert not optimizer.last_step.skipped
 
 
-@pytest.mark.row("Hugging Face model, loss inside")
+@pytest.mark.row("Hugging Face model, loss inside", versions=["transformers"])
 def test_an_encoder_decoder_has_aligned_labels():
     model = t5()
     batch = sentences()
@@ -191,7 +191,7 @@ def test_an_encoder_decoder_has_aligned_labels():
         wrong.step()
 
 
-@pytest.mark.row("Hugging Face model, loss inside")
+@pytest.mark.row("Hugging Face model, loss inside", versions=["transformers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_and_low_precision(dtype):
     model = gpt2(dropout=0.3).to(dtype)
@@ -261,7 +261,7 @@ def linear_decay(optimizer, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (steps - step) / steps)
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_trainer_steps_as_the_plain_loop_in_float64(make, accumulated, tmp_path):
@@ -290,7 +290,7 @@ def test_the_trainer_steps_as_the_plain_loop_in_float64(make, accumulated, tmp_p
     assert not rest
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 def test_a_model_that_ignores_the_items_is_weighted_as_it_is(tmp_path):
     """BertForMaskedLM returns each micro-batch's own mean, whatever the Trainer counts."""
     model = bert()
@@ -310,7 +310,7 @@ def test_a_model_that_ignores_the_items_is_weighted_as_it_is(tmp_path):
     torch.testing.assert_close(flat(model), flat(reference.model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 def test_the_trainer_makes_the_optimizer(tmp_path):
     def make(model, **options):
         return AdlerAdam(model.parameters(), model, sequence_classification(), **options)
@@ -326,7 +326,7 @@ def test_the_trainer_makes_the_optimizer(tmp_path):
     assert int(optimizer.last_step.skipped_total) == 0
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 @pytest.mark.parametrize("make", [Adler, AdlerAdam])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(make, tmp_path):
     def run(folder, **options):
@@ -353,7 +353,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(make, tmp_path):
     assert str(resumed_state) == str(state)
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 @pytest.mark.parametrize("flag", ["bf16", "no clipping", "activation checkpointing"])
 def test_flags_of_the_trainer(flag, tmp_path):
     options = {"bf16": {"bf16": True}, "no clipping": {"max_grad_norm": 0.0}}.get(flag, {})
@@ -371,7 +371,7 @@ def test_flags_of_the_trainer(flag, tmp_path):
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.4
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 def test_a_loss_that_the_trainer_computes_is_an_error_that_says_what_to_do(tmp_path):
     model = gpt2()
     optimizer = Adler(model.parameters(), model, causal_lm())
@@ -380,7 +380,7 @@ def test_a_loss_that_the_trainer_computes_is_an_error_that_says_what_to_do(tmp_p
         run.train()
 
 
-@pytest.mark.row("Hugging Face Trainer")
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
 def test_what_a_step_did_joins_the_trainers_log(tmp_path):
     class LogStep(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -72,7 +72,8 @@ def train(
         before_step()
         optimizer.step()
         assert optimizer.last_step is not None
-        steps.append([float(number) for number in optimizer.last_step])
+        told = optimizer.last_step._replace(consistency=torch.zeros(()))  # unknown between ranks
+        steps.append([float(number) for number in told])
     names = [name for name, _ in model.named_parameters()]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return {
