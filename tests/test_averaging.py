@@ -76,7 +76,7 @@ def averaged(values, gamma):
     for value in values:
         torch.nn.init.constant_(model.weight, value)
         twin.update_parameters(model)
-    return float(twin.module.weight)
+    return float(twin.module.weight.detach())
 
 
 @settings(deadline=None, max_examples=50)
