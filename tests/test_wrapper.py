@@ -229,13 +229,14 @@ def test_a_third_party_optimizer_trains():
 
 
 @pytest.mark.row("Any base optimizer: SGD, AdamW")
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["mlp-relu", "transformer"])
-def test_with_adamw_it_is_adler_adam(name, weight_decay):
-    make = lambda p: optim.AdamW(p, weight_decay=weight_decay)  # noqa: E731
-    model, optimizer, data = setting(make, name)
-    twin = network(name)
-    other = AdlerAdam(twin.parameters(), twin, CRITERION, weight_decay=weight_decay)
+def test_with_adamw_it_is_adler_adam(name, weight_decay, every):
+    base = partial(optim.AdamW, weight_decay=weight_decay)
+    model, optimizer, data = setting(base, name, curvature_every=every)
+    twin, options = network(name), {"weight_decay": weight_decay, "curvature_every": every}
+    other = AdlerAdam(twin.parameters(), twin, CRITERION, **options)
     train(model, CRITERION, optimizer, data)
     train(twin, CRITERION, other, data)
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-11)

@@ -199,4 +199,6 @@ def moments(state: State, p: Tensor, *names: str) -> dict[str, Tensor]:
         mine["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in names:
             mine[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if mine["step"].device != p.device:  # PyTorch loads it to where it was saved
+        mine["step"] = mine["step"].to(p.device)
     return mine
