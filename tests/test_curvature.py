@@ -225,6 +225,11 @@ def reentrant(x):
     return torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=True)
 
 
+def group_norm_in_channels_last(x):
+    pictures = x.reshape(2, 2, 1, 3).contiguous(memory_format=torch.channels_last)
+    return nn.functional.group_norm(pictures, 1).flatten(1)
+
+
 UNSUPPORTED = {
     "custom function": (lambda: Then(Square.apply), "custom autograd.Function"),
     "custom function with a context": (
@@ -238,6 +243,7 @@ UNSUPPORTED = {
     ),
     "reentrant checkpoint": (lambda: Then(reentrant), "custom autograd.Function|tangent"),
     # What Hugging Face's activation checkpointing does in a hook on the embedding.
+    "group norm in channels_last": (lambda: Then(group_norm_in_channels_last), "channels_last"),
     "requires_grad_": (lambda: Then(lambda x: torch.tanh(x).requires_grad_()), "requires_grad_"),
 }
 

@@ -98,6 +98,7 @@ def test_a_step_at_the_average_is_refused_and_changes_nothing():
     model, criterion, optimizer, data = setting()
     train(model, criterion, optimizer, data[:3])
     optimizer.eval()
+    model.eval()  # else the forward pass puts the trained weights back
     before = flat(model)
     with pytest.raises(RuntimeError, match=r"call optimizer\.train\(\)"):
         train(model, criterion, optimizer, data[3:4])
@@ -173,3 +174,83 @@ def test_an_average_that_is_never_looked_at_is_refused():
     model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match=r"betas=\(0, 0.999\): the first must be above 0"):
         AdlerScheduleFree(model.parameters(), model, criterion, betas=(0, 0.999))
+
+
+# --- the weights follow the model's mode ---------------------------------------------------------
+
+NO_GRADIENTS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+def evaluate(model, x, without=torch.no_grad):
+    model.eval()
+    with without():
+        outputs = model(x).clone()
+    model.train()
+    return outputs
+
+
+@pytest.mark.parametrize("without", NO_GRADIENTS.values(), ids=NO_GRADIENTS)
+def test_a_test_in_eval_mode_is_at_the_average_and_training_never_notices(without):
+    model, criterion, optimizer, data = setting("transformer")
+    twin, same, other, _ = setting("transformer", follow_mode=False)
+    for batch in data:
+        found = evaluate(model, data[0][0], without)
+        train(model, criterion, optimizer, [batch])
+        other.eval()
+        expected = evaluate(twin, data[0][0])
+        other.train()
+        train(twin, same, other, [batch])
+        assert torch.equal(found, expected)
+    assert torch.equal(flat(model), flat(twin))
+    assert not torch.equal(evaluate(model, data[0][0], without), evaluate(twin, data[0][0]))
+
+
+def test_what_is_neither_training_nor_a_test_changes_nothing():
+    model, criterion, optimizer, data = setting()
+    train(model, criterion, optimizer, data[:4])
+    trained = flat(model)
+    with torch.no_grad():
+        model(data[0][0])  # as `update_bn` does
+    assert torch.equal(flat(model), trained)
+    model.eval()  # fine-tuning with frozen statistics
+    train(model, criterion, optimizer, data[4:])
+    assert not any("y" in state for state in optimizer.state.values())
+
+
+def test_running_statistics_can_be_made_anew_at_the_average():
+    model, criterion, optimizer, data = setting("batchnorm")
+    train(model, criterion, optimizer, data)
+    evaluate(model, data[0][0])
+    average = flat(model)
+    torch.optim.swa_utils.update_bn([x for x, _ in data], model)
+    assert torch.equal(flat(model), average)
+
+
+@pytest.mark.parametrize("how", ["removed", "deleted", "switched off", "a copy of the model"])
+def test_hooks_that_have_nothing_to_say_keep_quiet(how):
+    model, criterion, optimizer, data = setting()
+    train(model, criterion, optimizer, data)
+    if how == "removed":
+        optimizer.remove_hooks()
+    elif how == "deleted":
+        del optimizer
+    elif how == "switched off":
+        optimizer.follow_mode = False
+    else:
+        model = copy.deepcopy(model)
+    before = flat(model)
+    evaluate(model, data[0][0])
+    assert torch.equal(flat(model), before)
+
+
+def test_a_copy_follows_its_own_model():
+    model, criterion, optimizer, data = setting()
+    train(model, criterion, optimizer, data)
+    twin, _, other = copy.deepcopy((model, criterion, optimizer))
+    before = flat(model)
+    found = evaluate(twin, data[0][0])
+    assert torch.equal(flat(model), before)
+    other.train()
+    optimizer.follow_mode = False
+    assert not torch.equal(found, evaluate(model, data[0][0]))
+    assert other.follow_mode

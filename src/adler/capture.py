@@ -34,7 +34,7 @@ from adler.replay import (
     unwrap,
 )
 
-__all__ = ["RecordedLoss", "Recorder"]
+__all__ = ["RecordedLoss", "Recorder", "remove_all"]
 
 
 @dataclass(eq=False)
@@ -120,7 +120,7 @@ class Recorder:
         if isinstance(criterion, nn.Module) and model_loss is None:
             hook = _Hook(self, criterion, "_leave_criterion")
             handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
-        self._remove = weakref.finalize(self, _remove_all, handles)
+        self._remove = weakref.finalize(self, remove_all, handles)
 
     def remove(self) -> None:
         """Takes the hooks off. Nothing is recorded any more."""
@@ -388,7 +388,8 @@ def _on_backward(
     return hook
 
 
-def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    """Takes hooks off."""
     for handle in handles:
         handle.remove()
 

@@ -32,6 +32,7 @@ __all__ = [
     "groups_of",
     "is_sharded",
     "layout",
+    "let_go",
     "like",
     "local",
     "mean",
@@ -209,6 +210,13 @@ def whole(sums: Tensor, where: Layout | None) -> Tensor:
     return sums
 
 
+def let_go(model: nn.Module) -> None:
+    """Frees parameters that FSDP's last forward has left gathered, so that the next looks anew."""
+    for module in model.modules():
+        if _is(module, "torch.distributed.fsdp", "FSDPModule"):
+            module.reshard()  # type: ignore[operator]
+
+
 def sharded_difference(
     call: Callable[[Mapping[str, Tensor]], Tensor],
     model: nn.Module,
@@ -231,18 +239,12 @@ def sharded_difference(
         step: ``α``, positive, 0-dim, the same on all ranks.
         outputs: ``F(θ)`` if known.
     """
-    sharded = [m for m in model.modules() if _is(m, "torch.distributed.fsdp", "FSDPModule")]
-
-    def let_go() -> None:
-        for module in sharded:
-            module.reshard()  # type: ignore[operator]
-
     parts = local([params[name] for name in direction])
     with torch.no_grad():
-        let_go()
+        let_go(model)
         if outputs is None:
             outputs = call({})
-            let_go()
+            let_go(model)
         before = [part.clone() for part in parts]
         try:
             for part, along in zip(parts, local(list(direction.values())), strict=True):
@@ -250,5 +252,5 @@ def sharded_difference(
             change = outputs - call({})
         finally:
             torch._foreach_copy_(parts, before)
-            let_go()
+            let_go(model)
         return outputs, change / step.to(torch.promote_types(change.dtype, torch.float32))

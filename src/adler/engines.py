@@ -266,6 +266,8 @@ def _unsupported_op(message: str) -> str | None:
         return "an op that drops the tangent (a detach, or reentrant checkpointing)"
     if "would mutate a captured Tensor" in message:
         return "an in-place update of a tensor that is not a registered buffer"
+    if "view size is not compatible" in message:
+        return "an op whose derivative needs contiguous tensors (GroupNorm in channels_last)"
     if "attempting to call Tensor.requires_grad_()" in message:
         return "a call of requires_grad_() in the forward (activation checkpointing makes one)"
     return None

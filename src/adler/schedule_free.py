@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from adler import averaging, update
-from adler.capture import RecordedLoss
+from adler import averaging, distributed, update
+from adler.capture import RecordedLoss, remove_all
 from adler.directions import Adam, Direction, moments
 from adler.measured import MeasuredOptimizer
 from adler.model_loss import ModelLoss
+from adler.replay import is_replaying
 
 __all__ = ["AdlerScheduleFree"]
 
@@ -35,9 +37,10 @@ class AdlerScheduleFree(MeasuredOptimizer):
     with $\hat v$, the mean $\hat\eta_k$ and the bounds $\rho_k$ of `AdlerAdam`. The average takes
     the place of a schedule: no number of steps need be known.
 
-    While training the parameters are $y$. Call `eval` before testing or saving the model, which
-    puts $x$ in their place, and `train` before the next step, beside ``model.eval()`` and
-    ``model.train()``. With BatchNorm, whose running statistics belong to $y$,
+    While training the parameters are $y$. They follow the model's mode: a call of the model after
+    ``model.eval()``, without gradients, finds $x$ in their place, and the next call in training
+    mode, with gradients, finds $y$. `eval` and `train` do the same at once: call `eval` before you
+    save the model. With BatchNorm, whose running statistics belong to $y$,
     ``torch.optim.swa_utils.update_bn(loader, model)`` after `eval` makes them those of $x$.
 
     Args:
@@ -60,6 +63,8 @@ class AdlerScheduleFree(MeasuredOptimizer):
         curvature_fraction: Measure on this fraction of the batch; see `Adler`.
         curvature_warmup: Number of first steps that all measure; see `Adler`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
+        follow_mode: Whether a call of the model brings the weights of its mode; if not, only `eval`
+            and `train` do.
 
     Raises:
         ValueError: For an argument out of its range, parameters that are not the model's, or a
@@ -78,9 +83,10 @@ class AdlerScheduleFree(MeasuredOptimizer):
         ...     optimizer.zero_grad()
         ...     criterion(model(x), y).backward()
         ...     optimizer.step()
-        >>> optimizer.eval()
-        >>> tested = criterion(model(x), y)
-        >>> optimizer.train()
+        >>> _ = model.eval()
+        >>> with torch.no_grad():
+        ...     tested = criterion(model(x), y)  # at the average
+        >>> _ = model.train()
     """
 
     _mean = averaging.geometric
@@ -105,7 +111,9 @@ class AdlerScheduleFree(MeasuredOptimizer):
         curvature_fraction: float = 1.0,
         curvature_warmup: int = 0,
         output_fn: Callable[[Any], Tensor] | None = None,
+        follow_mode: bool = True,
     ) -> None:
+        self.follow_mode = follow_mode
         options = {
             "lr": lr,
             "betas": betas,
@@ -123,23 +131,40 @@ class AdlerScheduleFree(MeasuredOptimizer):
         }
         super().__init__(params, model, criterion, options, output_fn)
 
-    @torch.no_grad()
     def eval(self) -> None:
         """Puts the averages in place of the parameters. Without effect when they are there."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                mine = self.state.get(p, {})
-                if "z" in mine and "y" not in mine:
-                    mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
-                    p.lerp_(mine["z"], 1 - 1 / group["betas"][0])
+        # A tensor made under inference_mode could not be used in training.
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    mine = self.state.get(p, {})
+                    if "z" in mine and "y" not in mine:
+                        mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
+                        p.lerp_(mine["z"], 1 - 1 / group["betas"][0])
+            distributed.let_go(self.model)
 
-    @torch.no_grad()
     def train(self) -> None:
         """Puts the parameters back, bit for bit. Without effect when they are there."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in self.state and "y" in self.state[p]:
-                    p.copy_(self.state[p].pop("y"))
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p in self.state and "y" in self.state[p]:
+                        p.copy_(self.state[p].pop("y"))
+            distributed.let_go(self.model)
+
+    def remove_hooks(self) -> None:
+        """As for the other optimizers; the parameters no longer follow the model's mode either."""
+        super().remove_hooks()
+        self._unfollow()
+
+    def _attach(self) -> None:
+        super()._attach()
+        handles = [self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)]
+        self._unfollow = weakref.finalize(self, remove_all, handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for the other optimizers."""
+        return {**super().__getstate__(), "follow_mode": self.follow_mode}
 
     def _direction(
         self,
@@ -162,6 +187,30 @@ class AdlerScheduleFree(MeasuredOptimizer):
     def _make_state(self, params: list[Tensor]) -> None:
         for p in params:
             _state(self.state, p)
+
+
+class _Follow:
+    """A hook before the model's forward; its copies and pickles do nothing, as in `capture`."""
+
+    def __init__(self, optimizer: AdlerScheduleFree | None, model: nn.Module | None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._model = None if model is None else weakref.ref(model)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None or self._model is None or self._model() is not model:
+            return
+        if not optimizer.follow_mode or is_replaying():
+            return
+        # Neither: fine-tuning in eval mode, `update_bn`; what is there stays.
+        if model.training and torch.is_grad_enabled():
+            optimizer.train()
+        elif not model.training and not torch.is_grad_enabled():
+            optimizer.eval()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Follow, (None, None)
 
 
 class ScheduleFree(Adam):

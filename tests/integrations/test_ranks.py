@@ -30,10 +30,13 @@ def found(folder):
     return lambda name: [rank[name] for rank in ranks]
 
 
-def one_process(batches=None, kind=adler.Adler, batchnorm=False, criterion=None, **options):
+def one_process(
+    batches=None, kind=adler.Adler, batchnorm=False, criterion=None, tests=False, **options
+):
     model, criterion = network(batchnorm), criterion or nn.CrossEntropyLoss()
     optimizer = kind(model.parameters(), model, criterion, **options)
-    return train(model, optimizer, batches or [[b] for b in joint_batches()], criterion)
+    batches = batches or [[b] for b in joint_batches()]
+    return train(model, optimizer, batches, criterion, tests=tests)
 
 
 def assert_alike(ranks):
@@ -51,12 +54,14 @@ def assert_same_run(one, other, rtol=1e-9):
     steps = torch.tensor(one["steps"]), torch.tensor(other["steps"])
     torch.testing.assert_close(*steps, rtol=rtol, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(one["params"], other["params"], rtol=rtol, atol=1e-10)
+    torch.testing.assert_close(one.get("tested", []), other["tested"], rtol=rtol, atol=1e-9)
 
 
 RUNS = {
     "ddp": {},
     "ddp_guarded": GUARDS,
     "ddp_adam": {"kind": adler.AdlerAdam},
+    "ddp_schedule_free": {"kind": adler.AdlerScheduleFree, "tests": True},
     "ddp_gauss_newton": {"kind": adler.GaussNewton},
     "ddp_every_third": {"curvature_every": 3},
     "ddp_compiled": {},
@@ -113,6 +118,7 @@ FSDP_RUNS = {
     "fsdp": ("ddp_finite_difference", {}),
     "fsdp_guarded": (None, GUARDS),
     "fsdp_adam": ("ddp_finite_difference_adam", {"kind": adler.AdlerAdam, "weight_decay": 0.1}),
+    "fsdp_schedule_free": (None, {"kind": adler.AdlerScheduleFree, "tests": True}),
     "fsdp_on_a_mesh_of_two_dimensions": ("ddp_finite_difference", {}),
     "fsdp_validated_between": ("ddp_finite_difference", {}),
     "fsdp_falls_back": (None, {}),

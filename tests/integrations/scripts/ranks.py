@@ -60,10 +60,16 @@ def sharded(model: nn.Sequential, mesh: Any = None) -> nn.Sequential:
     return model
 
 
-def run(model: nn.Module, batches: Any = None, kind: Any = adler.Adler, **options: Any) -> Any:
+def run(
+    model: nn.Module,
+    batches: Any = None,
+    kind: Any = adler.Adler,
+    tests: bool = False,
+    **options: Any,
+) -> Any:
     criterion = nn.CrossEntropyLoss()
     optimizer = kind(model.parameters(), model, criterion, **options)
-    return train(model, optimizer, mine() if batches is None else batches, criterion)
+    return train(model, optimizer, batches or mine(), criterion, tests=tests)
 
 
 @scenario
@@ -79,6 +85,11 @@ def ddp_guarded() -> dict[str, Any]:
 @scenario
 def ddp_adam() -> dict[str, Any]:
     return run(DistributedDataParallel(network()), kind=adler.AdlerAdam)
+
+
+@scenario
+def ddp_schedule_free() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), kind=adler.AdlerScheduleFree, tests=True)
 
 
 @scenario
@@ -194,6 +205,13 @@ def fsdp_guarded() -> dict[str, Any]:
 @scenario
 def fsdp_adam() -> dict[str, Any]:
     return run(sharded(network()), kind=adler.AdlerAdam, weight_decay=0.1, **DIFFERENCE)
+
+
+@scenario
+def fsdp_schedule_free() -> dict[str, Any]:
+    """A test leaves the root's parameters gathered, all of them here, when the weights change."""
+    model = fully_shard(network(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return run(model, kind=adler.AdlerScheduleFree, tests=True, **DIFFERENCE)
 
 
 @scenario

@@ -56,16 +56,32 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if full is None else full().detach().clone()
 
 
+def outputs_in_a_test(model: nn.Module) -> Tensor:
+    """In eval mode, without gradients."""
+    generator = torch.Generator().manual_seed(2)
+    model.eval()
+    with torch.no_grad():
+        found: Tensor = model(torch.randn(2, 4, dtype=torch.float64, generator=generator))
+    model.train()
+    return found.clone()
+
+
 def train(
     model: nn.Module,
-    optimizer: adler.Adler | adler.AdlerAdam,
+    optimizer: adler.Adler | adler.AdlerAdam | adler.AdlerScheduleFree,
     batches: Iterable[list[tuple[Tensor, Tensor]]],
     criterion: Callable[..., Tensor],
     before_step: Callable[[], None] = lambda: None,
+    tests: bool = False,
 ) -> dict[str, Any]:
-    """A step for each list of batches, whose mean loss it descends; what every step did."""
-    steps = []
+    """A step for each list of batches, whose mean loss it descends; what every step did.
+
+    With ``tests`` also what the model says in a test before each step.
+    """
+    steps, tested = [], []
     for parts in batches:
+        if tests:
+            tested.append(outputs_in_a_test(model))
         optimizer.zero_grad()
         for x, y in parts:
             (criterion(model(x), y) / len(parts)).backward()
@@ -81,5 +97,6 @@ def train(
         "params": torch.cat([whole(p).flatten() for p in params]),
         "buffers": [b.clone() for b in model.buffers()],
         "names": names,
+        "tested": tested,
         "average": [optimizer.param_groups[0][key] for key in ("rate_total", "rate_weight")],
     }
