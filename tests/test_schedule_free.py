@@ -72,7 +72,7 @@ def test_the_rate_is_the_minimiser_at_the_interpolated_point():
 def test_the_first_step_is_adlers_along_adam():
     model, criterion, optimizer, data = setting()
     twin = copy.deepcopy(model)
-    other = AdlerAdam(twin.parameters(), twin, criterion)
+    other = AdlerAdam(twin.parameters(), twin, criterion, lr=2.0, max_kl=None)
     train(model, criterion, optimizer, data[:1])
     train(twin, criterion, other, data[:1])
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-12)
