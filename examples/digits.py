@@ -1,4 +1,4 @@
-"""Untuned Adler against ten SGD learning rates, on handwritten digits.
+"""Untuned optimizers of this library against ten SGD learning rates, on handwritten digits.
 
 A small convolutional network learns scikit-learn's digits (1,797 images of 8 x 8 pixels, part of
 the package). Every optimizer sees the same initial weights and the same batches; nothing is tuned
@@ -40,9 +40,16 @@ def sgd(rate: float) -> Factory:
     return lambda model, criterion: torch.optim.SGD(model.parameters(), lr=rate)
 
 
+MEASURED = ("AdlerScheduleFree", "AdlerAdam", "Adler", "GaussNewton")
+
+
+def measured(name: str) -> Factory:
+    """An optimizer of this library, as it is."""
+    return lambda model, criterion: getattr(adler, name)(model.parameters(), model, criterion)
+
+
 OPTIMIZERS: dict[str, Factory] = {
-    "Adler": lambda model, criterion: adler.Adler(model.parameters(), model, criterion),
-    "GaussNewton": lambda model, criterion: adler.GaussNewton(model.parameters(), model, criterion),
+    **{name: measured(name) for name in MEASURED},
     "AdamW, default": lambda model, criterion: torch.optim.AdamW(model.parameters()),
     **{f"SGD {rate:.1e}": sgd(rate) for rate in SGD_RATES},
 }
@@ -127,8 +134,10 @@ def train(
             on_step()
         seconds += time.perf_counter() - begun
         losses.append(total / len(data.train_labels))
+        model.eval()
         with torch.no_grad():
             predicted = model(data.test_images).argmax(1)
+        model.train()
         accuracies.append(float((predicted == data.test_labels).float().mean()))
     return {
         "optimizer": name,
@@ -186,8 +195,7 @@ def table(results: dict[str, Any]) -> str:
     grid = [run for run in runs if run["optimizer"].startswith("SGD")]
     seeds = len(results["config"]["seeds"])
     rows = [
-        ("**Adler**, untuned", of(runs, "Adler"), 1, of(runs, "Adler")),
-        ("GaussNewton, untuned", of(runs, "GaussNewton"), 1, of(runs, "GaussNewton")),
+        *((f"**{name}**, untuned", of(runs, name), 1, of(runs, name)) for name in MEASURED),
         ("AdamW, its default 1e-3", of(runs, "AdamW, default"), 1, of(runs, "AdamW, default")),
         (f"SGD, best of ten rates ({best[4:]})", of(runs, best), len(SGD_RATES), grid),
     ]

@@ -13,7 +13,14 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-COLOURS = {"Adler": "#D55E00", "GaussNewton": "#009E73", "AdamW, default": "#0072B2"}
+COLOURS = {
+    "GaussNewton": "#56B4E9",
+    "Adler": "#E69F00",
+    "AdamW, default": "#0072B2",
+    "AdlerAdam": "#009E73",
+    "AdlerScheduleFree": "#D55E00",
+}
+OF_THE_GRADIENT = ("Adler", "GaussNewton")  # the others' rates multiply another direction
 GREY, BLACK = "#BBBBBB", "#222222"
 
 
@@ -37,8 +44,8 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
             epochs = np.arange(1, len(accuracy) + 1)
             left.plot(epochs, accuracy, **look)
             middle.plot(epochs, loss, **look)
-            if name == "AdamW, default":
-                continue  # its rate multiplies another direction
+            if name in COLOURS and name not in OF_THE_GRADIENT:
+                continue
             rates = np.exp(np.mean(np.log([run["learning_rate"] for run in mine]), axis=0))
             right.plot(np.linspace(0, len(accuracy), len(rates)), rates, **look)
         left.set(xlabel="epoch", ylabel="test accuracy", title="Accuracy on unseen digits")
@@ -46,7 +53,7 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
         middle.set(xlabel="epoch", ylabel="cross-entropy, nats", title="Training loss")
         middle.set_yscale("log")
         right.xaxis.get_major_locator().set_params(integer=True)
-        right.set(xlabel="epoch", ylabel="learning rate", title="Learning rate of each step")
+        right.set(xlabel="epoch", ylabel="learning rate", title="Learning rate along the gradient")
         right.set_yscale("log")
         drawn = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
         labels = [look["label"] for look in (_look(n, best) for n in names) if look["label"]]
@@ -54,7 +61,7 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
             [drawn[label] for label in labels],
             labels,
             loc="outside lower center",
-            ncols=5,
+            ncols=4,
             frameon=False,
         )
         figure.savefig(file, dpi=130, metadata={"Software": None})

@@ -839,20 +839,35 @@ def fixed_records():
 OVERALL = """\
 | Method | Tasks | Wins | Ties | Losses | Dead | Diverged | Accuracy gained (points) | Mean rank | Test loss, ratio |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| SGD grid | 2 |  |  |  |  |  | +0.0 | 5.5 | 1.00 |
+| SGD grid | 2 |  |  |  |  |  | +0.0 | 2.5 | 1.00 |
 | Adler (default) | 2 | 2 | 0 | 0 | 0 | 0 | +9.0 | 1.0 | 0.55 |
-| AdamW (default) | 2 | 0 | 2 | 0 | 0 | 0 | +0.2 | 5.5 | 0.92 |
-| DoG | 1 | 0 | 0 | 0 | 0 | 1 | -31.0 | 8.0 | 10.00 |
-| MoMo | 2 | 0 | 0 | 1 | 1 | 0 | -31.0 | 7.0 | 1.10 |
-| `adler@max_kl=0.03` | 2 | 2 | 0 | 0 | 0 | 0 | +4.0 | 3.0 | 0.74 |
+| AdamW (default) | 2 | 0 | 2 | 0 | 0 | 0 | +0.2 | 2.5 | 0.92 |
+| DoG | 1 | 0 | 0 | 0 | 0 | 1 | -31.0 | 5.0 | 10.00 |
+| MoMo | 2 | 0 | 0 | 1 | 1 | 0 | -31.0 | 4.0 | 1.10 |
 """  # noqa: E501
+
+
+UNTUNED = """\
+| Method | Mean rank | Best on | Within 5 % on | Furthest behind | where |
+| --- | --- | --- | --- | --- | --- |
+| Adler (default) | 1.0 | 1 | 1 | 0 % | cifar10/cnn-bn-relu/b64 |
+| AdamW (default) | 2.0 | 0 | 0 | 18 % | cifar10/cnn-bn-relu/b64 |
+| MoMo | 3.0 | 0 | 0 | 80 % | cifar10/cnn-bn-relu/b64 |
+| DoG | 4.0 | 0 | 0 | 80 % | cifar10/cnn-bn-relu/b64 |
+
+On the 1 tasks"""
+VARIANTS = """\
+| `adler@max_kl=0.03` | 2 | 0 | 0 | 2 | -5.0 | 1.33 |
+| `adler@max_kl=0.3` | 2 | 0 | 0 | 2 | -4.0 | 1.33 |
+"""
 
 
 def test_the_tables_of_fixed_records():
     text = tables.markdown(fixed_records(), "development")
     assert text == tables.markdown(fixed_records()[::-1], "development")
-    _, _, rest = text.partition("rates\n\n| Method")
-    assert ("| Method" + rest).startswith(OVERALL)
+    assert OVERALL in text
+    assert UNTUNED in text
+    assert VARIANTS in text
     assert "66 runs: 2 tasks (0 held back), 2 seeds; " in text
     assert "| MoMo | cifar10/cnn-bn-relu/b64 | dead |\n" in text
     assert "| DoG | cifar10/cnn-bn-relu/b64 | diverged |\n" in text
@@ -863,10 +878,30 @@ def test_the_tables_of_fixed_records():
     assert "| Adler (default) | 2.25 | 1.50 | -31.0 | +4.2 |\n" in text
 
 
+def test_how_far_behind_the_best():
+    found = [
+        record(name, accuracy, seed, task, loss=loss, diverged=diverged)
+        for name, accuracy, loss, diverged in (
+            ("adler", 0.50, 0.30, False),
+            ("adamw", 0.49, 0.33, False),
+            ("momo", 0.20, 0.30, True),
+        )
+        for task in (CNN, DIABETES)
+        for seed in range(2)
+    ]
+    told, count = standings.behind(standings.contests(found), ["adler", "adamw", "momo"])
+    assert count == 2
+    assert told["adler"] == (2, 2, 0.0, CNN)
+    assert told["adamw"][:2] == (0, 1)
+    assert told["adamw"].furthest == pytest.approx(0.1)
+    assert told["momo"] == (0, 0, pytest.approx(9.0), DIABETES)
+    assert standings.behind(standings.contests(found), ["adler", "dog"]) == ({}, 0)
+
+
 def test_one_method_against_another():
     text = tables.markdown(fixed_records(), "development")
     row = next(line for line in text.splitlines() if line.startswith("| 2 Adler (default)"))
-    assert row.split(" | ")[1:6] == ["2/0/0", "", "2/0/0", "1/0/0", "2/0/0"]
+    assert row.split(" | ")[1:6] == ["2/0/0", "", "2/0/0", "1/0/0", "2/0/0 |"]
 
 
 def test_sweeps_vary_one_option():

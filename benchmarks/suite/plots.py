@@ -160,7 +160,7 @@ def sweeps(names: Sequence[str]) -> list[Sweep]:
 
 
 def sensitivity(found: Sequence[Record]) -> Figure | None:
-    """Accuracy gained and test loss ratio, against each constant that the records vary."""
+    """Accuracy and test loss against each constant, beside the same optimizer at its defaults."""
     runs, by_loss = standings.contests(found), standings.contests(found, "loss")
     swept = sweeps(standings.names(found))
     options = list(dict.fromkeys(sweep.option for sweep in swept))
@@ -179,15 +179,15 @@ def sensitivity(found: Sequence[Record]) -> Figure | None:
             }
             gained, ratios = [], []
             for name in sweep.methods.values():
-                gains = list(standings.gains(runs, name).values())
-                ratio = standings.loss_ratio(by_loss, name)
+                gains = list(standings.gains(runs, name, sweep.base).values())
+                ratio = standings.loss_ratio(by_loss, name, sweep.base)
                 gained.append(100 * statistics.fmean(gains) if gains else np.nan)
                 ratios.append(np.nan if ratio is None else ratio)
             axes[0, column].plot(list(sweep.methods), gained, **style)
             axes[1, column].plot(list(sweep.methods), ratios, **style)
         _finish(list(axes[:, column]), option, [v for sweep in chosen for v in sweep.methods])
-    axes[0, 0].set_ylabel("Accuracy above the best\nSGD rate's (points)")
-    axes[1, 0].set_ylabel("Test loss over the best\nSGD rate's (geometric mean)")
+    axes[0, 0].set_ylabel("Accuracy above\nthe default's (points)")
+    axes[1, 0].set_ylabel("Test loss over the\ndefault's (geometric mean)")
     return figure
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,10 +20,12 @@ from benchmarks.suite.trials import Record
 
 __all__ = [
     "REFERENCE",
+    "Behind",
     "Contest",
     "Runs",
     "Verdict",
     "at_chance",
+    "behind",
     "contests",
     "cost_ratio",
     "gains",
@@ -46,6 +48,8 @@ Verdict = Literal["win", "tie", "loss", "dead", "diverged"]
 _ERRORS, _LOSS_MARGIN = 3.0, 0.98
 # A run that diverged counts as this many times the reference's test loss, and none as more.
 WORST_RATIO = 10.0
+_LEAST_LOSS = 1e-6  # a loss may be zero to six digits
+_NEAR = 0.05
 
 
 def names(found: Iterable[Record]) -> list[str]:
@@ -186,6 +190,65 @@ def mean_ranks(runs: Runs, among: Sequence[str]) -> tuple[dict[str, float], int]
     return dict(zip(among, ranks.tolist(), strict=True)), len(table)
 
 
+class Behind(NamedTuple):
+    """How far a method is behind the best of several, on the tasks on which all have run.
+
+    Attributes:
+        best: The number of tasks on which it is the best, alone or among others.
+        near: The number of tasks on which it is at most 5 % behind.
+        furthest: The largest distance, as a fraction.
+        task: Where that is.
+    """
+
+    best: int
+    near: int
+    furthest: float
+    task: str
+
+
+def behind(runs: Runs, among: Sequence[str]) -> tuple[dict[str, Behind], int]:
+    """Each method's distance from the best of them, and over how many tasks.
+
+    The distance is the share of the best accuracy that is missing, or by how much the test loss is
+    above the least; of means over the seeds. A run that diverged has the accuracy of guessing, or
+    ten times the least loss.
+    """
+    tasks: dict[str, list[Mapping[str, Record]]] = {}
+    for (task, _), by_method in sorted(runs.items()):
+        if all(name in by_method for name in among):
+            tasks.setdefault(task, []).append(by_method)
+    distances: dict[str, dict[str, float]] = {name: {} for name in among}
+    for task, seeds in tasks.items():
+        if seeds[0][among[0]]["score"] == "accuracy":
+            means = {n: statistics.fmean(_accuracy(s[n]) for s in seeds) for n in among}
+            most = max(means.values())
+            found = {n: 1 - mean / most for n, mean in means.items()}
+        else:
+            least = min(statistics.fmean(_test_loss(s[n]) for s in seeds) for n in among)
+            found = {
+                n: min(WORST_RATIO, statistics.fmean(_test_loss(s[n]) for s in seeds) / least) - 1
+                for n in among
+            }
+        for name, distance in found.items():
+            distances[name][task] = distance
+    if not tasks:
+        return {}, 0
+    told = {}
+    for name, by_task in distances.items():
+        furthest = max(by_task, key=lambda task: by_task[task])
+        told[name] = Behind(
+            best=sum(d == 0 for d in by_task.values()),
+            near=sum(d <= _NEAR for d in by_task.values()),
+            furthest=by_task[furthest],
+            task=furthest,
+        )
+    return told, len(tasks)
+
+
+def _test_loss(record: Record) -> float:
+    return math.inf if record["diverged"] else max(float(record["test_loss"]), _LEAST_LOSS)
+
+
 def loss_ratio(by_loss: Runs, name: str, other: str = REFERENCE) -> float | None:
     """The geometric mean of the final test losses over the other's; below 1 is better.
 
@@ -206,9 +269,7 @@ def loss_ratio(by_loss: Runs, name: str, other: str = REFERENCE) -> float | None
 def _ratio(mine: Record, theirs: Record) -> float:
     if mine["diverged"]:
         return WORST_RATIO
-    # A loss may be zero to six digits.
-    numerator, denominator = (max(float(r["test_loss"]), 1e-6) for r in (mine, theirs))
-    return min(WORST_RATIO, numerator / denominator)
+    return min(WORST_RATIO, _test_loss(mine) / _test_loss(theirs))
 
 
 # --- time ----------------------------------------------------------------------------------------

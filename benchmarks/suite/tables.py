@@ -27,16 +27,25 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         found: Records, in any order.
         preset: The preset's name, for the heading.
     """
-    runs = standings.contests(found)
-    parts = [
-        [f"# Suite, preset {preset}", "", *_heading(found, preset)],
-        ["## Against the best of ten SGD rates", "", *_overall(found, runs)],
-        ["## Against time", "", *_time(found, runs)],
-        ["## Method against method", "", *_matrix(found, runs)],
-        ["## Runs that failed", "", *_failures(found, runs)],
-        ["## Task by task", "", *_families(found, runs)],
-    ]
-    return "\n\n".join("\n".join(part).rstrip() for part in parts) + "\n"
+    main = [record for record in found if "@" not in record["method"]]
+    runs, everything = standings.contests(main), standings.contests(found)
+    sections = {
+        "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
+        "untuned": ("Against the best of all untuned methods", _untuned(main, runs)),
+        "time": ("Against time", _time(main, runs)),
+        "matrix": ("Method against method", _matrix(main, runs)),
+        "failures": ("Runs that failed", _failures(main, runs)),
+        "variants": ("Variants", _variants(found, everything)),
+        "families": ("Task by task", _families(main, runs)),
+    }
+    parts = [[f"# Suite, preset {preset}", "", *_heading(found, preset)]]
+    for name, (title, lines) in sections.items():
+        # The markers by which a page of the documentation includes a part.
+        start, end = (f"<!-- --8<-- [{mark}:{name}] -->" for mark in ("start", "end"))
+        while lines and not lines[-1]:
+            lines.pop()
+        parts.append([f"## {title}", "", start, "", *lines, "", end])
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
 def _heading(found: Sequence[Record], preset: str) -> list[str]:
@@ -72,7 +81,7 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
         ratio = standings.loss_ratio(by_loss, name)
         lines.append(
             _row(
-                method(name).label if "@" not in name else f"`{name}`",
+                method(name).label,
                 str(count.total()),
                 *(
                     "" if name == REFERENCE else str(count[v])
@@ -94,6 +103,34 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
         f"among the {len(methods)} methods here, over the {ranked} pairs of task and seed on which "
         "all of them ran. Test loss: geometric mean of its ratio to the least of the ten SGD "
         f"rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run counts.",
+    ]
+
+
+def _untuned(found: Sequence[Record], runs: Runs) -> list[str]:
+    untuned = [name for name in standings.names(found) if method(name).grid is None]
+    told, count = standings.behind(runs, untuned)
+    ranks, _ = standings.mean_ranks(runs, untuned)
+    if not told:
+        return ["There is no task on which all of them have run."]
+    lines = _head("Method", "Mean rank", "Best on", "Within 5 % on", "Furthest behind", "where")
+    for name in sorted(untuned, key=lambda name: ranks[name]):
+        mine = told[name]
+        lines.append(
+            _row(
+                method(name).label,
+                f"{ranks[name]:.1f}",
+                mine.best,
+                mine.near,
+                f"{100 * mine.furthest:.0f} %",
+                mine.task,
+            )
+        )
+    return [
+        *lines,
+        "",
+        f"On the {count} tasks on which all of these have run. Behind: the share of the best "
+        "accuracy that is missing, or by how much the test loss is above the least, of means over "
+        "the seeds.",
     ]
 
 
@@ -121,7 +158,7 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
             entries.append(f"{100 * statistics.fmean(gained):+.1f}" if gained else "–")
         lines.append(
             _row(
-                _label(name),
+                method(name).label,
                 "–" if cost is None else f"{cost:.2f}",
                 f"{method(name).passes / method(REFERENCE).passes:.2f}",
                 *entries,
@@ -147,7 +184,7 @@ def _matrix(found: Sequence[Record], runs: Runs) -> list[str]:
             count = Counter(standings.verdicts(runs, name, other).values())
             lost = count["loss"] + count["dead"] + count["diverged"]
             entries.append("" if name == other else f"{count['win']}/{count['tie']}/{lost}")
-        lines.append(_row(f"{index} {_label(name)}", *entries))
+        lines.append(_row(f"{index} {method(name).label}", *entries))
     return [
         *lines,
         "",
@@ -160,8 +197,40 @@ def _failures(found: Sequence[Record], runs: Runs) -> list[str]:
     for name in _finished(found, runs):
         for task, given in standings.verdicts(runs, name).items():
             if given in ("dead", "diverged"):
-                lines.append(_row(_label(name), task, given))
+                lines.append(_row(method(name).label, task, given))
     return [*_head("Method", "Task", "In some seed"), *lines] if lines else ["None."]
+
+
+def _variants(found: Sequence[Record], runs: Runs) -> list[str]:
+    by_loss = standings.contests(found, "loss")
+    lines = _head(
+        "Variant", "Tasks", "Wins", "Ties", "Losses", "Accuracy gained (points)",
+        "Test loss, ratio",
+    )  # fmt: skip
+    for name in standings.names(found):
+        base, _, changed = name.partition("@")
+        given = standings.verdicts(runs, name, base) if changed else {}
+        if not given:
+            continue
+        count = Counter(given.values())
+        gained = list(standings.gains(runs, name, base).values())
+        ratio = standings.loss_ratio(by_loss, name, base)
+        lines.append(
+            _row(
+                f"`{name}`",
+                count.total(),
+                count["win"],
+                count["tie"],
+                count["loss"] + count["dead"] + count["diverged"],
+                f"{100 * statistics.fmean(gained):+.1f}" if gained else "–",
+                "–" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return [
+        *lines,
+        "",
+        "Each against the same optimizer at its defaults, on the tasks on which both have run.",
+    ]
 
 
 # --- one table for each family of tasks ----------------------------------------------------------
@@ -183,7 +252,7 @@ def _families(found: Sequence[Record], runs: Runs) -> list[str]:
             given = standings.verdicts(runs, name) if name != REFERENCE else {}
             entries = [_cell(runs, task, name, given) for task in tasks]
             if any(entries):
-                lines.append(_row(_label(name), *entries))
+                lines.append(_row(method(name).label, *entries))
         lines.append("")
     return [
         *lines,
@@ -213,10 +282,6 @@ def _finished(found: Sequence[Record], runs: Runs) -> list[str]:
     """Methods that have met the reference somewhere."""
     met = {n for by_method in runs.values() if REFERENCE in by_method for n in by_method}
     return [name for name in standings.names(found) if name in met]
-
-
-def _label(name: str) -> str:
-    return f"`{name}`" if "@" in name else method(name).label
 
 
 def _row(*entries: Any) -> str:
