@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import distributed
+from adler.compiled import Compiled
 from adler.model_loss import ModelLoss
 from adler.replay import (
     Call,
@@ -104,7 +105,7 @@ class Recorder:
         self._model, self._criterion = model, criterion
         self._model_loss, self._checked = model_loss, False
         self._output_fn, self._params = output_fn, params
-        self._devices = accelerators(model)
+        self._devices, self._compiled = accelerators(model), Compiled.of(model)
         self.ddp = distributed.find(model)  # or the one that the model is found to run inside
         self._entered: tuple[RandomState, Any] | None = None
         self._last_call: Call | None = None
@@ -219,6 +220,7 @@ class Recorder:
             call = self._last_call
         else:
             call = Call.of(self._model, inputs, self._output_fn)
+            call = replace(call, compiled=self._compiled)
             last = self._last_call
             if last is not None and _same_inputs(call, last):
                 call = last  # brings the random state, and so the same dropout masks
@@ -252,6 +254,7 @@ class Recorder:
             self._devices,
             random_state,
             autocast,
+            self._compiled,
         )
         self._last_call = call
         self._calls += 1

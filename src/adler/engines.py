@@ -19,13 +19,15 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adler import update
+from adler.compiled import derivative
+from adler.compiled import outputs as compiled_outputs
 from adler.lazily import Lazy
 from adler.replay import Call
 
@@ -46,6 +48,7 @@ __all__ = [
 
 Parameters = Mapping[str, Tensor]
 Function = Callable[[Parameters], Tensor]
+Found = TypeVar("Found")
 
 
 class ForwardModeUnsupportedError(RuntimeError):
@@ -81,16 +84,23 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
         ForwardModeUnsupportedError: If an op has no forward-mode derivative, or drops the tangent.
     """
     _load_forward_rules()
+
+    def plain() -> tuple[Tensor, Tensor]:
+        pair = torch.func.jvp(f, (params,), (direction,), strict=True)
+        return cast(tuple[Tensor, Tensor], pair)
+
     try:
         # No reverse graph is wanted.
         with torch.no_grad(), differentiable_attention():
-            pair = torch.func.jvp(f, (params,), (direction,), strict=True)
+            if isinstance(f, Call) and f.compiled is not None:
+                along = {name: direction[name] for name in params}
+                return _compiled(f, derivative, plain, dict(params), along)
+            return plain()
     except (NotImplementedError, RuntimeError) as error:
         op = _unsupported_op(str(error))
         if op is None:
             raise
         raise ForwardModeUnsupportedError(op) from error
-    return cast(tuple[Tensor, Tensor], pair)
 
 
 def finite_difference(
@@ -118,13 +128,19 @@ def finite_difference(
     Returns:
         ``F`` and ``v``; ``v`` has error O(α) + O(rounding / α).
     """
+
+    def at(theta: Parameters) -> Tensor:
+        if isinstance(f, Call) and f.compiled is not None:
+            return _compiled(f, compiled_outputs, lambda: f(theta), dict(theta))
+        return f(theta)
+
     with torch.no_grad():
         if outputs is None:
-            outputs = f(params)
+            outputs = at(params)
         if step is None:
             step = default_step(params, direction, outputs.dtype)
         alpha = torch.as_tensor(step, device=outputs.device)
-        change = outputs - f(_shifted(f, params, direction, -alpha))
+        change = outputs - at(_shifted(f, params, direction, -alpha))
         return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
 
 
@@ -286,9 +302,28 @@ def _load_forward_rules() -> None:
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
+def _compiled(
+    call: Call, function: Callable[..., Found], plain: Callable[[], Found], *points: Any
+) -> Found:
+    """A compiled function of a call, under what surrounds its replay."""
+    assert call.compiled is not None
+    with call.surroundings():
+        return call.compiled(
+            function,
+            plain,
+            call.model,
+            *points,
+            dict(call.model.named_buffers()),
+            call.args,
+            dict(call.kwargs),
+            call.output_fn,
+        )
+
+
 def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor) -> Parameters:
     """``θ + by · d``, in new tensors."""
-    if isinstance(f, Call) and all(update.on_host(d.device) for d in direction.values()):
+    one_by_one = isinstance(f, Call) and f.compiled is None
+    if one_by_one and all(update.on_host(d.device) for d in direction.values()):
         return Lazy(
             params,
             lambda name: (

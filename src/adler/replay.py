@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adler import distributed
+from adler.compiled import Compiled
 from adler.lazily import Lazy, on_access
 
 __all__ = ["Call", "RandomState", "is_replaying", "replaying", "unwrap"]
@@ -124,6 +125,7 @@ class Call:
         random_state: State of the generators when the call began; ``None``: whatever it is at
             the replay. Either way the generators are put back afterwards.
         autocast: Autocast states of the call.
+        compiled: Compiles replays, where the model is compiled.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -140,6 +142,7 @@ class Call:
     devices: tuple[torch.device, ...] = ()
     random_state: RandomState | None = None
     autocast: tuple[AutocastState, ...] = ()
+    compiled: Compiled | None = None
 
     @classmethod
     def of(
@@ -174,14 +177,7 @@ class Call:
         Raises:
             TypeError: If the result is not one tensor.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(replaying())
-            stack.enter_context(_without_attention_fastpath())
-            stack.callback(RandomState.now(self.devices).set)
-            if self.random_state is not None:
-                self.random_state.set()
-            for state in self.autocast:
-                stack.enter_context(state.context())
+        with self.surroundings() as stack:
             # Cloned here, inside any function transform: running statistics are updated in place.
             tensors = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
             if isinstance(params, Lazy):
@@ -200,6 +196,19 @@ class Call:
         if not isinstance(outputs, Tensor):
             raise TypeError(not_a_tensor(outputs, self.output_fn is not None))
         return outputs
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[contextlib.ExitStack]:
+        """Random state and autocast of the call; afterwards the generators are put back."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaying())
+            stack.enter_context(_without_attention_fastpath())
+            stack.callback(RandomState.now(self.devices).set)
+            if self.random_state is not None:
+                self.random_state.set()
+            for state in self.autocast:
+                stack.enter_context(state.context())
+            yield stack
 
 
 def accelerators(model: nn.Module) -> tuple[torch.device, ...]:
