@@ -40,7 +40,7 @@ def sgd(rate: float) -> Factory:
     return lambda model, criterion: torch.optim.SGD(model.parameters(), lr=rate)
 
 
-MEASURED = ("AdlerScheduleFree", "AdlerAdam", "Adler", "GaussNewton")
+MEASURED = ("AdlerScheduleFree", "AdlerAdam", "Adler")
 
 
 def measured(name: str) -> Factory:

@@ -1,6 +1,7 @@
 """The cheap modes against the exact one; what guards them; what a step may not do."""
 
 import copy
+import functools
 import math
 import random
 import warnings
@@ -13,9 +14,23 @@ from loops import NoSynchronisation, train, unchanged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adler import Adler, AdlerAdam, GaussNewton, SpectralSGD, curvature, update
+from adler import (
+    Adler,
+    AdlerAdam,
+    AdlerScheduleFree,
+    GaussNewton,
+    SpectralSGD,
+    curvature,
+    update,
+)
 
-KINDS = {"adler": Adler, "adam": AdlerAdam, "gauss-newton": GaussNewton, "spectral": SpectralSGD}
+KINDS = {
+    "adler": Adler,
+    "adam": AdlerAdam,
+    "schedule-free": AdlerScheduleFree,
+    "gauss-newton": GaussNewton,
+    "spectral": SpectralSGD,
+}
 ENGINES = ["forward", "finite_difference", "double_backward"]
 
 
@@ -513,10 +528,11 @@ def kernels(kind, depth, step, **options):
 
 @pytest.mark.parametrize("step", [1, 2], ids=["between", "measured"])  # the first makes state
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("kind", ["adler", "adam", "gauss-newton"])
+@pytest.mark.parametrize("kind", ["adler", "momentum", "adam", "schedule-free", "gauss-newton"])
 def test_kernels_do_not_grow_with_the_number_of_parameters(kind, options, step, monkeypatch):
     monkeypatch.setattr(update, "_HOST_DEVICES", ())
-    counts = [kernels(KINDS[kind], depth, step, **options) for depth in (2, 12)]
+    made = {**KINDS, "momentum": functools.partial(Adler, momentum=0.9)}[kind]
+    counts = [kernels(made, depth, step, **options) for depth in (2, 12)]
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) < 300
 

@@ -8,7 +8,7 @@ from cases import batches, flat, network
 from loops import NoSynchronisation, train
 from torch import nn
 
-from adler import AdlerAdam, AdlerScheduleFree, curvature
+from adler import AdlerAdam, AdlerScheduleFree, curvature, update
 
 UNGUARDED = {"trust_region": None, "eps": 0.0}
 
@@ -52,6 +52,27 @@ def test_with_its_rates_the_three_sequences_follow(name, options):
     optimizer.eval()
     torch.testing.assert_close(flat(model), average, rtol=1e-7, atol=1e-9)
     assert (flat(model) - flat(twin)).norm() > 1e-4  # the average is another point
+
+
+def test_parameters_that_miss_steps_have_averages_of_their_own(monkeypatch):
+    """The last layer alone has a gradient in every third step; with and without the host's help."""
+    found = []
+    for host in (True, False):
+        model, criterion, optimizer, data = setting(steps=9)
+        if not host:
+            monkeypatch.setattr(update, "on_host", lambda device: False)
+        for number, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            if number % 3 == 0:
+                for p in list(model.parameters())[:-2]:
+                    p.grad = None
+            optimizer.step()
+        counts = {int(state["step"]) for state in optimizer.state.values()}
+        assert counts == {6, 9}
+        optimizer.eval()
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_the_rate_is_the_minimiser_at_the_interpolated_point():

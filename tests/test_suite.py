@@ -865,6 +865,7 @@ VARIANTS = """\
 def test_the_tables_of_fixed_records():
     text = tables.markdown(fixed_records(), "development")
     assert text == tables.markdown(fixed_records()[::-1], "development")
+    assert "| Adler (default) | 1.0 | 2 / 0 / 0 | 0 | +9.0 |\n" in text
     assert OVERALL in text
     assert UNTUNED in text
     assert VARIANTS in text

@@ -4,7 +4,7 @@ import pytest
 import torch
 from loops import NoSynchronisation
 
-from adler.update import decay_, descend_, momentum_, reach, squared_norm
+from adler.update import decay_, descend_, momentum_, squared_norm, squared_norm_and_reach
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -39,6 +39,17 @@ def test_squared_norm_shows_bad_entries(bad):
     tensors = mixed(dtypes=[torch.float32])
     tensors[0][1, 2] = bad
     assert not math.isfinite(float(squared_norm(tensors)))
+
+
+def reach(params, directions):
+    return squared_norm_and_reach(params, directions)[1]
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES, [torch.float64]], ids=["mixed", "float64"])
+def test_one_look_finds_the_same_squared_norm(dtypes):
+    params, directions = mixed(0, dtypes), mixed(1, dtypes)
+    found, _ = squared_norm_and_reach(params, directions)
+    assert float(found) == float(squared_norm(directions))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,6 +151,6 @@ def test_nothing_waits_for_the_device():
     params, directions = mixed(0), mixed(1)
     with NoSynchronisation():
         size = squared_norm(directions)
-        reach(params, directions)
+        squared_norm_and_reach(params, directions)
         decay_(params, size * 1e-3)
         descend_(params, directions, size, size > 1)

@@ -46,6 +46,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
     option("--shard", type=_shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
     option("--results", type=Path, help="default: benchmarks/results/suite/PRESET")
+    option("--figures", type=Path, help="where the figures go; default: --results")
     option("--limit-minutes", type=float, help="start no run after this time")
     option("--device", default="cpu")
     return parser.parse_args(argv)
@@ -151,7 +152,9 @@ def _main(preset: Preset, options: argparse.Namespace) -> None:
         text = tables.markdown(found, options.preset)
         results.mkdir(parents=True, exist_ok=True)
         (results / "tables.md").write_text(text)
-        plots.draw(found, results)
+        figures = options.figures or results
+        figures.mkdir(parents=True, exist_ok=True)
+        plots.draw(found, figures)
         print(text)
     if crashes:
         raise SystemExit(f"error: {crashes} runs crashed; the same command tries them again")

@@ -172,13 +172,14 @@ class MeasuredOptimizer(Optimizer):
         scale, veto = self._amp_unscale(gradients)
         course = self._direction(params, gradients, batch, scale)
         direction = course.along
-        squared_norm = update.squared_norm(direction, self._home)
-        plain = direction is gradients
-        slope = squared_norm if plain else update.dot(gradients, direction, self._home)
         guard = Guard(*(shared[key] for key in Guard._fields))
         reach: Tensor | None = None
-        if guard.max_relative_change is not None:
-            reach = update.reach(params, direction, self._home)
+        if guard.max_relative_change is None:
+            squared_norm = update.squared_norm(direction, self._home)
+        else:
+            squared_norm, reach = update.squared_norm_and_reach(params, direction, self._home)
+        plain = direction is gradients
+        slope = squared_norm if plain else update.dot(gradients, direction, self._home)
         curvature = consistency = torch.full_like(squared_norm, math.nan)
         trusted: Tensor | None = None
         if measures:

@@ -21,10 +21,10 @@ __all__ = [
     "dot",
     "momentum_",
     "on_host",
-    "reach",
     "schedule_free_",
     "shifted",
     "squared_norm",
+    "squared_norm_and_reach",
 ]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -125,10 +125,11 @@ def shifted(params: Sequence[Tensor], directions: Sequence[Tensor], by: Tensor) 
     return [found[i] for i in range(len(params))]
 
 
-def reach(
+def squared_norm_and_reach(
     params: Sequence[Tensor], directions: Sequence[Tensor], home: torch.device | None = None
-) -> Tensor:
-    r"""Step length at which some weight tensor has moved by its own norm.
+) -> tuple[Tensor, Tensor]:
+    r"""`squared_norm` of the directions, and the step length at which a weight tensor has moved
+    by its own norm, from one look at each tensor.
 
     $$
     \min_W \; \max(\|W\|, \sqrt{n_W / 3}) \,/\, \|d_W\|
@@ -140,24 +141,32 @@ def reach(
     Args:
         params: Any shapes, floating dtypes and devices, at least one.
         directions: As many, of the same shapes, dtypes and devices.
-        home: Device of the result; default: that of the first parameter.
+        home: Device of the results; default: that of the first parameter.
 
     Returns:
-        0-dim, float64 (float32 where the device has no float64); infinite without such tensors.
+        Both 0-dim, float64 (float32 where the device has no float64); the reach is infinite without
+        such tensors.
 
     Examples:
-        >>> float(reach([torch.full((3, 1), 2.0)], [torch.tensor([[0.0], [3.0], [4.0]])]))
-        0.6928203105926514
+        >>> weights, along = [torch.full((3, 1), 2.0)], [torch.tensor([[0.0], [3.0], [4.0]])]
+        >>> squared, reach = squared_norm_and_reach(weights, along)
+        >>> float(squared), float(reach)
+        (25.0, 0.6928203105926514)
     """
     home = params[0].device if home is None else home
-    least = torch.full((), math.inf, dtype=_widest(home), device=home)
-    matrices = [pair for pair in zip(params, directions, strict=True) if pair[0].ndim > 1]
-    for (_, _, where), (p, d) in _alike(*zip(*matrices, strict=True)).items():
-        floors = [math.sqrt(len(weight) / 3) for weight in p]
-        sizes = torch._foreach_clamp_min(_norms(p, where), floors)
-        ratios = torch.stack(torch._foreach_div(sizes, _norms(d, where)))
+    total = torch.zeros((), dtype=_widest(home), device=home)
+    least = torch.full_like(total, math.inf)
+    for (device, _, where), (p, d) in _alike(params, directions).items():
+        lengths = _norms(d, where)
+        total = total + torch.stack(lengths).to(_widest(device)).square().sum().to(total)
+        matrices = [i for i, weight in enumerate(p) if weight.ndim > 1]
+        if not matrices:
+            continue
+        floors = [math.sqrt(len(p[i]) / 3) for i in matrices]
+        sizes = torch._foreach_clamp_min(_norms([p[i] for i in matrices], where), floors)
+        ratios = torch.stack(torch._foreach_div(sizes, [lengths[i] for i in matrices]))
         least = torch.minimum(least, ratios.min().to(least))
-    return least
+    return total, least
 
 
 def descend_(
@@ -177,7 +186,7 @@ def descend_(
             if not skip.numpy():
                 torch._foreach_add_(p, d, alpha=-float(rate.detach().numpy()))
         elif _is_fused(device, dtype):
-            _fused_descend_(p, d, [], rate, skip)
+            _fused_descend_(p, d, rate, skip)
         else:
             step, veto = rate.to(device), skip.to(device)
             for param, direction in zip(p, d, strict=True):
@@ -211,18 +220,13 @@ def momentum_(
         momentum: ``μ``.
     """
     rows = _local_alike(params, gradients, averages, steps)
-    for (device, dtype, _), (p, g, m, counts) in rows.items():
+    for (device, _, _), (p, g, m, counts) in rows.items():
         veto = skip.to(device)
         torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
         weights = 1 - momentum ** torch.stack(counts).to(_widest(device))  # 0 before any step
-        rates = (rate.to(device) / weights).unbind()
-        for param, gradient, average, own in zip(p, g, m, rates, strict=True):
-            if _is_fused(device, dtype):
-                _fused_descend_([param], [gradient], [average], own, veto, momentum)
-            else:
-                after = average.lerp(gradient, 1 - momentum)
-                average.copy_(torch.where(veto, average, after))
-                param.copy_(torch.where(veto, param, param - own * average))
+        news = torch._foreach_sub(m, g)
+        descend_(m, news, torch.as_tensor(1 - momentum, dtype=weights.dtype, device=device), veto)
+        _descend_each_(p, m, rate.to(device) / weights, veto)
 
 
 def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -230,23 +234,18 @@ def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _fused_descend_(
-    params: list[Tensor],
-    directions: list[Tensor],
-    averages: list[Tensor],
-    rate: Tensor,
-    skip: Tensor,
-    momentum: float = 0.0,
+    params: list[Tensor], directions: list[Tensor], rate: Tensor, skip: Tensor
 ) -> None:
     """Takes the rate and the veto from the device, so that the host need not wait."""
     device = params[0].device
     torch._fused_sgd_(
         params,
         directions,
-        averages,
+        [],
         weight_decay=0.0,
-        momentum=momentum,
+        momentum=0.0,
         lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
-        dampening=momentum,
+        dampening=0.0,
         nesterov=False,
         maximize=False,
         is_first_step=False,
@@ -355,12 +354,20 @@ def schedule_free_(
         descend_(squares, list(news), keep, veto)
         # Of y: towards z by the average's new share of it, and its own share of the step.
         mine = rate.to(device) * (1 - betas[0] * (1 - shares))
-        for param, gap, direction, share, own in zip(
-            y, apart, d, shares.unbind(), mine.unbind(), strict=True
-        ):
-            descend_([param], [gap], share, veto)
-            descend_([param], [direction], own, veto)
+        _descend_each_(y, apart, shares, veto)
+        _descend_each_(y, d, mine, veto)
         descend_(z, d, rate, veto)
+
+
+def _descend_each_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], rates: Tensor, skip: Tensor
+) -> None:
+    """As `descend_`, with a rate for each; they differ where a parameter has had fewer steps."""
+    if on_host(rates.device) and len(set(rates.numpy().tolist())) == 1:
+        descend_(params, directions, rates[0], skip)
+        return
+    steps = list(torch._foreach_mul(list(directions), list(rates.unbind())))
+    descend_(params, steps, torch.ones_like(rates[0]), skip)
 
 
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
