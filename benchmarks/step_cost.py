@@ -170,7 +170,10 @@ def plot(results: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = results["runs"]
-    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 3.4 * len(runs)), squeeze=False)
+    everything = [name for name in (*OURS, *PEERS) if name != BASE]
+    colours = dict(zip(everything, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    size = (10.5, 3.4 * len(runs))
+    figure, axes = plt.subplots(len(runs), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, run in zip(axes[:, 0], runs, strict=True):
         names = [name for name in (*OURS, *PEERS) if name != BASE and name in run["methods"]]
         networks = run["seconds"]
@@ -184,13 +187,14 @@ def plot(results: dict[str, Any], file: Path) -> None:
                 width,
                 yerr=[[m[1] - m[0] for m in middle], [m[2] - m[1] for m in middle]],
                 label=name,
+                color=colours[name],
             )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(networks)), list(networks), fontsize=8)
         axis.set_ylabel("step time / SGD's")
         axis.set_title(f"{run['device']}, {'compiled' if run['compiled'] else 'eager'}")
-    axes[0, 0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    # Of the first panel: compiled models have no peers.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

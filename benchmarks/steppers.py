@@ -57,6 +57,15 @@ OURS: dict[str, Stepper] = {
     ),
     # Measures at the first step only: all that is not a replay.
     "all but the measurement": _adler(curvature_every=10**9),
+    "AdamW": optimized(lambda model, _: torch.optim.AdamW(model.parameters())),
+    "AdlerScheduleFree": optimized(
+        lambda model, loss: adler.AdlerScheduleFree(model.parameters(), model, loss)
+    ),
+    "AdlerScheduleFree, low_cost": optimized(
+        lambda model, loss: adler.AdlerScheduleFree.low_cost(
+            model.parameters(), model, loss, curvature_warmup=0
+        )
+    ),
 }
 
 
