@@ -138,3 +138,11 @@ def test_buffers_are_as_before():
     before = {name: b.clone() for name, b in model.named_buffers()}
     Call.of(model, x)(doubled(model)[1])
     assert all(b.equal(before[name]) for name, b in model.named_buffers())
+
+
+def test_each_parameter_is_made_once():
+    model, made = network("mlp-tanh"), []
+    params = dict(model.named_parameters())
+    lazy = Lazy(params, lambda name: made.append(name) or params[name])
+    Call.of(model, torch.randn(2, 4, dtype=torch.float64))(lazy)
+    assert sorted(made) == sorted(params)

@@ -39,6 +39,9 @@ class Lazy(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._make(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # the mixin's would make the value
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
