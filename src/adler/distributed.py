@@ -148,6 +148,8 @@ def moved(ddp: nn.Module | None, inputs: Any) -> Any:
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a part."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False  # nearly always, and asked of each tensor several times a step
     return _is(tensor, "torch.distributed.tensor", "DTensor")
 
 
