@@ -200,12 +200,22 @@ METHODS: dict[str, Method] = {
     "adamw-cosine-tuned": Method(
         "AdamW + cosine, grid", _ADAMW_GRID, 2, _plain(AdamW, tuned=True, warmup=0.05)
     ),
-    "adler": Method("Adler (default)", None, 3, _measured(adler.Adler)),
+    "adler": Method("Adler", None, 3, _measured(adler.Adler)),
     "adler-cap": Method("Adler (cap only)", None, 3, _measured(adler.Adler, **_CAP_ONLY)),
     "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
-    "adler-adam": Method("AdlerAdam (default)", None, 3, _measured(adler.AdlerAdam)),
+    "adler-adam": Method("AdlerAdam", None, 3, _measured(adler.AdlerAdam)),
     "adler-schedulefree": Method(
-        "AdlerScheduleFree (default)", None, 3, _interpolated(adler.AdlerScheduleFree)
+        "AdlerScheduleFree", None, 3, _interpolated(adler.AdlerScheduleFree)
+    ),
+    "adler-schedulefree-difference": Method(
+        "AdlerScheduleFree, finite difference",
+        None,
+        3,
+        _interpolated(adler.AdlerScheduleFree, jvp="finite_difference"),
+    ),
+    # Of its steps after the first hundred: two passes on a quarter of the batch, every eighth.
+    "adler-schedulefree-low-cost": Method(
+        "AdlerScheduleFree, low_cost", None, 2.0625, _interpolated(adler.AdlerScheduleFree.low_cost)
     ),
     "gauss-newton-published": Method(
         "GN (published)", None, 3, _measured(adler.GaussNewton.as_published)

@@ -82,7 +82,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
     names = [name for name in standings.names(found) if name in lines["share"]]
     if not names:
         return None
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (unit, grid) in zip(axes, points.items(), strict=True):
@@ -93,6 +93,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
                 100 * np.mean(lines[unit][name], axis=0),
                 _LINES[index // len(_COLOURS) % len(_LINES)],
                 color=_COLOURS[index % len(_COLOURS)],
+                linewidth=2.4 if name.startswith("adler") else 1.0,
                 marker=_MARKERS[index % len(_MARKERS)],
                 markevery=(index % 5, 10),
                 label=method(name).label,
@@ -101,7 +102,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
     axes[1].set_xlabel("Training time (SGD runs)")
     axes[0].set_ylabel("Test accuracy above the best SGD rate's last (points)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     figure.suptitle("Mean over the tasks with classes that a method has run on, and over seeds")
     return figure
 
