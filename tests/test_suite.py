@@ -899,6 +899,34 @@ def test_how_far_behind_the_best():
     assert standings.behind(standings.contests(found), ["adler", "dog"]) == ({}, 0)
 
 
+def test_what_cheaper_measurements_do():
+    found = [one for seed in range(2) for one in grid(0.4, seed)]
+    for name, accuracy, seconds in (
+        (tables.EXACT, 0.5, 5.0),
+        *zip(tables.MODES, (0.5, 0.4), (3, 2)),
+    ):
+        for seed in range(2):
+            found.append(record(name, accuracy, seed, seconds=seconds, skipped=seed))
+    text = tables.markdown(found, "development")
+    assert (
+        "| AdlerScheduleFree, finite difference | 1 | 0 | 1 | 0 | +0.0 | 1.00 | 1 | 1.50 |" in text
+    )
+    assert "| AdlerScheduleFree, low_cost | 1 | 0 | 0 | 1 | -10.0 | 1.20 | 1 | 1.00 |" in text
+    assert "They have not run." in tables.markdown(fixed_records(), "development")
+
+
+def test_tuned_adamw_is_a_reference_of_its_own():
+    rates = methods.METHODS[tables.TUNED].grid
+    found = [*grid(0.4), record("adler", 0.5), record("adler", 0.5, 1)]
+    for seed in range(2):
+        for index, lr in enumerate(rates):
+            found.append(record(tables.TUNED, 0.41 + 0.01 * index, seed, lr=lr))
+    text = tables.markdown(found, "development")
+    assert "| Adler | 1 | 1 | 0 | 0 | +5.0 | 0.91 |" in text
+    assert "| SGD grid | 1 | 0 | 0 | 1 | -5.0 |" in text
+    assert "AdamW + cosine, grid" not in text
+
+
 def test_one_method_against_another():
     text = tables.markdown(fixed_records(), "development")
     row = next(line for line in text.splitlines() if line.startswith("| 2 Adler"))

@@ -17,6 +17,11 @@ __all__ = ["BUDGETS", "markdown"]
 
 # AdamW with a tuned rate and a cosine over a known horizon: only where it is the habit.
 TUNED = "adamw-cosine-tuned"
+# The exact measurement, and what stands in for it.
+EXACT, MODES = (
+    "adler-schedulefree",
+    ("adler-schedulefree-difference", "adler-schedulefree-low-cost"),
+)
 # Of time, in SGD runs: one, and what the exact engine may cost.
 BUDGETS = (1.0, 2.2)
 _MARKS = {"win": "+", "tie": "=", "loss": "−", "dead": "†", "diverged": "‡"}
@@ -40,6 +45,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "matrix": ("Method against method", _matrix(main, runs)),
         "failures": ("Runs that failed", _failures(main, runs)),
         "transformers": ("Beside a tuned AdamW", _beside_tuned(found, everything)),
+        "modes": ("What cheaper measurements do", _modes(found, everything)),
         "variants": ("Variants", _variants(found, everything)),
         "families": ("Task by task", _families(main, runs)),
     }
@@ -273,6 +279,27 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
         f"Against AdamW with the best of the rates {rates}, chosen by the test set anew for each "
         "task and seed, under 5 % of warm-up and a cosine to zero: on the tasks with a transformer "
         "or with text.",
+    ]
+
+
+def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
+    by_loss, seconds = standings.contests(found, "loss"), standings.sgd_seconds(found)
+    lines = _head("Method", *_BESIDE, "Skipped steps", "Time / one SGD run")
+    for name in (EXACT, *MODES):
+        cells = ["", "", "", "", "+0.0", "1.00"] if name == EXACT else None
+        cells = cells or _beside(runs, by_loss, name, EXACT)
+        mine = [by_method[name] for by_method in runs.values() if name in by_method]
+        cost = standings.cost_ratio(runs, name, seconds)
+        if cells is None or cost is None:
+            return ["They have not run."]
+        skipped = sum(record["skipped"] for record in mine)
+        lines.append(_row(method(name).label, *cells, skipped, f"{cost:.2f}"))
+    return [
+        *lines,
+        "",
+        "Against the exact measurement, on the tasks and seeds on which both have run. Time: "
+        "median over them, of training without evaluation; of `low_cost` half of these short runs "
+        "is its warm-up of a hundred steps, all of which measure.",
     ]
 
 
