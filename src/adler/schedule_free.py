@@ -49,7 +49,7 @@ class AdlerScheduleFree(MeasuredOptimizer):
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the measured rate; per group. At 1 the fast iterate minimises the minibatch's
             model, but of its step only the fraction ``1 - betas[0]`` arrives at once where the next
-            gradient is taken; from 1 to 5 the results hardly differ.
+            gradient is taken.
         betas: How near ``y`` is to the average, in (0, 1), and the discount of the second moment,
             in [0, 1); per group.
         adam_eps: ``ε_A``, added to the root of the second moment; per group.
