@@ -34,14 +34,15 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         found: Records, in any order.
         preset: The preset's name, for the heading.
     """
-    # What all tasks are run by; ranks are among these.
-    main = [r for r in found if "@" not in r["method"] and r["method"] != TUNED]
+    timed = [r for r in found if "@" not in r["method"] and r["method"] != TUNED]
+    # What is ranked: without near copies, each of which would cost the others a place.
+    main = [r for r in timed if r["method"] not in MODES]
     runs, everything = standings.contests(main), standings.contests(found)
     sections = {
         "summary": ("In short", _summary(main, runs)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
         "untuned": ("Against the best of all untuned methods", _untuned(main, runs)),
-        "time": ("Against time", _time(main, runs)),
+        "time": ("Against time", _time(timed, standings.contests(timed))),
         "matrix": ("Method against method", _matrix(main, runs)),
         "failures": ("Runs that failed", _failures(main, runs)),
         "transformers": ("Beside a tuned AdamW", _beside_tuned(found, everything)),
