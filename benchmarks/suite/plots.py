@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 
 from benchmarks.suite import standings
 from benchmarks.suite.methods import VARIED, defaults, method, variant
-from benchmarks.suite.standings import REFERENCE
+from benchmarks.suite.standings import REFERENCE, TUNED
 from benchmarks.suite.trials import Record
 
 __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
@@ -69,7 +69,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
         if best is None or best["score"] != "accuracy" or contest not in seconds:
             continue
         for name, record in by_method.items():
-            if "@" in name:
+            if "@" in name or name == TUNED:
                 continue
             for unit, grid in points.items():
                 scale = seconds[contest] if unit == "seconds" else 1.0

@@ -20,6 +20,7 @@ from benchmarks.suite.trials import Record
 
 __all__ = [
     "REFERENCE",
+    "TUNED",
     "Behind",
     "Contest",
     "Runs",
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 REFERENCE = "sgd"
+# AdamW with a tuned rate and a cosine over a known horizon: only where it is the habit.
+TUNED = "adamw-cosine-tuned"
 Contest = tuple[str, int]  # task, seed
 Runs = Mapping[Contest, Mapping[str, Record]]
 Verdict = Literal["win", "tie", "loss", "dead", "diverged"]

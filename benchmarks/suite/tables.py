@@ -10,13 +10,11 @@ from typing import Any
 
 from benchmarks.suite import standings
 from benchmarks.suite.methods import method
-from benchmarks.suite.standings import REFERENCE, Runs
+from benchmarks.suite.standings import REFERENCE, TUNED, Runs
 from benchmarks.suite.trials import Record
 
 __all__ = ["BUDGETS", "markdown"]
 
-# AdamW with a tuned rate and a cosine over a known horizon: only where it is the habit.
-TUNED = "adamw-cosine-tuned"
 # The exact measurement, and what stands in for it.
 EXACT, MODES = (
     "adler-schedulefree",
