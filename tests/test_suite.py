@@ -689,6 +689,7 @@ def record(name, accuracy, seed=0, task=CNN, lr=None, seconds=2.0, loss=None, **
         "test_loss": None if diverged else loss,
         "train_loss": None if diverged else loss,
         "diverged": diverged,
+        "skipped": 0,
         "seconds": seconds,
         "versions": {"python": "3.11.7", "torch": "2.13.0", "adler": "0.1.0"},
         "device": "cpu",
@@ -779,6 +780,12 @@ def test_ranks_share_a_place_where_scores_are_equal():
     ]
     ranks, count = standings.mean_ranks(standings.contests(found), ["adler", "adamw", "momo"])
     assert ranks == {"adler": 1.75, "adamw": 2.25, "momo": 2.0}
+    assert count == 1
+    # A task with one seed weighs as much as one with two.
+    found += [record(n, 0, task=DIABETES, loss=x) for n, x in (("adler", 3.0), ("adamw", 2.0))]
+    found.append(record("momo", 0, task=DIABETES, loss=1.0))
+    ranks, count = standings.mean_ranks(standings.contests(found), ["adler", "adamw", "momo"])
+    assert ranks == {"adler": (1.75 + 3) / 2, "adamw": (2.25 + 2) / 2, "momo": 1.5}
     assert count == 2
 
 
@@ -897,6 +904,19 @@ def test_how_far_behind_the_best():
     assert told["adamw"].furthest == pytest.approx(0.1)
     assert told["momo"] == (0, 0, pytest.approx(9.0), DIABETES)
     assert standings.behind(standings.contests(found), ["adler", "dog"]) == ({}, 0)
+
+
+def test_the_tasks_that_are_lost_are_listed():
+    found = [*grid(0.5), *grid(0.5, task=DIABETES)]
+    found += [record(tables.EXACT, 0.4), record("adamw", 0.45)]
+    found += [record(tables.EXACT, 0, task=DIABETES, loss=0.4), record("adamw", 0, task=DIABETES)]
+    text = tables.markdown(found, "development")
+    (row,) = [line for line in text.splitlines() if line.endswith("| AdamW (default) |")]
+    assert row == f"| {CNN} | 0.400 − | 0.500 | 0.450 | AdamW (default) |"
+    found[-2] = record(tables.EXACT, 0, task=DIABETES, loss=0.499)  # above SGD's 0.5
+    found.append(record("momo", 0, task=DIABETES, loss=0.4))
+    found.append(record("momo", 0.1))
+    assert f"| {DIABETES} | 0.499 | 0.500 | 0.400 | MoMo |" in tables.markdown(found, "development")
 
 
 def test_what_cheaper_measurements_do():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -175,22 +175,27 @@ def _accuracy(record: Record) -> float:
 
 
 def mean_ranks(runs: Runs, among: Sequence[str]) -> tuple[dict[str, float], int]:
-    """The mean rank of each method, 1 the best, and over how many tasks and seeds.
+    """The mean rank of each method, 1 the best, and over how many tasks.
 
-    Only where all have run; equal scores share the mean of their ranks.
+    Only where all have run; equal scores share the mean of their ranks. Of a task the mean over its
+    seeds counts, so that those with more seeds weigh no more.
     """
-    table = [
-        [value(by_method[name]) for name in among]
-        for by_method in runs.values()
-        if all(name in by_method for name in among)
-    ]
-    if not table:
+    by_task: dict[str, list[list[float]]] = {}
+    for (task, _), by_method in sorted(runs.items()):
+        if all(name in by_method for name in among):
+            by_task.setdefault(task, []).append([value(by_method[name]) for name in among])
+    if not by_task:
         return {}, 0
-    scores = np.array(table)
+    ranks = np.mean([_ranks(np.array(scores)).mean(0) for scores in by_task.values()], axis=0)
+    return dict(zip(among, ranks.tolist(), strict=True)), len(by_task)
+
+
+def _ranks(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of each row's entries, 1 the largest."""
     better = (scores[:, None, :] > scores[:, :, None]).sum(2)
     equal = (scores[:, None, :] == scores[:, :, None]).sum(2)
-    ranks = (better + (equal + 1) / 2).mean(0)
-    return dict(zip(among, ranks.tolist(), strict=True)), len(table)
+    ranks: np.ndarray[Any, Any] = better + (equal + 1) / 2
+    return ranks
 
 
 class Behind(NamedTuple):
@@ -255,17 +260,18 @@ def _test_loss(record: Record) -> float:
 def loss_ratio(by_loss: Runs, name: str, other: str = REFERENCE) -> float | None:
     """The geometric mean of the final test losses over the other's; below 1 is better.
 
+    Over tasks, of a task over its seeds.
+
     Args:
         by_loss: `contests` by loss.
         name: The method.
         other: Usually the best of ten SGD rates, here the one with the least test loss.
     """
-    logarithms = [
-        math.log(_ratio(mine, theirs))
-        for pairs in _pairs(by_loss, name, other).values()
-        for mine, theirs in pairs
-        if not theirs["diverged"]
-    ]
+    logarithms = []
+    for pairs in _pairs(by_loss, name, other).values():
+        known = [math.log(_ratio(*pair)) for pair in pairs if not pair[1]["diverged"]]
+        if known:
+            logarithms.append(statistics.fmean(known))
     return math.exp(statistics.fmean(logarithms)) if logarithms else None
 
 

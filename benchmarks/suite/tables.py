@@ -40,6 +40,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "summary": ("In short", _summary(main, runs)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
         "untuned": ("Against the best of all untuned methods", _untuned(main, runs)),
+        "losses": (f"Where {method(EXACT).label} is behind", _losses(main, runs)),
         "time": ("Against time", _time(timed, standings.contests(timed))),
         "matrix": ("Method against method", _matrix(main, runs)),
         "failures": ("Runs that failed", _failures(main, runs)),
@@ -141,9 +142,9 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
         "seeds. By test accuracy where there are classes to name, by test loss elsewhere. Dead: in "
         "some seed no better than guessing where an SGD rate is. Diverged: in some seed not "
         "finite. Accuracy gained over that SGD run: mean over the tasks with classes. Mean rank: "
-        f"among the {len(methods)} methods here, over the {ranked} pairs of task and seed on which "
-        "all of them ran. Test loss: geometric mean of its ratio to the least of the ten SGD "
-        f"rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run counts.",
+        f"among the {len(methods)} methods here, over the {ranked} tasks on which all of them ran, "
+        "of a task the mean over its seeds. Test loss: geometric mean of its ratio to the least of "
+        f"the ten SGD rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run counts.",
     ]
 
 
@@ -172,6 +173,35 @@ def _untuned(found: Sequence[Record], runs: Runs) -> list[str]:
         f"On the {count} tasks on which all of these have run. Behind: the share of the best "
         "accuracy that is missing, or by how much the test loss is above the least, of means over "
         "the seeds.",
+    ]
+
+
+def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
+    """The tasks that the exact method loses to SGD, or on which it is not near the best."""
+    untuned = [name for name in standings.names(found) if method(name).grid is None]
+    if EXACT not in untuned:
+        return ["It has not run."]
+    given = standings.verdicts(runs, EXACT)
+    lines = _head("Task", method(EXACT).label, "Best of ten SGD rates", "Best untuned", "which")
+    for task, verdict in given.items():
+        here = {contest: m for contest, m in runs.items() if contest[0] == task}
+        there = [name for name in untuned if all(name in m for m in here.values())]
+        means = {
+            name: statistics.fmean(standings.value(m[name]) for m in here.values())
+            for name in there
+        }
+        best = max(means, key=lambda name: means[name])
+        told, _ = standings.behind(here, there)
+        if verdict in ("win", "tie") and told[EXACT].near:
+            continue
+        cells = [_cell(runs, task, name, {}) for name in (EXACT, REFERENCE, best)]
+        mark = {"win": "", "tie": ""}.get(verdict, " −")
+        lines.append(_row(task, cells[0] + mark, *cells[1:], method(best).label))
+    return [
+        *lines,
+        "",
+        "Test accuracy, or test loss where there are no classes. −: below the best SGD rate by "
+        "more than the standard error; without it, more than 5 % behind the best untuned method.",
     ]
 
 
