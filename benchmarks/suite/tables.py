@@ -144,7 +144,8 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
         "finite. Accuracy gained over that SGD run: mean over the tasks with classes. Mean rank: "
         f"among the {len(methods)} methods here, over the {ranked} tasks on which all of them ran, "
         "of a task the mean over its seeds. Test loss: geometric mean of its ratio to the least of "
-        f"the ten SGD rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run counts.",
+        f"the ten SGD rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run "
+        "counts.",
     ]
 
 
