@@ -116,7 +116,7 @@ def test_trouble_is_told_once_and_the_steps_are_the_same(trouble, engine):
 
 
 def test_dropouts_masks_are_the_training_forwards():
-    model, criterion = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).double(), None
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).double()
     criterion, twin = nn.CrossEntropyLoss(), copy.deepcopy(model)
     compiled = torch.compile(model, backend="eager")
     optimizer, plain = (Adler(m.parameters(), m, criterion) for m in (compiled, twin))

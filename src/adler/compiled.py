@@ -80,7 +80,7 @@ class Compiled:
             return found
         expected = plain()
         if not _same(found, expected):
-            self._refuse("it differs from the uncompiled one; dropout's masks do, for instance")
+            self._refuse("it differs from the uncompiled one")
             return expected
         self._known.add(function)
         return found
@@ -102,11 +102,12 @@ def outputs(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output_fn: Callable[[Any], Tensor] | None,
+    tie_weights: bool = True,
 ) -> Tensor:
     """What the loss sees of a call, as a pure function."""
-    # Running statistics are updated in place.
+    # Cloned here, inside any function transform: running statistics are updated in place.
     tensors = {**{name: buffer.clone() for name, buffer in buffers.items()}, **params}
-    result = functional_call(model, tensors, args, kwargs)
+    result = functional_call(model, tensors, args, kwargs, tie_weights=tie_weights)
     found: Tensor = result if output_fn is None else output_fn(result)
     return found
 
@@ -133,7 +134,11 @@ def _with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
     return types.FunctionType(
-        code, function.__globals__, function.__name__, None, function.__closure__
+        code,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from adler import distributed
-from adler.compiled import Compiled
+from adler.compiled import Compiled, outputs
 from adler.lazily import Lazy, on_access
 
 __all__ = ["Call", "RandomState", "is_replaying", "replaying", "unwrap"]
@@ -178,24 +177,22 @@ class Call:
             TypeError: If the result is not one tensor.
         """
         with self.surroundings() as stack:
-            # Cloned here, inside any function transform: running statistics are updated in place.
-            tensors = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            lazy = isinstance(params, Lazy)
             if isinstance(params, Lazy):
                 stack.enter_context(on_access(self.model, params))
-            else:
-                tensors.update(params)
-            result = functional_call(
+            found = outputs(
                 self.model,
-                tensors,
+                {} if lazy else params,
+                dict(self.model.named_buffers()),
                 self.args,
                 dict(self.kwargs),
+                self.output_fn,
                 # Looking for tied tensors would ask for all parameters at once.
-                tie_weights=not isinstance(params, Lazy),
+                tie_weights=not lazy,
             )
-            outputs = result if self.output_fn is None else self.output_fn(result)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(not_a_tensor(outputs, self.output_fn is not None))
-        return outputs
+        if not isinstance(found, Tensor):
+            raise TypeError(not_a_tensor(found, self.output_fn is not None))
+        return found
 
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[contextlib.ExitStack]:
