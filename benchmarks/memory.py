@@ -21,8 +21,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks.networks import QUICK, TASKS, Task
-from benchmarks.step_cost import BLOCK, arguments, provenance, save
+from benchmarks.networks import Task
+from benchmarks.step_cost import BLOCK, arguments, chosen, provenance, save
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
 
 
@@ -118,24 +118,22 @@ def main() -> None:
     """The command."""
     parser = arguments(__doc__, "memory")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--networks", nargs="+", metavar="n", help="only those that begin so")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tasks = QUICK if options.quick else TASKS
     methods = OURS if options.no_peers else {**OURS, **PEERS}
     steps = 1 if options.quick else BLOCK
-    runs = []
-    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
-        found: dict[str, dict[str, int]] = {}
-        for name, task in tqdm(tasks.items(), device):
-            found[name] = {}
-            for method, stepper in methods.items():
-                try:
-                    found[name][method] = measure(task, stepper, steps, device)
-                except Exception:
-                    # A peer that cannot do this network is reported, not hidden.
-                    if method in OURS:
-                        raise
-        runs.append({"device": device, "methods": list(methods), "bytes": found})
+    found: dict[str, dict[str, int]] = {}
+    for name, task in tqdm(chosen(options).items(), options.device):
+        found[name] = {}
+        for method, stepper in methods.items():
+            try:
+                found[name][method] = measure(task, stepper, steps, options.device)
+            except Exception:
+                # A peer that cannot do this network is reported, not hidden.
+                if method in OURS:
+                    raise
+    runs = [{"device": options.device, "methods": list(methods), "bytes": found}]
     results = {**provenance(options, "benchmarks.memory"), "steps": steps, "runs": runs}
     save(results, options, "memory", table, plot)
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 __all__ = ["QUICK", "TASKS", "Task", "mlp"]
 
+Device = torch.device | str
+
 
 @dataclass(frozen=True)
 class Task:
@@ -31,7 +33,7 @@ class Task:
     classes: int = 10
     tokens: bool = False
 
-    def batch(self, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
+    def batch(self, device: Device = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, the same at every call with the same seed."""
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
@@ -43,7 +45,7 @@ class Task:
             y = torch.randint(self.classes, (self.batch_size,), generator=generator)
         return x.to(device), y.to(device)
 
-    def network(self, device: torch.device | str = "cpu") -> nn.Module:
+    def network(self, device: Device = "cpu") -> nn.Module:
         """The network, with the same weights at every call."""
         torch.manual_seed(1)
         return self.build().to(device)
@@ -88,12 +90,15 @@ class Residual(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet() -> nn.Module:
-    """ResNet-14 for images of 32 x 32."""
-    widths = (16, 16, 16, 32, 32, 64, 64)
-    blocks = [Residual(a, b) for a, b in itertools.pairwise(widths)]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+def resnet(*widths: int, repeats: int) -> nn.Module:
+    """For images of 32 x 32: stages of residual blocks, each at half the last one's resolution."""
+    blocks = [
+        Residual(inside if i == 0 else outside, outside)
+        for inside, outside in itertools.pairwise((widths[0], *widths))
+        for i in range(repeats)
+    ]
+    stem = [nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10)]
     return nn.Sequential(*stem, *blocks, *head)
 
 
@@ -121,14 +126,14 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Four blocks of width 128 on 64 patches of 4 x 4 pixels."""
+    """On the 64 patches of 4 x 4 pixels of an image of 32 x 32."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, 128, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(64, 128))
-        self.blocks = nn.Sequential(*[Block(128, 4, causal=False) for _ in range(4)])
-        self.head = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 10))
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(64, width))
+        self.blocks = nn.Sequential(*[Block(width, heads, causal=False) for _ in range(depth)])
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of shape ``(b, 10)``."""
@@ -138,33 +143,58 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """GPT-style: four causal blocks of width 128, 256 tokens, tied embedding."""
+    """GPT-style: causal blocks, tied embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, depth: int, heads: int, length: int, vocabulary: int) -> None:
         super().__init__()
-        self.embed = nn.Embedding(256, 128)
-        self.position = nn.Parameter(0.02 * torch.randn(64, 128))
-        self.blocks = nn.Sequential(*[Block(128, 4, causal=True) for _ in range(4)])
-        self.norm = nn.LayerNorm(128)
+        self.embed = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(*[Block(width, heads, causal=True) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Scores of the next token, ``(b T, 256)``."""
+        """Scores of the next token, ``(b T, vocabulary)``."""
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
         return F.linear(self.norm(self.blocks(x)), self.embed.weight).flatten(0, 1)
 
 
-TASKS: dict[str, Task] = {
-    "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 64),
-    "CNN + BatchNorm, 0.07 M": Task(cnn_bn, (3, 32, 32), 64),
-    "ResNet-14, 0.18 M": Task(resnet, (3, 32, 32), 64),
-    "ViT, 0.8 M": Task(ViT, (3, 32, 32), 32),
-    "GPT-style decoder, 0.8 M": Task(Decoder, (64,), 32, classes=256, tokens=True),
+def _image(build: Callable[[], nn.Module], batch_size: int) -> Task:
+    return Task(build, (3, 32, 32), batch_size)
+
+
+def _decoder(width: int, depth: int, length: int, vocabulary: int, batch_size: int) -> Task:
+    heads = width // 64 if width > 128 else 4
+    return Task(
+        lambda: Decoder(width, depth, heads, length, vocabulary),
+        (length,),
+        batch_size,
+        classes=vocabulary,
+        tokens=True,
+    )
+
+
+# By type of device: as large as it is made for.
+TASKS: dict[str, dict[str, Task]] = {
+    "cpu": {
+        "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 64),
+        "CNN + BatchNorm, 0.07 M": _image(cnn_bn, 64),
+        "ResNet-14, 0.18 M": _image(lambda: resnet(16, 32, 64, repeats=2), 64),
+        "ViT, 0.8 M": _image(lambda: ViT(128, 4, 4), 32),
+        "GPT-style decoder, 0.8 M": _decoder(128, 4, 64, 256, batch_size=32),
+    },
+    "cuda": {
+        "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 1024),
+        "CNN + BatchNorm, 0.07 M": _image(cnn_bn, 1024),
+        "ResNet-18, 11 M": _image(lambda: resnet(64, 128, 256, 512, repeats=2), 256),
+        "ViT, 21 M": _image(lambda: ViT(384, 12, 6), 256),
+        "GPT-style decoder, 124 M": _decoder(768, 12, 1024, 50257, batch_size=4),
+    },
 }
 
 # For a look at whether everything runs.
 QUICK: dict[str, Task] = {
     "MLP, small": Task(lambda: mlp(16, 24, 10), (16,), 16),
-    "ResNet-14, 0.18 M": Task(resnet, (3, 8, 8), 4),
-    "GPT-style decoder, 0.8 M": Task(Decoder, (8,), 4, classes=256, tokens=True),
+    "ResNet-14, 0.18 M": Task(lambda: resnet(16, 32, 64, repeats=2), (3, 8, 8), 4),
+    "GPT-style decoder, 0.8 M": _decoder(128, 4, 8, 256, batch_size=4),
 }

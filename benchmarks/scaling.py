@@ -24,23 +24,29 @@ from benchmarks.steppers import BASE, OURS
 METHODS = (BASE, "forward", "finite_difference", "low_cost")
 
 
-def batches(quick: bool) -> dict[int, Task]:
-    """By number of examples, at 0.3 million parameters."""
-    width = 8 if quick else 384
-    sizes = (4, 8, 16) if quick else (16, 48, 160, 512, 1600)
+# Width and batch sizes; widths and batch size.
+BATCHES = {"cpu": (384, (16, 48, 160, 512, 1600)), "cuda": (2048, (512, 1536, 5120, 16384, 51200))}
+WIDTHS = {"cpu": ((128, 256, 512, 900, 1400), 128), "cuda": ((1024, 2048, 4096, 7168, 11264), 4096)}
+
+
+def batches(device: str, quick: bool) -> dict[int, Task]:
+    """By number of examples, at one size of the network."""
+    width, sizes = (8, (4, 8, 16)) if quick else BATCHES[device]
     return {b: Task(lambda: mlp(width, width, width, 10), (width,), b) for b in sizes}
 
 
-def parameters(quick: bool) -> dict[int, Task]:
-    """By number of parameters, at 128 examples."""
+def parameters(device: str, quick: bool) -> dict[int, Task]:
+    """By number of parameters, at one batch size."""
     found = {}
-    for width in (4, 8, 16) if quick else (128, 256, 512, 900, 1400):
+    widths, batch_size = ((4, 8, 16), 8) if quick else WIDTHS[device]
+    for width in widths:
 
         def build(width: int = width) -> torch.nn.Module:
             return mlp(width, width, width, 10)
 
-        count = sum(p.numel() for p in build().parameters())
-        found[count] = Task(build, (width,), 8 if quick else 128)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in build().parameters())
+        found[count] = Task(build, (width,), batch_size)
     return found
 
 
@@ -120,16 +126,15 @@ def main() -> None:
         parser.error(f"--rounds {options.rounds}: expected a multiple of {BLOCK}")
     torch.set_num_threads(options.threads)
     rounds = BLOCK if options.quick else options.rounds
-    series = {"examples": batches(options.quick), "parameters": parameters(options.quick)}
-    runs = []
-    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
-        run: dict[str, Any] = {"device": device, "series": {}}
-        for what, tasks in series.items():
-            run["series"][what] = {
-                str(size): measure(task, {m: OURS[m] for m in METHODS}, rounds, device=device)[0]
-                for size, task in tqdm(tasks.items(), f"{device}, {what}")
-            }
-        runs.append(run)
+    run: dict[str, Any] = {"device": options.device, "series": {}}
+    for what, build in {"examples": batches, "parameters": parameters}.items():
+        run["series"][what] = {
+            str(size): measure(task, {m: OURS[m] for m in METHODS}, rounds, device=options.device)[
+                0
+            ]
+            for size, task in tqdm(build(options.device, options.quick).items(), what)
+        }
+    runs = [run]
     results = {**provenance(options, "benchmarks.scaling"), "rounds": rounds, "runs": runs}
     save(results, options, "scaling", table, plot)
 

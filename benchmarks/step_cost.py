@@ -6,6 +6,7 @@
 All methods take turns, step by step, on the same batch, so that noise in the machine's speed meets
 all alike; the tables show medians of the ratio to SGD's step in the same rounds, with quartiles.
 The error of c is that along the method's own gradient, over a few steps, beside float64.
+``--device cuda`` writes files of its own, on networks of a size that a GPU is made for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import adler
 from benchmarks.networks import QUICK, TASKS, Task
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
 
+# What is run compiled: peers differentiate in ways that compiled modules do not support.
+COMPILED = (BASE, "forward", "finite_difference", "low_cost", "AdlerScheduleFree")
 # Rounds are summed in blocks, so that a step that measures every eighth time is seen whole.
 BLOCK = 8
 
@@ -45,6 +48,7 @@ def measure(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of each method's step in each round, and why some methods have none."""
     x, y = task.batch(device)
+    torch._dynamo.reset()  # what is compiled of one function is limited in number
     steps: dict[str, Step] = {}
     failures: dict[str, str] = {}
     for name, make in steppers.items():
@@ -71,18 +75,22 @@ def measure(
     return times, failures
 
 
-def errors(task: Task, steps: int) -> dict[str, float]:
-    """Largest relative error of c of each engine, beside float64 along the same directions."""
+def errors(task: Task, steps: int, device: str = "cpu") -> dict[str, float]:
+    """Largest relative error of c of each engine, beside float64 along the same directions.
+
+    A GPU's convolutions are kept from rounding to TensorFloat32, as its matrix products are.
+    """
     criterion, largest = nn.CrossEntropyLoss(), {}
+    torch.backends.cudnn.allow_tf32 = False
     for name in ("forward", "finite_difference", "finite_difference, bfloat16 autocast"):
-        model, found = task.network(), []
+        model, found = task.network(device), []
         engine, _, autocast = name.partition(", ")
         optimizer = adler.Adler(model.parameters(), model, criterion, jvp=engine)
         for seed in range(steps):
-            x, y = task.batch(seed=seed)
+            x, y = task.batch(device, seed=seed)
             wide = x.double() if x.is_floating_point() else x
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=bool(autocast)):
                 loss = criterion(model(x), y)
             loss.backward()
             twin = copy.deepcopy(model).double()
@@ -94,6 +102,7 @@ def errors(task: Task, steps: int) -> dict[str, float]:
             assert optimizer.last_step is not None
             found.append(abs(float(optimizer.last_step.curvature) / float(c) - 1))
         largest[name] = max(found)
+    torch.backends.cudnn.allow_tf32 = True
     return largest
 
 
@@ -204,16 +213,28 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
     parser.add_argument("--figures", type=Path, help="where the figure goes; default: --out")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="tiny; numbers mean nothing")
     return parser
 
 
+def chosen(options: argparse.Namespace) -> dict[str, Task]:
+    """The networks of a command."""
+    tasks = QUICK if options.quick else TASKS[options.device]
+    begins = tuple(options.networks or ("",))
+    found = {name: task for name, task in tasks.items() if name.startswith(begins)}
+    if not found:
+        raise SystemExit(f"error: --networks {' '.join(begins)}: none of {', '.join(tasks)}")
+    return found
+
+
 def provenance(options: argparse.Namespace, module: str) -> dict[str, Any]:
     """What every result carries."""
+    gpu = [torch.cuda.get_device_name()] if options.device == "cuda" else []
     return {
         "threads": options.threads,
-        "machine": platform.machine(),
+        "machine": ", ".join([*gpu, platform.machine()]),
         "versions": {"torch": torch.__version__, "adler": adler.__version__},
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }
@@ -227,6 +248,7 @@ def save(
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
     """JSON, table and figure."""
+    name += "" if options.device == "cpu" else f"-{options.device}"
     out, figures = options.out, options.figures or options.out
     out.mkdir(parents=True, exist_ok=True)
     figures.mkdir(parents=True, exist_ok=True)
@@ -242,33 +264,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=80, help=f"a multiple of {BLOCK}")
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--networks", nargs="+", metavar="n", help="only those that begin so")
     options = parser.parse_args()
     if options.rounds < BLOCK or options.rounds % BLOCK:
         parser.error(f"--rounds {options.rounds}: expected a multiple of {BLOCK}")
     torch.set_num_threads(options.threads)
-    tasks = QUICK if options.quick else TASKS
+    tasks = chosen(options)
     rounds = BLOCK if options.quick else options.rounds
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
     runs = []
-    for device in devices:
-        for compiled in (False, True)[: 1 + options.compiled]:
-            # Peers differentiate in ways that compiled modules do not support.
-            peers = {} if options.no_peers or compiled else PEERS
-            run: dict[str, Any] = {"device": device, "compiled": compiled}
-            run |= {"methods": [*OURS, *peers], "seconds": {}, "failures": {}}
-            for name, task in tqdm(tasks.items(), f"{device}, compiled: {compiled}"):
-                times, failures = measure(
-                    task, {**OURS, **peers}, rounds, device=device, compiled=compiled
-                )
-                run["seconds"][name] = {m: [round(t, 7) for t in ts] for m, ts in times.items()}
-                run["failures"][name] = failures
-            runs.append(run)
+    for compiled in (False, True)[: 1 + options.compiled]:
+        methods = OURS if options.no_peers else {**OURS, **PEERS}
+        if compiled:
+            methods = {name: OURS[name] for name in COMPILED}
+        run: dict[str, Any] = {"device": options.device, "compiled": compiled}
+        run |= {"methods": list(methods), "seconds": {}, "failures": {}}
+        for name, task in tqdm(tasks.items(), f"compiled: {compiled}"):
+            times, failures = measure(
+                task, methods, rounds, device=options.device, compiled=compiled
+            )
+            run["seconds"][name] = {m: [round(t, 7) for t in ts] for m, ts in times.items()}
+            run["failures"][name] = failures
+        runs.append(run)
     steps = 2 if options.quick else 10
     results = {
         **provenance(options, "benchmarks.step_cost"),
         "rounds": rounds,
         "runs": runs,
-        "errors": {name: errors(task, steps) for name, task in tqdm(tasks.items(), "errors")},
+        "errors": {
+            name: errors(task, steps, options.device)
+            for name, task in tqdm(tasks.items(), "errors")
+        },
     }
     save(results, options, "step_cost", table, plot)
 

@@ -30,6 +30,7 @@ from adler.replay import (
     RandomState,
     accelerators,
     autocast_states,
+    is_capturing,
     is_replaying,
     not_a_tensor,
     unwrap,
@@ -76,7 +77,9 @@ class _Hook:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is None or self._module is None or self._module() is not module:
             return
-        if torch.is_grad_enabled() and not is_replaying():
+        # What a CUDA graph does with these tensors later, no hook sees; nor may it ask for the
+        # random state. The loop then says what the batch is.
+        if torch.is_grad_enabled() and not is_replaying() and not is_capturing():
             getattr(recorder, self._method)(*call)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from adler.fraction import part
 from adler.measurement import BatchCurvature, batch_curvature
 from adler.model_loss import ModelLoss
 from adler.record import Log, StepRecord
-from adler.replay import unwrap
+from adler.replay import is_capturing, unwrap
 from adler.search import Guard, Measurement, StepLength, remembered_step_length, step_length
 
 __all__ = ["SHARED", "MeasuredOptimizer"]
@@ -146,11 +146,11 @@ class MeasuredOptimizer(Optimizer):
             ValueError: If explicit targets do not fit the outputs, or ``curvature_fraction`` meets
                 a batch that it cannot divide.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
                 "step(): a CUDA graph is being captured, but the host takes part in a step: it "
                 "restores random states and decides which steps measure. Capture forward and "
-                "backward, and call step() outside the graph"
+                "backward, and call step(inputs=..., targets=...) outside the graph"
             )
         loss = None
         if closure is not None:

@@ -20,7 +20,7 @@ from adler import distributed
 from adler.compiled import Compiled, outputs
 from adler.lazily import Lazy, on_access
 
-__all__ = ["Call", "RandomState", "is_replaying", "replaying", "unwrap"]
+__all__ = ["Call", "RandomState", "is_capturing", "is_replaying", "replaying", "unwrap"]
 
 _replaying: ContextVar[bool] = ContextVar("adler_replaying", default=False)
 
@@ -38,6 +38,11 @@ def replaying() -> Iterator[None]:
 def is_replaying() -> bool:
     """Whether the caller runs inside `replaying`."""
     return _replaying.get()
+
+
+def is_capturing() -> bool:
+    """Whether what the caller launches goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
