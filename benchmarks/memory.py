@@ -124,7 +124,9 @@ def main() -> None:
     methods = OURS if options.no_peers else {**OURS, **PEERS}
     steps = 1 if options.quick else BLOCK
     found: dict[str, dict[str, int]] = {}
-    for name, task in tqdm(chosen(options).items(), options.device):
+    runs = [{"device": options.device, "methods": list(methods), "bytes": found}]
+    results = {**provenance(options, "benchmarks.memory"), "steps": steps, "runs": runs}
+    for name, task in tqdm(chosen(options).items()):
         found[name] = {}
         for method, stepper in methods.items():
             try:
@@ -133,9 +135,8 @@ def main() -> None:
                 # A peer that cannot do this network is reported, not hidden.
                 if method in OURS:
                     raise
-    runs = [{"device": options.device, "methods": list(methods), "bytes": found}]
-    results = {**provenance(options, "benchmarks.memory"), "steps": steps, "runs": runs}
-    save(results, options, "memory", table, plot)
+        save(results, options, "memory", table, plot)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -187,8 +187,8 @@ TASKS: dict[str, dict[str, Task]] = {
         "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 1024),
         "CNN + BatchNorm, 0.07 M": _image(cnn_bn, 1024),
         "ResNet-18, 11 M": _image(lambda: resnet(64, 128, 256, 512, repeats=2), 256),
-        "ViT, 21 M": _image(lambda: ViT(384, 12, 6), 256),
-        "GPT-style decoder, 124 M": _decoder(768, 12, 1024, 50257, batch_size=4),
+        "ViT, 21 M": _image(lambda: ViT(384, 12, 6), 128),
+        "GPT-style decoder, 124 M": _decoder(768, 12, 1024, 50257, batch_size=2),
     },
 }
 

@@ -26,7 +26,7 @@ METHODS = (BASE, "forward", "finite_difference", "low_cost")
 
 # Width and batch sizes; widths and batch size.
 BATCHES = {"cpu": (384, (16, 48, 160, 512, 1600)), "cuda": (2048, (512, 1536, 5120, 16384, 51200))}
-WIDTHS = {"cpu": ((128, 256, 512, 900, 1400), 128), "cuda": ((1024, 2048, 4096, 7168, 11264), 4096)}
+WIDTHS = {"cpu": ((128, 256, 512, 900, 1400), 128), "cuda": ((1024, 2048, 4096, 7168, 10240), 2048)}
 
 
 def batches(device: str, quick: bool) -> dict[int, Task]:
@@ -137,6 +137,7 @@ def main() -> None:
     runs = [run]
     results = {**provenance(options, "benchmarks.scaling"), "rounds": rounds, "runs": runs}
     save(results, options, "scaling", table, plot)
+    print(table(results))
 
 
 if __name__ == "__main__":

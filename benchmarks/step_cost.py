@@ -255,7 +255,6 @@ def save(
     (out / f"{name}.json").write_text(json.dumps(results))
     (out / f"{name}.md").write_text(show(results))
     draw(results, figures / f"{name}.png")
-    print(show(results))
 
 
 def main() -> None:
@@ -269,33 +268,31 @@ def main() -> None:
     if options.rounds < BLOCK or options.rounds % BLOCK:
         parser.error(f"--rounds {options.rounds}: expected a multiple of {BLOCK}")
     torch.set_num_threads(options.threads)
-    tasks = chosen(options)
     rounds = BLOCK if options.quick else options.rounds
-    runs = []
+    runs: list[dict[str, Any]] = []
     for compiled in (False, True)[: 1 + options.compiled]:
         methods = OURS if options.no_peers else {**OURS, **PEERS}
-        if compiled:
-            methods = {name: OURS[name] for name in COMPILED}
-        run: dict[str, Any] = {"device": options.device, "compiled": compiled}
-        run |= {"methods": list(methods), "seconds": {}, "failures": {}}
-        for name, task in tqdm(tasks.items(), f"compiled: {compiled}"):
-            times, failures = measure(
-                task, methods, rounds, device=options.device, compiled=compiled
+        runs.append(
+            {
+                "device": options.device,
+                "compiled": compiled,
+                "methods": list(COMPILED if compiled else methods),
+                "seconds": {},
+                "failures": {},
+            }
+        )
+    results = provenance(options, "benchmarks.step_cost")
+    results |= {"rounds": rounds, "runs": runs, "errors": {}}
+    for name, task in tqdm(chosen(options).items()):
+        for run in runs:
+            steppers = {m: {**OURS, **PEERS}[m] for m in run["methods"]}
+            times, run["failures"][name] = measure(
+                task, steppers, rounds, device=options.device, compiled=run["compiled"]
             )
             run["seconds"][name] = {m: [round(t, 7) for t in ts] for m, ts in times.items()}
-            run["failures"][name] = failures
-        runs.append(run)
-    steps = 2 if options.quick else 10
-    results = {
-        **provenance(options, "benchmarks.step_cost"),
-        "rounds": rounds,
-        "runs": runs,
-        "errors": {
-            name: errors(task, steps, options.device)
-            for name, task in tqdm(tasks.items(), "errors")
-        },
-    }
-    save(results, options, "step_cost", table, plot)
+        results["errors"][name] = errors(task, 2 if options.quick else 10, options.device)
+        save(results, options, "step_cost", table, plot)  # a run that is cut keeps what is done
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How far a finite difference steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,30 @@ def test_coarser_rounding_takes_longer_steps_whatever_the_outputs_are_cast_to():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         call = Call.of(nn.Identity(), torch.ones(1))
     assert step(rate=1.0, dtype=torch.float32, call=call) == steps[-1]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="an older PyTorch")
+@pytest.mark.parametrize(
+    ("device", "layer", "of_products", "of_convolutions", "fraction"),
+    [
+        ("cuda", nn.Conv1d(1, 1, 1), "none", "tf32", 2e-2),  # PyTorch's default
+        ("cuda", nn.Linear(1, 1), "none", "tf32", 2e-3),
+        ("cuda", nn.Conv1d(1, 1, 1), "none", "none", 2e-3),
+        ("cuda", nn.Linear(1, 1), "tf32", "none", 2e-2),
+        ("cpu", nn.Conv1d(1, 1, 1), "tf32", "tf32", 2e-3),
+    ],
+)
+def test_products_that_a_gpu_rounds_take_longer_steps(
+    monkeypatch, device, layer, of_products, of_convolutions, fraction
+):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    for backend, precision in zip(backends, (of_products, of_convolutions)):
+        monkeypatch.setattr(backend, "fp32_precision", precision)
+    call = replace(Call.of(layer, torch.ones(1)), devices=(torch.device(device),))
+    one = torch.ones(())
+    options = {"rate": one, "height": 3 * one, "slope": one, "squared_norm": one}
+    assert float(difference_step(call, torch.float32, **options)) == pytest.approx(fraction)
+    assert float(difference_step(call, torch.float64, **options)) == pytest.approx(1e-6)
 
 
 def test_the_height_is_what_was_backpropagated():

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from adler.capture import RecordedLoss
 from adler.replay import Call
@@ -65,8 +66,10 @@ def difference_step(
         >>> difference_step(call, torch.float64, rate=None, **options)
         tensor(3.7500e-07)
     """
-    half = [state.dtype for state in call.autocast if state.enabled]
-    coarsest = max((dtype, *half), key=lambda candidate: torch.finfo(candidate).eps)
+    seen = [dtype, *(state.dtype for state in call.autocast if state.enabled)]
+    if dtype == torch.float32 and _rounds_to_tensorfloat32(call):
+        seen.append(torch.float16)  # of as many digits
+    coarsest = max(seen, key=lambda candidate: torch.finfo(candidate).eps)
     length = height / slope
     length = torch.where(_known(length), length, math.inf)
     if rate is None:
@@ -78,3 +81,14 @@ def difference_step(
 
 def _known(length: Tensor) -> Tensor:
     return (length > 0) & (length < math.inf)
+
+
+def _rounds_to_tensorfloat32(call: Call) -> bool:
+    """Whether the GPU rounds the factors of products, in convolutions by PyTorch's default."""
+    if all(device.type != "cuda" for device in call.devices):
+        return False
+    if torch.backends.cuda.matmul.allow_tf32:
+        return True
+    operator = getattr(torch.backends.cudnn, "conv", None)  # newer PyTorch answers nobody else
+    default = torch.backends.cudnn.allow_tf32 if operator is None else operator.fp32_precision
+    return default in (True, "tf32") and any(isinstance(m, _ConvNd) for m in call.model.modules())
