@@ -127,7 +127,9 @@ def ratios(times: dict[str, list[float]], name: str) -> np.ndarray[Any, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    parts = [_times(run) for run in results["runs"]] + [_errors(results["errors"])]
+    parts = [_times(run) for run in results["runs"] if run["seconds"]] + [
+        _errors(results["errors"])
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts.append(
         f"Medians over {results['rounds']} interleaved steps, in blocks of {BLOCK} (quartiles); "
@@ -178,7 +180,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    runs = results["runs"]
+    runs = [run for run in results["runs"] if run["seconds"]]
     everything = [name for name in (*OURS, *PEERS) if name != BASE]
     colours = dict(zip(everything, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     size = (10.5, 3.4 * len(runs))
@@ -284,14 +286,14 @@ def main() -> None:
     results = provenance(options, "benchmarks.step_cost")
     results |= {"rounds": rounds, "runs": runs, "errors": {}}
     for name, task in tqdm(chosen(options).items()):
+        results["errors"][name] = errors(task, 2 if options.quick else 10, options.device)
         for run in runs:
             steppers = {m: {**OURS, **PEERS}[m] for m in run["methods"]}
             times, run["failures"][name] = measure(
                 task, steppers, rounds, device=options.device, compiled=run["compiled"]
             )
             run["seconds"][name] = {m: [round(t, 7) for t in ts] for m, ts in times.items()}
-        results["errors"][name] = errors(task, 2 if options.quick else 10, options.device)
-        save(results, options, "step_cost", table, plot)  # a run that is cut keeps what is done
+            save(results, options, "step_cost", table, plot)  # what is cut keeps what is done
     print(table(results))
 
 

@@ -1,6 +1,8 @@
 """The optimizers on a GPU. Skipped where there is none, as on CI."""
 
+import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -34,6 +36,17 @@ def on_gpu(data):
     return [(x.cuda(), y.cuda()) for x, y in data]
 
 
+@contextlib.contextmanager
+def no_synchronisation():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def dropout():
     torch.manual_seed(0)
     layers = [nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10)]
@@ -65,11 +78,8 @@ def test_nothing_waits_for_the_device(name, kind, options):
     optimizer = KINDS[kind](model.parameters(), model, criterion, **options)
     data = on_gpu(batches(name, criterion, 6))
     train(model, criterion, optimizer, data[:2])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         train(model, criterion, optimizer, data[2:])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def kernels(kind, depth, **options):
@@ -215,6 +225,8 @@ def test_a_step_inside_a_captured_graph_is_refused_and_nothing_moves():
 # --- torch.compile --------------------------------------------------------------------------------
 
 
+# Inductor's own; a fallback of this library is a RuntimeWarning.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("options", [MODES["exact"], MODES["difference"], MODES["part"]])
 def test_a_compiled_model_takes_the_steps_of_the_plain_one(options, mode):

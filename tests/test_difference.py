@@ -65,16 +65,21 @@ def test_coarser_rounding_takes_longer_steps_whatever_the_outputs_are_cast_to():
     ],
 )
 def test_products_that_a_gpu_rounds_take_longer_steps(
-    monkeypatch, device, layer, of_products, of_convolutions, fraction
+    device, layer, of_products, of_convolutions, fraction
 ):
     backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    for backend, precision in zip(backends, (of_products, of_convolutions)):
-        monkeypatch.setattr(backend, "fp32_precision", precision)
+    before = [backend.fp32_precision for backend in backends]
     call = replace(Call.of(layer, torch.ones(1)), devices=(torch.device(device),))
     one = torch.ones(())
     options = {"rate": one, "height": 3 * one, "slope": one, "squared_norm": one}
-    assert float(difference_step(call, torch.float32, **options)) == pytest.approx(fraction)
-    assert float(difference_step(call, torch.float64, **options)) == pytest.approx(1e-6)
+    try:
+        for backend, precision in zip(backends, (of_products, of_convolutions)):
+            backend.fp32_precision = precision
+        assert float(difference_step(call, torch.float32, **options)) == pytest.approx(fraction)
+        assert float(difference_step(call, torch.float64, **options)) == pytest.approx(1e-6)
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def test_the_height_is_what_was_backpropagated():

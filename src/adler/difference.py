@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,16 @@ def _rounds_to_tensorfloat32(call: Call) -> bool:
     """Whether the GPU rounds the factors of products, in convolutions by PyTorch's default."""
     if all(device.type != "cuda" for device in call.devices):
         return False
-    if torch.backends.cuda.matmul.allow_tf32:
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    if _is_rounded(products, products):
         return True
-    operator = getattr(torch.backends.cudnn, "conv", None)  # newer PyTorch answers nobody else
-    default = torch.backends.cudnn.allow_tf32 if operator is None else operator.fp32_precision
-    return default in (True, "tf32") and any(isinstance(m, _ConvNd) for m in call.model.modules())
+    return _is_rounded(getattr(convolutions, "conv", None), convolutions) and any(
+        isinstance(module, _ConvNd) for module in call.model.modules()
+    )
+
+
+def _is_rounded(operator: Any, backend: Any) -> bool:
+    """By the setting of an operator; PyTorch before 2.9 has one of the backend only."""
+    if hasattr(operator, "fp32_precision"):
+        return bool(operator.fp32_precision == "tf32")
+    return bool(backend.allow_tf32)
