@@ -125,3 +125,16 @@ def test_dropouts_masks_are_the_training_forwards():
         torch.manual_seed(0)
         train(network_, criterion, one, data)
     torch.testing.assert_close(flat(compiled), flat(twin), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "compiles"),
+    [
+        ({}, True),
+        ({"mode": "reduce-overhead"}, False),
+        ({"options": {"triton.cudagraphs": True}}, False),
+    ],
+)
+def test_replays_are_not_compiled_into_graphs_that_write_over_their_outputs(options, compiles):
+    compiled = torch.compile(nn.Linear(2, 2), **options)
+    assert (Compiled.of(compiled) is not None) == compiles

@@ -4,6 +4,9 @@
 differentiates forwards inside. So the replay of a compiled model is two such functions: its outputs
 and its Jacobian-vector product. What each says first is compared with the uncompiled replay. If it
 is not the same, or there is an error, one warning says so and replays are no longer compiled.
+
+Where the model's compiler records CUDA graphs (``mode="reduce-overhead"``), replays are never
+compiled: each run of a graph writes over what the last one returned, the gradients among it.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class Compiled:
 
     @classmethod
     def of(cls, model: nn.Module) -> Compiled | None:
-        """With the compiler of a model that is compiled; None for another.
+        """With the compiler of a model that is compiled; None for another, or with CUDA graphs.
 
         `DistributedDataParallel` may be around it.
         """
@@ -51,7 +54,7 @@ class Compiled:
         for module in (model, inner):
             compiler = getattr(module, "dynamo_ctx", None)
             if compiler is not None:
-                return cls(compiler)
+                return None if _records_graphs(compiler) else cls(compiler)
         return None
 
     def __call__(
@@ -127,6 +130,11 @@ def derivative(
         return outputs(model, at, buffers, args, kwargs, output_fn)
 
     return cast(tuple[Tensor, Tensor], torch.func.jvp(f, (params,), (direction,)))
+
+
+def _records_graphs(compiler: Any) -> bool:
+    settings = getattr(compiler, "compiler_config", None) or {}
+    return bool(settings.get("triton.cudagraphs"))
 
 
 def _with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -225,7 +225,7 @@ def momentum_(
         torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
         weights = 1 - momentum ** torch.stack(counts).to(_widest(device))  # 0 before any step
         news = torch._foreach_sub(m, g)
-        descend_(m, news, torch.as_tensor(1 - momentum, dtype=weights.dtype, device=device), veto)
+        descend_(m, news, torch.full_like(weights[0], 1 - momentum), veto)
         _descend_each_(p, m, rate.to(device) / weights, veto)
 
 
@@ -350,8 +350,7 @@ def schedule_free_(
             torch._foreach_add_(d, y, alpha=weight_decay)
         apart = torch._foreach_sub(y, z)
         news = torch._foreach_addcmul(squares, g, g, value=-1)
-        keep = torch.as_tensor(1 - betas[1], dtype=_widest(device), device=device)
-        descend_(squares, list(news), keep, veto)
+        descend_(squares, list(news), torch.full_like(shares[0], 1 - betas[1]), veto)
         # Of y: towards z by the average's new share of it, and its own share of the step.
         mine = rate.to(device) * (1 - betas[0] * (1 - shares))
         _descend_each_(y, apart, shares, veto)
