@@ -10,6 +10,7 @@ from loops import train
 from torch import nn
 
 from adler import Adler, AdlerScheduleFree
+from adler.compiled import Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
 
