@@ -102,15 +102,12 @@ def kernels(kind, depth, **options):
     return Counter(name for name in launched if "step" not in name)  # the optimizer's own label
 
 
-@pytest.mark.parametrize(
-    ("kind", "growing"), [("adler", 0), ("gauss-newton", 0), ("adam", 1), ("schedule-free", 3)]
-)
-def test_few_kernels_grow_with_the_number_of_parameters(kind, growing):
-    """Where tensors may have had different numbers of steps, each has factors of its own."""
+@pytest.mark.parametrize("kind", ["adler", "adam", "schedule-free", "gauss-newton"])
+def test_kernels_do_not_grow_with_the_number_of_parameters(kind):
+    # Of tensors this small, one many-tensor kernel takes all.
     few, many = (kernels(KINDS[kind], depth) for depth in (2, 12))
-    more = many - few
+    assert not many - few
     assert 0 < few.total() < 150
-    assert more.total() <= 20 * growing, more  # 20 tensors more
 
 
 @pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])

@@ -123,7 +123,8 @@ class AdlerAdam(MeasuredOptimizer):
         batch: list[RecordedLoss],
         scale: Tensor | None,
     ) -> Direction:
-        return Adam(self.param_groups, params, gradients, self.state)
+        equal = self._attendance.equal(self.param_groups, self.state)
+        return Adam(self.param_groups, params, gradients, self.state, equal)
 
     def _make_state(self, params: list[Tensor]) -> None:
         for p in params:

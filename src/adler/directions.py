@@ -69,11 +69,12 @@ class Momentum(Direction):
     Args:
         gradients: Of this minibatch.
         state: The optimizer's; holds ``exp_avg`` and ``step`` where a group has momentum.
+        equal: Whether the counts of a group's parameters are equal, by its id.
     """
 
-    def __init__(self, gradients: list[Tensor], state: State) -> None:
+    def __init__(self, gradients: list[Tensor], state: State, equal: Mapping[int, bool]) -> None:
         super().__init__(gradients)
-        self._state = state
+        self._state, self._equal = state, equal
 
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
@@ -92,6 +93,7 @@ class Momentum(Direction):
             rate,
             skipped,
             momentum=group["momentum"],
+            equal=self._equal[id(group)],
         )
 
 
@@ -105,6 +107,7 @@ class Adam(Direction):
         params: Those with a gradient.
         gradients: Of this minibatch.
         state: The optimizer's; holds ``exp_avg``, ``exp_avg_sq`` and ``step``.
+        equal: Whether the counts of a group's parameters are equal, by its id.
     """
 
     def __init__(
@@ -113,8 +116,9 @@ class Adam(Direction):
         params: list[Tensor],
         gradients: list[Tensor],
         state: State,
+        equal: Mapping[int, bool],
     ) -> None:
-        self._state = state
+        self._state, self._equal = state, equal
         of = dict(zip(params, gradients, strict=True))
         found: dict[Tensor, Tensor] = {}
         for group in groups:
@@ -127,6 +131,8 @@ class Adam(Direction):
             squares = list(torch._foreach_mul(seconds, discount))
             torch._foreach_addcmul_(squares, g, g, 1 - discount)
             steps = [state["step"] for state in states]
+            if equal[id(group)]:
+                steps = steps[:1]
             adam_denominators(squares, steps, discount, group["adam_eps"], ahead=1)
             parts = list(torch._foreach_div(g, squares))
             # A square that overflows would stay in the moment for ever: NaN, and so no step.
@@ -168,7 +174,7 @@ def adam_denominators(
 
     Args:
         squares: Second moments; overwritten.
-        steps: ``t`` of each, 0-dim, less ``ahead``.
+        steps: ``t`` of each, or one of all; 0-dim, less ``ahead``.
         discount: ``β₂``.
         offset: ``ε_A``.
         ahead: Steps to come.
@@ -176,8 +182,11 @@ def adam_denominators(
     home = squares[0].device
     # In float64: 1 - 0.999 keeps four digits in float32.
     corrections = 1 - discount ** (torch.stack([step.to(home) for step in steps]).double() + ahead)
-    own = [c.to(v.device) for c, v in zip(corrections, squares, strict=True)]
-    torch._foreach_div_(squares, own)
+    if len(corrections) == 1:
+        update.scale_(squares, corrections[0].reciprocal())
+    else:
+        own = [c.to(v.device) for c, v in zip(corrections, squares, strict=True)]
+        torch._foreach_div_(squares, own)
     torch._foreach_sqrt_(squares)
     torch._foreach_add_(squares, offset)
 

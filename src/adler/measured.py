@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import distributed, hyperparameters, losses, update
+from adler.attendance import Attendance
 from adler.averaging import DiscountedMean
 from adler.capture import RecordedLoss, Recorder
 from adler.carried import CARRIED, Carried, completed
@@ -515,6 +516,7 @@ class MeasuredOptimizer(Optimizer):
             self._hessian = self._loss_hessian()
             self._names = _names_of(self.model)
             self._attach()
+        self._attendance = Attendance()
         first = self.param_groups[0]
         carried = completed(first, self._home)
         for group in self.param_groups:
@@ -538,7 +540,7 @@ class MeasuredOptimizer(Optimizer):
         self._recorder = Recorder(
             self.model, self.criterion, self.output_fn, params, self._model_loss
         )
-        self._log = Log()
+        self._log, self._attendance = Log(), Attendance()
 
     @property
     def _home(self) -> torch.device:

@@ -143,7 +143,10 @@ class Adler(MeasuredOptimizer):
         shared = self.param_groups[0]
         if shared["momentum"] != "joint":
             plain = all(group["momentum"] == 0 for group in self.param_groups)
-            return Direction(gradients) if plain else Momentum(gradients, self.state)
+            if plain:
+                return Direction(gradients)
+            equal = self._attendance.equal(self.param_groups, self.state)
+            return Momentum(gradients, self.state, equal)
 
         if groups_of(self._recorder.ddp, params):
             raise RuntimeError(

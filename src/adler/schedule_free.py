@@ -180,7 +180,8 @@ class AdlerScheduleFree(MeasuredOptimizer):
                 "step(): the parameters are the averages, for testing: call optimizer.train() "
                 "before the forward pass of a training step"
             )
-        return ScheduleFree(self.param_groups, params, gradients, self.state)
+        equal = self._attendance.equal(self.param_groups, self.state)
+        return ScheduleFree(self.param_groups, params, gradients, self.state, equal)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
@@ -223,6 +224,7 @@ class ScheduleFree(Adam):
         params: Those with a gradient.
         gradients: Of this minibatch.
         state: The optimizer's; holds ``z``, ``exp_avg_sq`` and ``step``.
+        equal: Whether the counts of a group's parameters are equal, by its id.
     """
 
     def __init__(
@@ -231,8 +233,9 @@ class ScheduleFree(Adam):
         params: list[Tensor],
         gradients: list[Tensor],
         state: Any,
+        equal: Mapping[int, bool],
     ) -> None:
-        super().__init__(groups, params, gradients, state)
+        super().__init__(groups, params, gradients, state, equal)
         self._of = dict(zip(params, self.along, strict=True))
 
     def descend(
@@ -251,6 +254,7 @@ class ScheduleFree(Adam):
             skipped,
             betas=group["betas"],
             weight_decay=group["weight_decay"],
+            equal=self._equal[id(group)],
         )
 
     def _moments(self, p: Tensor) -> dict[str, Tensor]:

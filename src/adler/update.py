@@ -21,6 +21,7 @@ __all__ = [
     "dot",
     "momentum_",
     "on_host",
+    "scale_",
     "schedule_free_",
     "shifted",
     "squared_norm",
@@ -202,6 +203,7 @@ def momentum_(
     skip: Tensor,
     *,
     momentum: float,
+    equal: bool = False,
 ) -> None:
     r"""In place, a step along the bias-corrected average of the gradients, or nothing at all.
 
@@ -218,6 +220,7 @@ def momentum_(
         rate: ``η``, 0-dim.
         skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
         momentum: ``μ``.
+        equal: Whether all steps are known to be equal, which takes fewer kernels.
     """
     rows = _local_alike(params, gradients, averages, steps)
     for (device, _, _), (p, g, m, counts) in rows.items():
@@ -226,7 +229,7 @@ def momentum_(
         weights = 1 - momentum ** torch.stack(counts).to(_widest(device))  # 0 before any step
         news = torch._foreach_sub(m, g)
         descend_(m, news, torch.full_like(weights[0], 1 - momentum), veto)
-        _descend_each_(p, m, rate.to(device) / weights, veto)
+        _descend_each_(p, m, rate.to(device) / weights, veto, equal)
 
 
 def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -319,6 +322,7 @@ def schedule_free_(
     *,
     betas: tuple[float, float],
     weight_decay: float,
+    equal: bool = False,
 ) -> None:
     r"""In place, a schedule-free step from $y$, or nothing at all.
 
@@ -340,6 +344,7 @@ def schedule_free_(
         skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
         betas: ``β₁`` and the discount of the second moment.
         weight_decay: ``λ``.
+        equal: Whether all steps are known to be equal, which takes fewer kernels.
     """
     rows = _local_alike(params, directions, gradients, fast, exp_avg_sqs, steps)
     for (device, _, _), (y, d, g, z, squares, counts) in rows.items():
@@ -353,16 +358,20 @@ def schedule_free_(
         descend_(squares, list(news), torch.full_like(shares[0], 1 - betas[1]), veto)
         # Of y: towards z by the average's new share of it, and its own share of the step.
         mine = rate.to(device) * (1 - betas[0] * (1 - shares))
-        _descend_each_(y, apart, shares, veto)
-        _descend_each_(y, d, mine, veto)
+        _descend_each_(y, apart, shares, veto, equal)
+        _descend_each_(y, d, mine, veto, equal)
         descend_(z, d, rate, veto)
 
 
 def _descend_each_(
-    params: Sequence[Tensor], directions: Sequence[Tensor], rates: Tensor, skip: Tensor
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    rates: Tensor,
+    skip: Tensor,
+    equal: bool,
 ) -> None:
     """As `descend_`, with a rate for each; they differ where a parameter has had fewer steps."""
-    if on_host(rates.device) and len(set(rates.numpy().tolist())) == 1:
+    if equal:
         descend_(params, directions, rates[0], skip)
         return
     steps = list(torch._foreach_mul(list(directions), list(rates.unbind())))
@@ -371,9 +380,13 @@ def _descend_each_(
 
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
     r"""In place, $\theta \leftarrow (1 - \min(a, 1))\,\theta$: decay never flips a sign."""
-    keep = 1 - amount.clamp(max=1)
-    for (device, dtype, _), (members,) in _local_alike(params).items():
-        torch._foreach_mul_(members, keep.to(device, dtype))
+    scale_(params, 1 - amount.clamp(max=1))
+
+
+def scale_(params: Sequence[Tensor], factor: Tensor) -> None:
+    r"""In place, $\theta \leftarrow s\,\theta$; the factor is 0-dim, of any dtype and device."""
+    for (device, _, _), (members,) in _local_alike(params).items():
+        torch._foreach_mul_(members, factor.to(device, _wide(members[0])))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
