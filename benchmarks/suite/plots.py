@@ -57,13 +57,13 @@ def draw(found: Sequence[Record], directory: Path) -> list[Path]:
 
 
 def curves(found: Sequence[Record]) -> Figure | None:
-    """Mean over tasks and seeds of the accuracy above the best SGD rate's final one.
+    """Mean over tasks of the accuracy above the best SGD rate's final one.
 
     Only tasks with classes. A run that is over keeps its last accuracy.
     """
     runs, seconds = standings.contests(found), standings.sgd_seconds(found)
     points = {"share": np.linspace(0, 1, 41), "seconds": np.linspace(0, _LONGEST, 61)}
-    lines: dict[str, dict[str, list[list[float]]]] = {unit: {} for unit in points}
+    lines: dict[str, dict[str, dict[str, list[list[float]]]]] = {unit: {} for unit in points}
     for contest, by_method in runs.items():
         best = by_method.get(REFERENCE)
         if best is None or best["score"] != "accuracy" or contest not in seconds:
@@ -78,7 +78,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
                     standings.value_at(record, scale * point, known) - best["test_accuracy"]
                     for point in grid.tolist()
                 ]
-                lines[unit].setdefault(name, []).append(line)
+                lines[unit].setdefault(name, {}).setdefault(contest[0], []).append(line)
     names = [name for name in standings.names(found) if name in lines["share"]]
     if not names:
         return None
@@ -90,7 +90,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
         for index, name in enumerate(names):
             axis.plot(
                 grid,
-                100 * np.mean(lines[unit][name], axis=0),
+                100 * np.mean([np.mean(s, axis=0) for s in lines[unit][name].values()], axis=0),
                 _LINES[index // len(_COLOURS) % len(_LINES)],
                 color=_COLOURS[index % len(_COLOURS)],
                 linewidth=2.4 if name.startswith("adler") else 1.0,
@@ -103,7 +103,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
     axes[0].set_ylabel("Test accuracy above the best SGD rate's last (points)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
-    figure.suptitle("Mean over the tasks with classes that a method has run on, and over seeds")
+    figure.suptitle("Mean over the tasks with classes that a method has run on")
     return figure
 
 
@@ -162,7 +162,7 @@ def sweeps(names: Sequence[str]) -> list[Sweep]:
 
 def sensitivity(found: Sequence[Record]) -> Figure | None:
     """Accuracy and test loss against each constant, beside the same optimizer at its defaults."""
-    runs, by_loss = standings.contests(found), standings.contests(found, "loss")
+    runs, by_loss = standings.contests(found), standings.contests(found, "test_loss")
     swept = sweeps(standings.names(found))
     options = list(dict.fromkeys(sweep.option for sweep in swept))
     if not options:

@@ -23,6 +23,7 @@ __all__ = [
     "TUNED",
     "Behind",
     "Contest",
+    "Criterion",
     "Runs",
     "Verdict",
     "at_chance",
@@ -31,6 +32,7 @@ __all__ = [
     "cost_ratio",
     "gains",
     "loss_ratio",
+    "mean_by_task",
     "mean_ranks",
     "names",
     "sgd_seconds",
@@ -45,11 +47,13 @@ REFERENCE = "sgd"
 TUNED = "adamw-cosine-tuned"
 Contest = tuple[str, int]  # task, seed
 Runs = Mapping[Contest, Mapping[str, Record]]
+Criterion = Literal["score", "test_loss", "train_loss"]
 Verdict = Literal["win", "tie", "loss", "dead", "diverged"]
 
 # No better than guessing: within three standard errors of its accuracy, or of its loss to 2 %.
 _ERRORS, _LOSS_MARGIN = 3.0, 0.98
-# A run that diverged counts as this many times the reference's test loss, and none as more.
+# A run that diverged counts as this many times the reference's loss, and none as more, or less
+# than one part of as many.
 WORST_RATIO = 10.0
 _LEAST_LOSS = 1e-6  # a loss may be zero to six digits
 _NEAR = 0.05
@@ -68,12 +72,12 @@ def value(record: Record) -> float:
     return float(record["test_accuracy"] if record["score"] == "accuracy" else -record["test_loss"])
 
 
-def contests(found: Iterable[Record], by: Literal["score", "loss"] = "score") -> Runs:
+def contests(found: Iterable[Record], by: Criterion = "score") -> Runs:
     """Records by task and seed, then by method; of a complete grid the best, else none.
 
     Args:
         found: Records, in any order.
-        by: What the best of a grid has the best of: the score, or the test loss.
+        by: What the best of a grid has the best of.
     """
     grids: dict[tuple[Contest, str], list[Record]] = {}
     for record in found:
@@ -86,13 +90,9 @@ def contests(found: Iterable[Record], by: Literal["score", "loss"] = "score") ->
             continue
         smallest_first = sorted(group, key=lambda r: r["lr"] or 0.0)
         runs.setdefault(contest, {})[name] = max(
-            smallest_first, key=value if by == "score" else _loss_value
+            smallest_first, key=value if by == "score" else lambda record: -_loss(record, by)
         )
     return runs
-
-
-def _loss_value(record: Record) -> float:
-    return -math.inf if record["diverged"] else -float(record["test_loss"])
 
 
 def _pairs(runs: Runs, name: str, other: str) -> dict[str, list[tuple[Record, Record]]]:
@@ -232,11 +232,9 @@ def behind(runs: Runs, among: Sequence[str]) -> tuple[dict[str, Behind], int]:
             most = max(means.values())
             found = {n: 1 - mean / most for n, mean in means.items()}
         else:
-            least = min(statistics.fmean(_test_loss(s[n]) for s in seeds) for n in among)
-            found = {
-                n: min(WORST_RATIO, statistics.fmean(_test_loss(s[n]) for s in seeds) / least) - 1
-                for n in among
-            }
+            losses = {n: statistics.fmean(_loss(s[n], "test_loss") for s in seeds) for n in among}
+            least = min(losses.values())
+            found = {n: min(WORST_RATIO, loss / least) - 1 for n, loss in losses.items()}
         for name, distance in found.items():
             distances[name][task] = distance
     if not tasks:
@@ -253,32 +251,35 @@ def behind(runs: Runs, among: Sequence[str]) -> tuple[dict[str, Behind], int]:
     return told, len(tasks)
 
 
-def _test_loss(record: Record) -> float:
-    return math.inf if record["diverged"] else max(float(record["test_loss"]), _LEAST_LOSS)
+def _loss(record: Record, which: str) -> float:
+    return math.inf if record["diverged"] else max(float(record[which]), _LEAST_LOSS)
 
 
-def loss_ratio(by_loss: Runs, name: str, other: str = REFERENCE) -> float | None:
-    """The geometric mean of the final test losses over the other's; below 1 is better.
+def loss_ratio(
+    by_loss: Runs, name: str, other: str = REFERENCE, which: Criterion = "test_loss"
+) -> float | None:
+    """The geometric mean of the final losses over the other's; below 1 is better.
 
     Over tasks, of a task over its seeds.
 
     Args:
-        by_loss: `contests` by loss.
+        by_loss: `contests` by that loss.
         name: The method.
-        other: Usually the best of ten SGD rates, here the one with the least test loss.
+        other: Usually the best of ten SGD rates, here the one with the least loss.
+        which: The test loss, or the training loss (the mean over the last epoch's minibatches).
     """
     logarithms = []
     for pairs in _pairs(by_loss, name, other).values():
-        known = [math.log(_ratio(*pair)) for pair in pairs if not pair[1]["diverged"]]
+        known = [math.log(_ratio(*pair, which)) for pair in pairs if not pair[1]["diverged"]]
         if known:
             logarithms.append(statistics.fmean(known))
     return math.exp(statistics.fmean(logarithms)) if logarithms else None
 
 
-def _ratio(mine: Record, theirs: Record) -> float:
+def _ratio(mine: Record, theirs: Record, which: str) -> float:
     if mine["diverged"]:
         return WORST_RATIO
-    return min(WORST_RATIO, _test_loss(mine) / _test_loss(theirs))
+    return min(WORST_RATIO, max(1 / WORST_RATIO, _loss(mine, which) / _loss(theirs, which)))
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -293,14 +294,22 @@ def sgd_seconds(found: Iterable[Record]) -> dict[Contest, float]:
     return {contest: statistics.median(values) for contest, values in seconds.items()}
 
 
+def mean_by_task(values: Iterable[tuple[Contest, float]]) -> dict[str, float]:
+    """Of a task the mean over its seeds, so that those with more seeds weigh no more."""
+    by_task: dict[str, list[float]] = {}
+    for (task, _), found in values:
+        by_task.setdefault(task, []).append(found)
+    return {task: statistics.fmean(found) for task, found in by_task.items()}
+
+
 def cost_ratio(runs: Runs, name: str, seconds: Mapping[Contest, float]) -> float | None:
-    """A run's time over that of one SGD run: the median over tasks and seeds."""
-    ratios = [
-        by_method[name]["seconds"] / seconds[contest]
+    """A run's time over that of one SGD run: the median over tasks, of a task over its seeds."""
+    ratios = mean_by_task(
+        (contest, by_method[name]["seconds"] / seconds[contest])
         for contest, by_method in runs.items()
         if name in by_method and contest in seconds and not by_method[name]["diverged"]
-    ]
-    return statistics.median(ratios) if ratios else None
+    )
+    return statistics.median(ratios.values()) if ratios else None
 
 
 def value_at(record: Record, where: float, unit: Literal["seconds", "share"]) -> float:

@@ -110,17 +110,21 @@ def _summary(found: Sequence[Record], runs: Runs) -> list[str]:
 
 
 def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss = standings.contests(found, "loss")
+    by_loss = standings.contests(found, "test_loss")
+    by_train = standings.contests(found, "train_loss")
     methods = _finished(found, runs)
     ranks, ranked = standings.mean_ranks(runs, methods)
     lines = _head(
         "Method", "Tasks", "Wins", "Ties", "Losses", "Dead", "Diverged",
-        "Accuracy gained (points)", "Mean rank", "Test loss, ratio",
+        "Accuracy gained (points)", "Mean rank", "Test loss, ratio", "Training loss, ratio",
     )  # fmt: skip
     for name in methods:
         count = Counter(standings.verdicts(runs, name).values())
         gained = list(standings.gains(runs, name).values())
-        ratio = standings.loss_ratio(by_loss, name)
+        ratios = [
+            standings.loss_ratio(by_loss, name),
+            standings.loss_ratio(by_train, name, which="train_loss"),
+        ]
         lines.append(
             _row(
                 method(name).label,
@@ -131,7 +135,7 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
                 ),
                 f"{100 * statistics.fmean(gained):+.1f}" if gained else "–",
                 f"{ranks[name]:.1f}" if ranks else "–",
-                "–" if ratio is None else f"{ratio:.2f}",
+                *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             )
         )
     return [
@@ -143,9 +147,10 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
         "some seed no better than guessing where an SGD rate is. Diverged: in some seed not "
         "finite. Accuracy gained over that SGD run: mean over the tasks with classes. Mean rank: "
         f"among the {len(methods)} methods here, over the {ranked} tasks on which all of them ran, "
-        "of a task the mean over its seeds. Test loss: geometric mean of its ratio to the least of "
-        f"the ten SGD rates', at most {standings.WORST_RATIO:g}, which is also what a diverged run "
-        "counts.",
+        "of a task the mean over its seeds. Losses: geometric mean of the ratio to the least of "
+        f"the ten SGD rates', between {1 / standings.WORST_RATIO:g} and {standings.WORST_RATIO:g}, "
+        "which is also what a diverged run counts; training loss: mean over the last epoch's "
+        "minibatches.",
     ]
 
 
@@ -218,16 +223,19 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
         cost = standings.cost_ratio(runs, name, seconds)
         entries = []
         for budget in BUDGETS:
-            gained = [
-                standings.value_at(by_method[name], budget * seconds[contest], "seconds")
-                - by_method[REFERENCE]["test_accuracy"]
+            gained = standings.mean_by_task(
+                (
+                    contest,
+                    standings.value_at(by_method[name], budget * seconds[contest], "seconds")
+                    - by_method[REFERENCE]["test_accuracy"],
+                )
                 for contest, by_method in runs.items()
                 if {name, REFERENCE} <= by_method.keys()
                 and contest in seconds
                 and by_method[name]["score"] == "accuracy"
                 and not by_method[REFERENCE]["diverged"]
-            ]
-            entries.append(f"{100 * statistics.fmean(gained):+.1f}" if gained else "–")
+            )
+            entries.append(f"{100 * statistics.fmean(gained.values()):+.1f}" if gained else "–")
         lines.append(
             _row(
                 method(name).label,
@@ -240,9 +248,9 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
         *lines,
         "",
         "Time of training without evaluation, of one run (a grid is as many runs as it has rates): "
-        "median over tasks and seeds. Accuracy: each run is cut when one SGD run, or so many of "
+        "median over tasks. Accuracy: each run is cut when one SGD run, or so many of "
         "them, would have ended, and compared with the best SGD rate's final accuracy; mean over "
-        "the tasks with classes and their seeds. Between epochs it is interpolated. Schedules that "
+        "the tasks with classes. Between epochs it is interpolated. Schedules that "
         "end with the run lose most by the cut.",
     ]
 
@@ -294,7 +302,7 @@ _BESIDE = ("Tasks", "Wins", "Ties", "Losses", "Accuracy gained (points)", "Test 
 
 
 def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss = standings.contests(found, "loss")
+    by_loss = standings.contests(found, "test_loss")
     lines = _head("Method", *_BESIDE)
     for name in standings.names(found):
         cells = None if "@" in name or name == TUNED else _beside(runs, by_loss, name, TUNED)
@@ -313,7 +321,7 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
 
 
 def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss, seconds = standings.contests(found, "loss"), standings.sgd_seconds(found)
+    by_loss, seconds = standings.contests(found, "test_loss"), standings.sgd_seconds(found)
     lines = _head("Method", *_BESIDE, "Skipped steps", "Time / one SGD run")
     for name in (EXACT, *MODES):
         cells = ["", "", "", "", "+0.0", "1.00"] if name == EXACT else None
@@ -334,7 +342,7 @@ def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
 
 
 def _variants(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss = standings.contests(found, "loss")
+    by_loss = standings.contests(found, "test_loss")
     lines = _head("Variant", *_BESIDE)
     for name in standings.names(found):
         base, _, changed = name.partition("@")

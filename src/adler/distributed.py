@@ -19,7 +19,7 @@ the device mesh of its parameters. Nothing else is guessed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 __all__ = [
     "Layout",
     "active",
+    "all_whole",
     "find",
     "groups_of",
     "is_sharded",
@@ -109,6 +110,8 @@ def groups_of(ddp: nn.Module | None, params: Sequence[Tensor]) -> list[Any]:
                 "(DistributedSampler does), of any size"
             )
         return [ddp.process_group]
+    if all_whole(params):
+        return []
     meshes = list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]
     if not meshes:
         return []
@@ -145,12 +148,17 @@ def moved(ddp: nn.Module | None, inputs: Any) -> Any:
 
 # --- sharded tensors ------------------------------------------------------------------------------
 
+_WHOLE = frozenset((Tensor, nn.Parameter))
+
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a part."""
-    if type(tensor) in (Tensor, nn.Parameter):
-        return False  # nearly always, and asked of each tensor several times a step
-    return _is(tensor, "torch.distributed.tensor", "DTensor")
+    return type(tensor) not in _WHOLE and _is(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def all_whole(tensors: Iterable[Tensor]) -> bool:
+    """Whether none is sharded, by their types alone: asked many times a step."""
+    return _WHOLE.issuperset(map(type, tensors))
 
 
 class Layout(NamedTuple):
@@ -169,6 +177,8 @@ def layout(tensor: Tensor) -> Layout | None:
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's parts, sharing their storage; other tensors as they are."""
+    if all_whole(tensors):
+        return list(tensors)
     with torch.no_grad():
         return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]
 

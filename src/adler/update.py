@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from adler.distributed import Layout, layout, local, whole
+from adler.distributed import Layout, all_whole, layout, local, whole
 
 __all__ = [
     "adam_",
@@ -97,7 +98,9 @@ def _dots_by_few_kernels(left: Sequence[Tensor], right: Sequence[Tensor]) -> Ten
     first with the wrong sign, and taken off twice.
     """
     wide = _wide(left[0])
-    products = torch._foreach_mul([a.to(wide) for a in left], [b.to(wide) for b in right])
+    if wide != left[0].dtype:
+        left, right = ([t.to(wide) for t in tensors] for tensors in (left, right))
+    products = torch._foreach_mul(list(left), list(right))
     absolute = torch.stack(torch._foreach_norm(products, 1))
     torch._foreach_clamp_max_(products, 0)
     return absolute - 2 * torch.stack(torch._foreach_norm(products, 1))
@@ -163,7 +166,7 @@ def squared_norm_and_reach(
         matrices = [i for i, weight in enumerate(p) if weight.ndim > 1]
         if not matrices:
             continue
-        floors = [math.sqrt(len(p[i]) / 3) for i in matrices]
+        floors = [math.sqrt(p[i].shape[0] / 3) for i in matrices]
         sizes = torch._foreach_clamp_min(_norms([p[i] for i in matrices], where), floors)
         ratios = torch.stack(torch._foreach_div(sizes, [lengths[i] for i in matrices]))
         least = torch.minimum(least, ratios.min().to(least))
@@ -407,15 +410,17 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+_KIND = attrgetter("device", "dtype")
 _Key = tuple[torch.device, torch.dtype, Layout | None]
 _Groups = dict[_Key, tuple[list[Tensor], ...]]
 
 
 def _alike(*lists: Sequence[Tensor]) -> _Groups:
     """Rows of tensors by device, dtype and layout of the first."""
-    keys = [(t.device, t.dtype, layout(t)) for t in lists[0]] if lists else []
-    if keys and keys.count(keys[0]) == len(keys):  # nearly always, and at every step
-        return {keys[0]: tuple(map(list, lists))}
+    if lists and all_whole(lists[0]):  # nearly always, and at every step
+        kinds = set(map(_KIND, lists[0]))
+        if len(kinds) == 1:
+            return {(*kinds.pop(), None): tuple(map(list, lists))}
     groups: _Groups = defaultdict(lambda: tuple([] for _ in lists))
     for row in zip(*lists, strict=True):
         group = groups[row[0].device, row[0].dtype, layout(row[0])]
