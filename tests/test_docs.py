@@ -76,9 +76,12 @@ def test_the_committed_digits_table_is_that_of_the_committed_results():
     )
 
 
-@pytest.mark.parametrize("name", ["step_cost", "memory", "scaling", "tangent_kernel"])
+@pytest.mark.parametrize(
+    "name",
+    ["step_cost", "step_cost-cuda", "memory", "memory-cuda", "scaling", "tangent_kernel"],
+)
 def test_the_committed_benchmarks_are_those_of_the_committed_results(name):
-    table = importlib.import_module(f"benchmarks.{name}").table
+    table = importlib.import_module(f"benchmarks.{name.removesuffix('-cuda')}").table
     folder = ROOT / "benchmarks/results"
     results = json.loads((folder / f"{name}.json").read_text())
     assert table(results) == (folder / f"{name}.md").read_text()

@@ -170,9 +170,11 @@ def sensitivity(found: Sequence[Record]) -> Figure | None:
     figure = Figure(figsize=(max(5.0, 3.2 * len(options)), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(options), squeeze=False, sharey="row", sharex="col")
+    looks: dict[str, int] = {}
     for column, option in enumerate(options):
         chosen = [sweep for sweep in swept if sweep.option == option]
-        for index, sweep in enumerate(chosen):
+        for sweep in chosen:
+            index = looks.setdefault(_title(sweep), len(looks))
             style = {
                 "color": _COLOURS[index % len(_COLOURS)],
                 "marker": _MARKERS[index % len(_MARKERS)],
@@ -184,8 +186,9 @@ def sensitivity(found: Sequence[Record]) -> Figure | None:
                 ratio = standings.loss_ratio(by_loss, name, sweep.base)
                 gained.append(100 * statistics.fmean(gains) if gains else np.nan)
                 ratios.append(np.nan if ratio is None else ratio)
-            axes[0, column].plot(list(sweep.methods), gained, **style)
-            axes[1, column].plot(list(sweep.methods), ratios, **style)
+            at = [_place(option, value) for value in sweep.methods]
+            axes[0, column].plot(at, gained, **style)
+            axes[1, column].plot(at, ratios, **style)
         _finish(list(axes[:, column]), option, [v for sweep in chosen for v in sweep.methods])
     axes[0, 0].set_ylabel("Accuracy above\nthe default's (points)")
     axes[1, 0].set_ylabel("Test loss over the\ndefault's (geometric mean)")
@@ -197,13 +200,18 @@ def _title(sweep: Sweep) -> str:
     return f"{sweep.base} ({others})" if others else sweep.base
 
 
+def _place(option: str, value: float) -> float:
+    """Where a value stands on the axis: a discount by the number of steps that it remembers."""
+    return 1 / (1 - value) if option == "beta" else value
+
+
 def _finish(axes: Sequence[Axes], option: str, values: Sequence[float]) -> None:
     for axis in axes:
         axis.axhline(0 if axis is axes[0] else 1, color="0.6", linewidth=0.8)
         if min(values) > 0:
             axis.set_xscale("log")
         ticks = sorted(set(values))
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([_place(option, t) for t in ticks], [f"{t:g}" for t in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
     axes[0].legend(fontsize="small")
     axes[-1].set_xlabel(option)
