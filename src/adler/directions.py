@@ -134,11 +134,13 @@ class Adam(Direction):
             if equal[id(group)]:
                 steps = steps[:1]
             adam_denominators(squares, steps, discount, group["adam_eps"], ahead=1)
-            parts = list(torch._foreach_div(g, squares))
-            # A square that overflows would stay in the moment for ever: NaN, and so no step.
             size = update.squared_norm(squares)
-            parts[0] = parts[0] + (size - size).to(parts[0])
-            found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
+            # In place: a new tensor costs the host more than a pass over an old one.
+            torch._foreach_reciprocal_(squares)
+            torch._foreach_mul_(squares, g)
+            # A square that overflows would stay in the moment for ever: NaN, and so no step.
+            squares[0].add_((size - size).to(squares[0]))
+            found.update((p, like(part, p)) for p, part in zip(mine, squares, strict=True))
         super().__init__([found[p] for p in params])
 
     def descend(

@@ -356,11 +356,20 @@ def schedule_free_(
         shares = torch.stack(counts).to(_widest(device)).clamp(min=1).reciprocal()
         if weight_decay != 0:
             torch._foreach_add_(d, y, alpha=weight_decay)
+        # Of y: towards z by the average's new share of it, and its own share of the step.
+        mine = rate.to(device) * (1 - betas[0] * (1 - shares))
+        if equal and on_host(device) and on_host(rate.device):
+            # The same without temporaries, each of which is as dear there as a step of SGD.
+            if not veto.numpy():
+                torch._foreach_mul_(squares, betas[1])
+                torch._foreach_addcmul_(squares, g, g, value=1 - betas[1])
+                torch._foreach_lerp_(y, z, float(shares[0].numpy()))
+                torch._foreach_add_(y, d, alpha=-float(mine[0].detach().numpy()))
+                torch._foreach_add_(z, d, alpha=-float(rate.detach().numpy()))
+            continue
         apart = torch._foreach_sub(y, z)
         news = torch._foreach_addcmul(squares, g, g, value=-1)
         descend_(squares, list(news), torch.full_like(shares[0], 1 - betas[1]), veto)
-        # Of y: towards z by the average's new share of it, and its own share of the step.
-        mine = rate.to(device) * (1 - betas[0] * (1 - shares))
         _descend_each_(y, apart, shares, veto, equal)
         _descend_each_(y, d, mine, veto, equal)
         descend_(z, d, rate, veto)
