@@ -82,7 +82,8 @@ def errors(task: Task, steps: int, device: str = "cpu") -> dict[str, float]:
     """
     criterion, largest = nn.CrossEntropyLoss(), {}
     torch.backends.cudnn.allow_tf32 = False
-    for name in ("forward", "finite_difference", "finite_difference, bfloat16 autocast"):
+    engines = ("forward", "finite_difference")
+    for name in (*engines, *(f"{engine}, bfloat16 autocast" for engine in engines)):
         model, found = task.network(device), []
         engine, _, autocast = name.partition(", ")
         optimizer = adler.Adler(model.parameters(), model, criterion, jvp=engine)
