@@ -110,8 +110,6 @@ def groups_of(ddp: nn.Module | None, params: Sequence[Tensor]) -> list[Any]:
                 "(DistributedSampler does), of any size"
             )
         return [ddp.process_group]
-    if all_whole(params):
-        return []
     meshes = list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]
     if not meshes:
         return []

@@ -99,6 +99,7 @@ class MeasuredOptimizer(Optimizer):
         self._hessian = self._loss_hessian()  # refuses reduction="none"
         hyperparameters.check(options)
         self._names = _names_of(model)
+        self._attendance = Attendance()
         super().__init__(params, options)
         self._attach()
 
@@ -540,7 +541,7 @@ class MeasuredOptimizer(Optimizer):
         self._recorder = Recorder(
             self.model, self.criterion, self.output_fn, params, self._model_loss
         )
-        self._log, self._attendance = Log(), Attendance()
+        self._log = Log()
 
     @property
     def _home(self) -> torch.device:
