@@ -116,9 +116,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     """The command."""
-    parser = arguments(__doc__, "memory")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--networks", nargs="+", metavar="n", help="only those that begin so")
+    parser = arguments(__doc__, "memory", by_network=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     methods = OURS if options.no_peers else {**OURS, **PEERS}

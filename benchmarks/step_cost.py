@@ -211,14 +211,19 @@ def plot(results: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
-    """What every benchmark of cost accepts."""
+def arguments(
+    description: str | None, name: str, *, by_network: bool = False
+) -> argparse.ArgumentParser:
+    """What every benchmark of cost accepts, and what those on `networks.TASKS` do besides."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
     parser.add_argument("--figures", type=Path, help="where the figure goes; default: --out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="tiny; numbers mean nothing")
+    if by_network:
+        parser.add_argument("--no-peers", action="store_true")
+        parser.add_argument("--networks", nargs="+", metavar="n", help="only those that begin so")
     return parser
 
 
@@ -262,11 +267,9 @@ def save(
 
 def main() -> None:
     """The command."""
-    parser = arguments(__doc__, "step_cost")
+    parser = arguments(__doc__, "step_cost", by_network=True)
     parser.add_argument("--rounds", type=int, default=80, help=f"a multiple of {BLOCK}")
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--networks", nargs="+", metavar="n", help="only those that begin so")
     options = parser.parse_args()
     if options.rounds < BLOCK or options.rounds % BLOCK:
         parser.error(f"--rounds {options.rounds}: expected a multiple of {BLOCK}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, SpectralSGD
 from adler.diagnostics.activations import normalised_activation
 
 
@@ -54,6 +55,22 @@ CRITERIA = {
     "mse-sum": lambda: nn.MSELoss(reduction="sum"),
     "ce-mean": lambda: nn.CrossEntropyLoss(),
     "ce-sum": lambda: nn.CrossEntropyLoss(reduction="sum"),
+}
+
+KINDS = {
+    "adler": Adler,
+    "adam": AdlerAdam,
+    "schedule-free": AdlerScheduleFree,
+    "gauss-newton": GaussNewton,
+    "spectral": SpectralSGD,
+}
+
+# How they may measure.
+MODES = {
+    "exact": {},
+    "difference": {"jvp": "finite_difference"},
+    "part": {"jvp": "finite_difference", "curvature_fraction": 0.5},
+    "amortised": {"curvature_every": 2, "max_kl": 0.1, "max_relative_change": 0.1},
 }
 
 # Odd, even and neither; with a mean and without; with a kink and without.

@@ -5,11 +5,9 @@ import pytest
 from benchmarks.suite.methods import method
 
 
-def need(package):
-    if package is not None:
-        pytest.importorskip(package, reason=f"{package}: pip install 'torch-adler[benchmarks]'")
-
-
 def needing(name):
-    need(method(name).package)
-    return method(name)
+    found = method(name)
+    if found.package is not None:
+        reason = f"{found.package}: pip install 'torch-adler[benchmarks]'"
+        pytest.importorskip(found.package, reason=reason)
+    return found

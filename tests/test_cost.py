@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import CRITERIA, NETWORKS, batches, flat, network
+from cases import CRITERIA, KINDS, MODES, NETWORKS, batches, flat, network
 from loops import NoSynchronisation, train, unchanged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,20 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adler import (
     Adler,
     AdlerAdam,
-    AdlerScheduleFree,
-    GaussNewton,
-    SpectralSGD,
     curvature,
     update,
 )
 
-KINDS = {
-    "adler": Adler,
-    "adam": AdlerAdam,
-    "schedule-free": AdlerScheduleFree,
-    "gauss-newton": GaussNewton,
-    "spectral": SpectralSGD,
-}
 ENGINES = ["forward", "finite_difference", "double_backward"]
 
 
@@ -468,13 +458,6 @@ def test_a_state_of_before_the_curvature_was_carried_loads():
 
 
 # --- what a step may not do -----------------------------------------------------------------------
-
-MODES = {
-    "exact": {},
-    "difference": {"jvp": "finite_difference"},
-    "part": {"jvp": "finite_difference", "curvature_fraction": 0.5},
-    "amortised": {"curvature_every": 2, "max_kl": 0.1, "max_relative_change": 0.1},
-}
 
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
