@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.networks import Task
-from benchmarks.step_cost import BLOCK, arguments, chosen, provenance, save
+from benchmarks.step_cost import BLOCK, arguments, chosen, colour, provenance, save
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
 
 
@@ -97,19 +97,20 @@ def plot(results: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = results["runs"]
-    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 3.4 * len(runs)), squeeze=False)
+    size = (10.5, 3.4 * len(runs))
+    figure, axes = plt.subplots(len(runs), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, run in zip(axes[:, 0], runs, strict=True):
         names = [name for name in run["methods"] if name != BASE]
         for i, name in enumerate(names):
             known = [(k, f) for k, f in enumerate(run["bytes"].values()) if name in f]
             at = [k + (i - len(names) / 2) * 0.8 / len(names) for k, _ in known]
-            axis.bar(at, [f[name] / f[BASE] for _, f in known], 0.8 / len(names), label=name)
+            width, heights = 0.8 / len(names), [f[name] / f[BASE] for _, f in known]
+            axis.bar(at, heights, width, label=name, color=colour(name))
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(run["bytes"])), list(run["bytes"]), fontsize=8)
         axis.set_ylabel("peak memory / SGD's")
         axis.set_title(run["device"])
-    axes[0, 0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

@@ -176,14 +176,17 @@ def _errors(by_task: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def colour(name: str) -> Any:
+    """A method's, the same in every figure."""
+    return mpl.colormaps["tab20"](list(OURS | PEERS).index(name) - 1)  # SGD has no bar
+
+
 def plot(results: dict[str, Any], file: Path) -> None:
     """Median ratios as bars, a panel a run."""
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
     runs = [run for run in results["runs"] if run["seconds"]]
-    everything = [name for name in (*OURS, *PEERS) if name != BASE]
-    colours = dict(zip(everything, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     size = (10.5, 3.4 * len(runs))
     figure, axes = plt.subplots(len(runs), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, run in zip(axes[:, 0], runs, strict=True):
@@ -199,7 +202,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
                 width,
                 yerr=[[m[1] - m[0] for m in middle], [m[2] - m[1] for m in middle]],
                 label=name,
-                color=colours[name],
+                color=colour(name),
             )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(networks)), list(networks), fontsize=8)
