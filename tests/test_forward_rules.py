@@ -1,6 +1,7 @@
-"""Where PyTorch's forward rules compute otherwise than the training pass did."""
+"""Forward-mode rules, beside PyTorch's own and beside the training pass."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,8 +9,228 @@ from loops import train
 from torch import nn
 from torch.nn import functional as F
 
-from adler import Adler, curvature
-from adler.engines import ForwardModeUnsupportedError, forward
+from adler import Adler, curvature, forward_rules
+from adler.engines import (
+    ForwardModeUnsupportedError,
+    differentiable_attention,
+    double_backward,
+    forward,
+)
+from adler.forward_rules import ForwardRules
+
+# --- rules in place of PyTorch's ------------------------------------------------------------------
+
+
+def last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def attends(*shapes, mask=None, **options):
+    """Attention, with shapes of query, key and value."""
+    shapes = {"q": (2, 3, 5, 4), "k": (2, 3, 5, 4), "v": (2, 3, 5, 4), **dict(shapes)}
+
+    def f(q, k, v):
+        own = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, own, **options)
+
+    return f, shapes
+
+
+SEEN = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], *[[1, 1, 1, 0, 1]] * 3]).bool()
+SHAPES = {"x": (5, 4), "w": (3, 4), "b": (3,)}
+PICTURES = {"x": (4, 6, 3, 2), "w": (6,), "b": (6,)}
+# From a function and the shapes of its arguments.
+RULED = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), SHAPES),
+    "linear, without bias": (lambda x, w: F.linear(x, w), {"x": (5, 4), "w": (3, 4)}),
+    "linear, one example": (lambda x, w, b: F.linear(x, w, b), {**SHAPES, "x": (4,)}),
+    "linear, sequences": (lambda x, w, b: F.linear(x, w, b), {**SHAPES, "x": (2, 3, 4)}),
+    "linear, turned": (lambda x, w, b: F.linear(x.transpose(0, 1), w, b), {**SHAPES, "x": (4, 5)}),
+    "linear, keywords": (lambda x, w, b: F.linear(input=x, weight=w, bias=b), SHAPES),
+    "batch": (
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+        {"x": (8, 3), "w": (3,), "b": (3,)},
+    ),
+    "batch, pictures": (
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True, eps=0.1),
+        PICTURES,
+    ),
+    "batch, channels last": (
+        lambda x, w, b: F.batch_norm(last(x), None, None, w, b, training=True),
+        PICTURES,
+    ),
+    "batch, without bias": (
+        lambda x, w: F.batch_norm(x, None, None, w, training=True),
+        {"x": (8, 3), "w": (3,)},
+    ),
+    "batch, without parameters": (
+        lambda x: F.batch_norm(x, None, None, training=True),
+        {"x": (8, 3)},
+    ),
+    "layer": (lambda x, w, b: F.layer_norm(x, (4,), w, b), {"x": (2, 5, 4), "w": (4,), "b": (4,)}),
+    "layer, two dimensions": (
+        lambda x, w, b: F.layer_norm(x.transpose(0, 2), (5, 2), w, b, eps=0.1),
+        {"x": (2, 5, 4), "w": (5, 2), "b": (5, 2)},
+    ),
+    "layer, without bias": (lambda x, w: F.layer_norm(x, (4,), w), {"x": (5, 4), "w": (4,)}),
+    "layer, without parameters": (lambda x: F.layer_norm(x, (4,)), {"x": (5, 4)}),
+    "group": (lambda x, w, b: F.group_norm(x, 2, w, b, eps=0.1), PICTURES),
+    "group, channels last": (lambda x, w, b: F.group_norm(last(x), 2, w, b), PICTURES),
+    "group, sequences": (lambda x, w, b: F.group_norm(x, 3, w, b), {**PICTURES, "x": (4, 6, 5)}),
+    "group, without bias": (
+        lambda x, w: F.group_norm(x, 2, w),
+        {"x": (4, 6, 3), "w": (6,)},
+    ),
+    "group, without parameters": (lambda x: F.group_norm(x, 2), {"x": (4, 6, 3)}),
+    "attention": attends(),
+    "attention, causal": attends(is_causal=True),
+    "attention, scaled": attends(scale=0.3),
+    "attention, hidden keys": attends(mask=SEEN),
+    "attention, biased": attends(mask=torch.linspace(-1, 1, 25).view(5, 5)),
+    "attention, other lengths": attends(("k", (2, 3, 7, 4)), ("v", (2, 3, 7, 6)), is_causal=True),
+    "attention, one head": attends(("q", (2, 5, 4)), ("k", (2, 5, 4)), ("v", (2, 5, 4))),
+}
+# What has no rule: PyTorch's remains.
+UNRULED = {
+    "batch, evaluated": (
+        lambda x, w, b: F.batch_norm(x, 0 * b.detach(), 1 + 0 * b.detach(), w, b),
+        {"x": (8, 3), "w": (3,), "b": (3,)},
+    ),
+    "attention, shared keys": attends(("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4))),
+    "attention, grouped": attends(("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4)), enable_gqa=True),
+}
+
+
+def drawn(case, dtype=torch.float64):
+    torch.manual_seed(0)
+    f, shapes = {**RULED, **UNRULED}[case]
+    at = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    along = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    return f, at, along
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Of each call of a rule: whether it had an answer."""
+    answers = []
+
+    def watched(rule):
+        def call(*args, **kwargs):
+            found = rule(*args, **kwargs)
+            answers.append(found is not NotImplemented)
+            return found
+
+        return call
+
+    for function, rule in list(forward_rules._RULES.items()):
+        monkeypatch.setitem(forward_rules._RULES, function, watched(rule))
+    return answers
+
+
+def pushed(f, at, along, *names):
+    """By the rules: outputs and tangents along some of the arguments."""
+    forward_rules.load()
+    rest = {name: at[name] for name in at if name not in names}
+    some = tuple({name: tensors[name] for name in names} for tensors in (at, along))
+    with ForwardRules(), differentiable_attention(), torch.no_grad():
+        return torch.func.jvp(lambda moving: f(**moving, **rest), (some[0],), (some[1],))
+
+
+@pytest.mark.parametrize("case", [*RULED, *UNRULED])
+def test_a_rule_says_what_transposing_twice_says(case, taken):
+    f, at, along = drawn(case)
+    before = copy.deepcopy((at, along))
+    for count in range(1, len(at) + 1):
+        for names in itertools.combinations(at, count):
+            rest = {name: at[name] for name in at if name not in names}
+            outputs, tangents = pushed(f, at, along, *names)
+            expected = double_backward(
+                lambda moving, rest=rest: f(**moving, **rest),
+                {name: at[name] for name in names},
+                {name: along[name] for name in names},
+            )
+            torch.testing.assert_close((outputs, tangents), expected, rtol=1e-9, atol=1e-11)
+    assert taken[-1] == (case in RULED)  # with all tangents
+    torch.testing.assert_close((at, along), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [c for c in RULED if c.startswith(("linear", "attention"))])
+def test_under_autocast_a_rule_returns_what_the_training_pass_returns(case, dtype, taken):
+    f, at, along = drawn(case, torch.float32)
+    _, exact = double_backward(
+        lambda moving: f(**moving),
+        {name: tensor.double() for name, tensor in at.items()},
+        {name: tensor.double() for name, tensor in along.items()},
+    )
+    with torch.autocast("cpu", dtype=dtype):
+        outputs, tangents = pushed(f, at, along, *at)
+        trained = f(**at)
+    assert taken[0]
+    assert outputs.dtype == tangents.dtype == trained.dtype
+    close = 4 * torch.finfo(dtype).eps
+    assert (outputs - trained).norm() <= close * trained.norm()
+    assert (tangents.double() - exact).norm() <= close * exact.norm()
+
+
+@pytest.mark.parametrize("case", [c for c in RULED if not c.startswith(("linear", "attention"))])
+def test_norms_of_halves_are_differentiated_in_float32(case, taken):
+    f, at, along = drawn(case, torch.bfloat16)
+    outputs, tangents = pushed(f, at, along, *at)
+    _, exact = double_backward(
+        lambda moving: f(**moving),
+        {name: tensor.double() for name, tensor in at.items()},
+        {name: tensor.double() for name, tensor in along.items()},
+    )
+    assert taken[0]
+    assert outputs.dtype == tangents.dtype == torch.bfloat16
+    assert (tangents.double() - exact).norm() <= 0.003 * exact.norm()  # rounded once
+
+
+def test_inside_another_transform_the_rules_are_pytorchs(taken):
+    f, at, along = drawn("layer")
+    several = {name: torch.stack([tensor, -2 * tensor]) for name, tensor in along.items()}
+    found = torch.func.vmap(lambda direction: forward(lambda moving: f(**moving), at, direction)[1])
+    once = forward(lambda moving: f(**moving), at, along)[1]
+    assert taken == [True]
+    torch.testing.assert_close(found(several), torch.stack([once, -2 * once]))
+    assert taken == [True]
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_subclasses_of_tensors_have_rules_of_their_own(taken):
+    x, w = torch.ones(2, 3), torch.ones(4, 3)
+    with ForwardRules():
+        assert type(F.linear(x.as_subclass(Marked), w)) is Marked
+    assert taken == []
+
+
+def test_the_exact_engine_is_exact_where_a_norm_is_far_from_zero():
+    # A mean of a thousand deviations: nothing may be subtracted that is not small.
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+    model, x = nn.Sequential(*layers), torch.randn(64, 4)
+    with torch.no_grad():
+        layers[0].bias.fill_(1e3)
+        layers[2].bias.fill_(1e3)
+    along = [torch.randn_like(p) for p in model.parameters()]
+    twin = copy.deepcopy(model).double()
+    wide = [d.double() for d in along]
+    _, exact = curvature.jvp(twin, twin.parameters(), x.double(), wide)
+    with torch.no_grad():
+        reference = torch.func.jvp(
+            lambda p: torch.func.functional_call(
+                model, {**{k: b.clone() for k, b in model.named_buffers()}, **p}, (x,)
+            ),
+            (dict(model.named_parameters()),),
+            (dict(zip(dict(model.named_parameters()), along, strict=True)),),
+        )[1]
+    _, found = curvature.jvp(model, model.parameters(), x, along)
+    assert (found - exact).norm() <= 1.5 * (reference - exact).norm()
+
 
 # --- dropout: the mask is that of the training pass, whatever the layout of its input -------------
 

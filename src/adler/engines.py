@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adler import update
 from adler.compiled import derivative
 from adler.compiled import outputs as compiled_outputs
-from adler.forward_rules import AsInTraining, load
+from adler.forward_rules import ForwardRules, load
 from adler.lazily import Lazy
 from adler.replay import Call
 
@@ -85,7 +85,7 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
     load()
 
     def plain() -> tuple[Tensor, Tensor]:
-        with AsInTraining():
+        with ForwardRules():
             pair = torch.func.jvp(f, (params,), (direction,), strict=True)
         return cast(tuple[Tensor, Tensor], pair)
 
