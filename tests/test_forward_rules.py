@@ -197,6 +197,16 @@ def test_inside_another_transform_the_rules_are_pytorchs(taken):
     assert taken == [True]
 
 
+def test_where_a_device_lacks_a_kernel_the_rules_are_pytorchs(monkeypatch):
+    def lacking(*args, **kwargs):
+        raise NotImplementedError("aten::native_layer_norm_backward")
+
+    f, at, along = drawn("layer")
+    expected = pushed(f, at, along, *at)
+    monkeypatch.setitem(forward_rules._RULES, F.layer_norm, lacking)
+    torch.testing.assert_close(pushed(f, at, along, *at), expected)
+
+
 class Marked(torch.Tensor):
     pass
 

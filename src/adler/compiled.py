@@ -12,7 +12,6 @@ compiled: each run of a graph writes over what the last one returned, the gradie
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adler import distributed
+from adler.warning import warn
 
 __all__ = ["Compiled", "derivative", "outputs"]
 
@@ -90,11 +90,9 @@ class Compiled:
 
     def _refuse(self, why: str) -> None:
         self._refused = True
-        warnings.warn(
+        warn(
             f"the replay of the compiled model is not compiled ({why}): steps take longer, and are "
-            "the same otherwise",
-            RuntimeWarning,
-            stacklevel=8,
+            "the same otherwise"
         )
 
 

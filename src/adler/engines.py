@@ -14,7 +14,6 @@ Three engines compute the Jacobian-vector product $v = J d$:
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
@@ -29,6 +28,7 @@ from adler.compiled import outputs as compiled_outputs
 from adler.forward_rules import ForwardRules, load
 from adler.lazily import Lazy
 from adler.replay import Call
+from adler.warning import warn
 
 __all__ = [
     "ENGINES",
@@ -249,21 +249,19 @@ def directional_derivative(
         try:
             return *forward(f, params, direction), jvp
         except ForwardModeUnsupportedError as error:
-            warn_of_fallback(error.op, stacklevel=4)
+            warn_of_fallback(error.op)
             jvp = "finite_difference"
     if jvp == "finite_difference":
         return *finite_difference(f, params, direction, step=step, outputs=outputs), jvp
     return *ENGINES[jvp](f, params, direction), jvp
 
 
-def warn_of_fallback(op: str, jvp: str = "forward", *, stacklevel: int) -> None:
+def warn_of_fallback(op: str, jvp: str = "forward") -> None:
     """Says, once an optimizer, that the finite difference takes over."""
     mode = "forward-mode AD" if jvp == "forward" else f"jvp={jvp!r}"
-    warnings.warn(
+    warn(
         f"{mode} is not available for {op}; the Jacobian-vector product is taken by finite "
-        "difference instead (jvp='finite_difference' says so explicitly)",
-        RuntimeWarning,
-        stacklevel=stacklevel,
+        "difference instead (jvp='finite_difference' says so explicitly)"
     )
 
 

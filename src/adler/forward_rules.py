@@ -58,7 +58,8 @@ class ForwardRules(TorchFunctionMode):
         kwargs = kwargs or {}
         found = NotImplemented
         if func in _RULES and self._outermost and {*types} <= {Tensor}:  # subclasses have theirs
-            found = _RULES[func](*args, **kwargs)
+            with contextlib.suppress(NotImplementedError):  # a kernel that the device lacks
+                found = _RULES[func](*args, **kwargs)
         if func in _REPAIRS and found is NotImplemented:
             found = _REPAIRS[func](*args, **kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found

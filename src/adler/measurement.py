@@ -104,7 +104,7 @@ def batch_curvature(
             )
             if sharded:
                 if jvp != "finite_difference":
-                    warn_of_fallback("sharded parameters (DTensor)", jvp, stacklevel=4)
+                    warn_of_fallback("sharded parameters (DTensor)", jvp)
                 jvp = "finite_difference"
                 first = _first_step(params, squared_norm, dtype)
                 step = first if rate is None else torch.where(rate > 0, step, first)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from adler.warning import warn
 
 __all__ = ["Watch"]
 
@@ -41,11 +41,9 @@ class Watch:
             seen = self._arrived()
         if seen is not None and seen >= self._patience:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the last {seen} {self._message}. optimizer.last_step holds the numbers; this is "
-                "said once",
-                RuntimeWarning,
-                stacklevel=5,
+                "said once"
             )
 
     def _arrived(self) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from adler.capture import RecordedLoss
 from adler.directions import Direction, State
 from adler.measured import MeasuredOptimizer
 from adler.saved import SavedState
+from adler.warning import warn
 
 __all__ = ["Displacement", "Wrapped", "wrap"]
 
@@ -149,12 +149,10 @@ class Wrapped(MeasuredOptimizer):
         super().__init__(groups, model, criterion, options, output_fn)
         self.base = base
         if type(base) not in FRESH:
-            warnings.warn(
+            warn(
                 f"wrap: {type(base).__name__} is not one of PyTorch's optimizers that this library "
                 "knows, so the rate is measured along what the gradient changes in its step, "
-                "found by stepping twice, with and without the gradient",
-                RuntimeWarning,
-                stacklevel=3,
+                "found by stepping twice, with and without the gradient"
             )
 
     def _direction(
