@@ -96,6 +96,10 @@ UNRULED = {
         lambda x, w, b: F.batch_norm(x, 0 * b.detach(), 1 + 0 * b.detach(), w, b),
         {"x": (8, 3), "w": (3,), "b": (3,)},
     ),
+    "attention, learned bias": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m),
+        {**dict.fromkeys("qkv", (2, 3, 5, 4)), "m": (5, 5)},
+    ),
     "attention, shared keys": attends(("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4))),
     "attention, grouped": attends(("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4)), enable_gqa=True),
 }
@@ -152,6 +156,15 @@ def test_a_rule_says_what_transposing_twice_says(case, taken):
             torch.testing.assert_close((outputs, tangents), expected, rtol=1e-9, atol=1e-11)
     assert taken[-1] == (case in RULED)  # with all tangents
     torch.testing.assert_close((at, along), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", RULED)
+def test_what_does_not_move_is_left_alone(case, taken):
+    f, at, _ = drawn(case)
+    constant = f(**at)
+    found = pushed(lambda t: t * f(**at), {"t": torch.tensor(2.0)}, {"t": torch.tensor(3.0)}, "t")
+    assert taken == [False]
+    torch.testing.assert_close(found, (2 * constant, 3 * constant))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

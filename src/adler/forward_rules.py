@@ -181,20 +181,19 @@ def _attention(
     dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
     # The kernels of halves add up in float32.
     with _no_autocast(device):
-        (q, dq), (k, dk), (v, dv) = (_wide(t.contiguous()) for t in pairs)  # before each product
+        (q, dq), (k, dk), (v, dv) = (map(_flat, _wide(each)) for each in pairs)
+        k, dk = k.mT, None if dk is None else dk.mT
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        q, dq = q * factor, None if dq is None else dq * factor
-        scores = _masked(q @ k.transpose(-2, -1), attn_mask, is_causal)
-        weights = torch.softmax(scores, -1)
-        if attn_mask is not None:  # which may hide everything from some
-            weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
-        moved = _product(dq, k.transpose(-2, -1), q, None if dk is None else dk.transpose(-2, -1))
+        scores = _products((q, k), scale=factor)
+        weights = _attended(scores, query.shape[:-2], attn_mask, is_causal)
+        moved = _products((dq, k), (q, dk), scale=factor)
         if moved is not None:
             moved = torch._softmax_backward_data(moved, weights, -1, weights.dtype)
-        dy = _product(moved, v, weights, dv)
+        y, dy = _products((weights, v)), _products((moved, v), (weights, dv))
         if dy is None:
             return NotImplemented
-        return _made((weights @ v).to(dtype), dy.to(dtype))
+        shape = (*query.shape[:-1], v.shape[-1])
+        return _made(y.view(shape).to(dtype), dy.view(shape).to(dtype))
 
 
 # --- helpers of rules ----------------------------------------------------------------------------
@@ -233,19 +232,36 @@ def _as_a_norm_returns(input: Tensor, y: Tensor, dy: Any) -> tuple[Tensor, Tenso
     return y.to(input.dtype), dy.to(input.dtype)
 
 
-def _product(da: Tensor | None, b: Tensor, a: Tensor, db: Tensor | None) -> Tensor | None:
-    """``(a b)˙``"""
-    if da is None or db is None:
-        return a @ db if db is not None else da @ b if da is not None else None
-    return (da @ b).add_(a @ db)
+def _flat(tensor: Tensor | None) -> Any:
+    """As a batch of matrices."""
+    return None if tensor is None else tensor.reshape(-1, *tensor.shape[-2:])
 
 
-def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _products(*pairs: tuple[Tensor | None, Tensor | None], scale: float = 1.0) -> Any:
+    """Sum of the products of two batches of matrices, times ``scale``; without pairs, None."""
+    total = None
+    for a, b in pairs:
+        if a is None or b is None:
+            continue
+        if total is None:
+            total = torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+        else:
+            total.baddbmm_(a, b, alpha=scale)
+    return total
+
+
+def _attended(scores: Tensor, batch: torch.Size, mask: Tensor | None, causal: bool) -> Tensor:
+    """How much each query attends to each key, as a batch of matrices."""
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
     if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1)
+    scores = scores.view(*batch, *scores.shape[-2:])
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1)
+    if not causal:  # everything may be hidden from some
+        weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
+    return weights.view(-1, *scores.shape[-2:])
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
