@@ -93,16 +93,19 @@ def batch_curvature(
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
             sharded = any(is_sharded(p) for p in params.values())
-            step = difference_step(
-                call,
-                dtype,
-                rate=rate,
-                # All ranks move the shards by one step, and each knows only its own loss.
-                height=torch.full_like(tall, math.nan) if sharded else tall,
-                slope=squared_norm if slope is None else slope,
-                squared_norm=squared_norm,
-            )
+            step: Tensor | None = None  # where forward mode falls back, whose first one it is
+            if sharded or jvp == "finite_difference":
+                step = difference_step(
+                    call,
+                    dtype,
+                    rate=rate,
+                    # All ranks move the shards by one step, and each knows only its own loss.
+                    height=torch.full_like(tall, math.nan) if sharded else tall,
+                    slope=squared_norm if slope is None else slope,
+                    squared_norm=squared_norm,
+                )
             if sharded:
+                assert step is not None
                 if jvp != "finite_difference":
                     warn_of_fallback("sharded parameters (DTensor)", jvp)
                 jvp = "finite_difference"
