@@ -316,14 +316,15 @@ def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor)
     """``θ + by · d``, in new tensors."""
     one_by_one = isinstance(f, Call) and f.compiled is None
     if one_by_one and all(update.on_host(d.device) for d in direction.values()):
-        return Lazy(
-            params,
-            lambda name: (
-                torch.addcmul(params[name], direction[name], by.to(direction[name]))
-                if name in direction
-                else params[name]
-            ),
-        )
+        steps = {dtype: by.to(dtype) for dtype in {d.dtype for d in direction.values()}}
+
+        def moved_one(name: str) -> Tensor:
+            if name not in direction:
+                return params[name]
+            d = direction[name]
+            return torch.addcmul(params[name], d, steps[d.dtype])
+
+        return Lazy(params, moved_one)
     moved = update.shifted([params[name] for name in direction], list(direction.values()), by)
     return {**params, **dict(zip(direction, moved, strict=True))}
 

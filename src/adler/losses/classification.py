@@ -76,13 +76,16 @@ class CrossEntropyHessian(LossHessian):
             total = torch.full_like(weights, 1.0).sum()
         else:
             kept = targets != criterion.ignore_index
-            y = torch.where(kept, targets, 0)
-            # `take`, as indexing waits for the host where y is 0-dim, and takes uint8 for a mask.
-            of_class = kept.to(dtype) if w is None else torch.where(kept, w.take(y.long()), 0)
-            total = of_class.sum()
-            everywhere = classes if w is None else w.sum()
-            weights = (1 - smoothing) * of_class
-            weights = weights + kept.to(dtype) * (smoothing / classes * everywhere)
+            if w is None:  # and smoothing leaves a sum of one
+                weights = kept.to(dtype)
+                total = weights.sum()
+            else:
+                # `take`: indexing waits for the host where y is 0-dim, and takes uint8 for a mask.
+                y = torch.where(kept, targets, 0).long()
+                of_class = torch.where(kept, w.take(y), 0)
+                total = of_class.sum()
+                weights = (1 - smoothing) * of_class
+                weights = weights + kept.to(dtype) * (smoothing / classes * w.sum())
         normalised: Tensor = weights if criterion.reduction == "sum" else weights / total
         return normalised
 
