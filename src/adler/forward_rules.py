@@ -212,7 +212,7 @@ def _wide(tensor: Tensor | None) -> tuple[Any, Any]:
 
 
 def _weight_with(bias: Tensor | None, weight: Tensor | None) -> tuple[Any, Any]:
-    """As `_wide`; a bias that moves does not move alone."""
+    """As `_wide`; where the bias moves, the weight does, if only by zero."""
     (w, dw), (_, db) = _wide(weight), _wide(bias)
     return w, torch.zeros_like(db) if dw is None and db is not None else dw
 
