@@ -220,6 +220,28 @@ def test_where_a_device_lacks_a_kernel_the_rules_are_pytorchs(monkeypatch):
     torch.testing.assert_close(pushed(f, at, along, *at), expected)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("asks", [True, False])
+def test_what_multi_head_attention_calls_has_rules(asks, weights, taken, monkeypatch):
+    if asks:  # as a PyTorch might whose function looks otherwise
+        monkeypatch.setattr(forward_rules, "_multi_head_attention", F.multi_head_attention_forward)
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x = torch.randn(3, 5, 8).double()
+
+    def f(**params):
+        return torch.func.functional_call(
+            attention, params, (x, x, 2 * x), {"need_weights": weights}
+        )[0]
+
+    at = dict(attention.named_parameters())
+    along = {name: torch.randn_like(p) for name, p in at.items()}
+    found = pushed(f, at, along, *at)
+    expected = double_backward(lambda params: f(**params), at, along)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert bool(taken) != asks
+
+
 class Marked(torch.Tensor):
     pass
 
