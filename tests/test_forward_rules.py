@@ -88,6 +88,9 @@ RULED = {
     "attention, hidden keys": attends(mask=SEEN),
     "attention, biased": attends(mask=torch.linspace(-1, 1, 25).view(5, 5)),
     "attention, other lengths": attends(("k", (2, 3, 7, 4)), ("v", (2, 3, 7, 6)), is_causal=True),
+    "attention, grouped": attends(
+        ("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4)), enable_gqa=True, is_causal=True
+    ),
     "attention, one head": attends(("q", (2, 5, 4)), ("k", (2, 5, 4)), ("v", (2, 5, 4))),
 }
 # What has no rule: PyTorch's remains.
@@ -101,7 +104,6 @@ UNRULED = {
         {**dict.fromkeys("qkv", (2, 3, 5, 4)), "m": (5, 5)},
     ),
     "attention, shared keys": attends(("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4))),
-    "attention, grouped": attends(("k", (2, 1, 5, 4)), ("v", (2, 1, 5, 4)), enable_gqa=True),
 }
 
 
@@ -314,6 +316,13 @@ def pictures(f):
     )
 
 
+def attended(x, p=0.3):
+    """Drops weights of attention."""
+    heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=p)
+    return mixed.transpose(1, 2).flatten(2)
+
+
 LAYOUTS = {
     "plain": nn.Dropout(0.5),
     "turned": turned(nn.Dropout(0.5)),
@@ -325,15 +334,32 @@ LAYOUTS = {
     "channels": pictures(nn.Dropout2d(0.5)),
     "alpha": turned(nn.AlphaDropout(0.3)),
     "none": turned(nn.Dropout(0.0)),
+    "attention": attended,
+    "attention, all": lambda x: x + attended(x, 1.0),
     "all": lambda x: x + turned(nn.Dropout(1.0))(x),
     "evaluated": turned(nn.Dropout(0.5).eval()),
 }
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "encoder"])
+class Attended(nn.Module):
+    """Drops weights of attention, among data that no parameter moves, and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        data = torch.cat([x, -x], 2)
+        return self.after(attended(self.before(attended(data)[..., :4])))[:, -1]
+
+
+MODELS = {"encoder": Encoder, "attention of data": Attended}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MODELS])
 def test_the_mask_is_that_of_the_training_pass(layout):
     torch.manual_seed(0)
-    model = (Encoder() if layout == "encoder" else Dropped(LAYOUTS[layout])).double()
+    model = (MODELS[layout]() if layout in MODELS else Dropped(LAYOUTS[layout])).double()
     criterion = nn.CrossEntropyLoss()
     optimizer = Adler(model.parameters(), model, criterion)
     for _ in range(3):

@@ -190,12 +190,17 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    device = query.device.type
+    if enable_gqa:
+        heads = query.shape[-3]
+        key, value = (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
     pairs = (query, key, value)
-    if dropout_p or enable_gqa or len({t.shape[:-2] for t in pairs}) > 1:
+    if all(_dual(t)[1] is None for t in pairs) or len({t.shape[:-2] for t in pairs}) > 1:
         return NotImplemented
     if attn_mask is not None and (is_causal or _dual(attn_mask)[1] is not None):
         return NotImplemented
-    device = query.device.type
+    if dropout_p and (device != "cpu" or not 0 < dropout_p < 1):
+        return NotImplemented
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
     # The kernels of halves add up in float32.
@@ -208,9 +213,10 @@ def _attention(
         moved = _products((dq, k), (q, dk), scale=factor)
         if moved is not None:
             moved = torch._softmax_backward_data(moved, weights, -1, weights.dtype)
+        if dropout_p:
+            kept = torch.empty_like(weights).bernoulli_(1 - dropout_p).div_(1 - dropout_p)
+            weights, moved = weights * kept, moved if moved is None else moved * kept
         y, dy = _products((weights, v)), _products((moved, v), (weights, dv))
-        if dy is None:
-            return NotImplemented
         shape = (*query.shape[:-1], v.shape[-1])
         return _made(y.view(shape).to(dtype), dy.view(shape).to(dtype))
 
