@@ -128,3 +128,23 @@ def test_a_first_step_that_was_too_long_is_followed_by_a_shorter_one():
     assert skipped[0]
     assert not any(skipped[2:])
     assert float(optimizer.last_step.consistency) == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:forward-mode AD is not available")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_forward_mode_falls_back_the_first_step_is_a_finite_differences(autocast):
+    found = []
+    for jvp in ("forward", "finite_difference"):
+        torch.manual_seed(0)
+        model, criterion = (
+            nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 3)),
+            nn.CrossEntropyLoss(),
+        )
+        optimizer = Adler(model.parameters(), model, criterion, jvp=jvp)
+        x, y = torch.randint(10, (8, 3)), torch.randint(3, (8,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        found.append(float(optimizer.last_step.curvature))
+    assert found[0] == found[1]

@@ -227,7 +227,7 @@ def directional_derivative(
     direction: Parameters,
     jvp: str = "forward",
     *,
-    step: float | Tensor | None = None,
+    step: float | Tensor | Callable[[], Tensor] | None = None,
     outputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, str]:
     """Runs an engine; where ``forward`` cannot go, warns and takes the finite difference.
@@ -237,7 +237,7 @@ def directional_derivative(
         params: Where to differentiate.
         direction: Same names, shapes, dtypes.
         jvp: Name of the engine.
-        step: For the finite difference.
+        step: For the finite difference; a function is asked only there.
         outputs: Known ``F(θ)``, for the finite difference.
 
     Returns:
@@ -252,6 +252,7 @@ def directional_derivative(
             warn_of_fallback(error.op)
             jvp = "finite_difference"
     if jvp == "finite_difference":
+        step = step() if callable(step) else step
         return *finite_difference(f, params, direction, step=step, outputs=outputs), jvp
     return *ENGINES[jvp](f, params, direction), jvp
 

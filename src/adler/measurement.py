@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -85,38 +86,44 @@ def batch_curvature(
     value = torch.zeros_like(squared_norm)
     nat = torch.full_like(value, 0.0 if wants_nat else math.inf)
     weights = _weights(batch, value, amp_scale)
-    tall = height(batch, weights, value)
     found: Tensor | None = torch.zeros_like(squared_norm)
     finite = torch.ones_like(squared_norm, dtype=torch.bool)
+
+    def step(call: Call, dtype: torch.dtype, tall: Tensor | None = None) -> Tensor:
+        return difference_step(
+            call,
+            dtype,
+            rate=rate,
+            height=height(batch, weights, squared_norm) if tall is None else tall,
+            slope=squared_norm if slope is None else slope,
+            squared_norm=squared_norm,
+        )
+
     with replaying():
         for call, losses in _by_call(batch).items():
             known = losses[0].outputs
             dtype = next(iter(direction.values())).dtype if known is None else known.dtype
             sharded = any(is_sharded(p) for p in params.values())
-            step: Tensor | None = None  # where forward mode falls back, whose first one it is
-            if sharded or jvp == "finite_difference":
-                step = difference_step(
-                    call,
-                    dtype,
-                    rate=rate,
-                    # All ranks move the shards by one step, and each knows only its own loss.
-                    height=torch.full_like(tall, math.nan) if sharded else tall,
-                    slope=squared_norm if slope is None else slope,
-                    squared_norm=squared_norm,
-                )
             if sharded:
-                assert step is not None
                 if jvp != "finite_difference":
                     warn_of_fallback("sharded parameters (DTensor)", jvp)
                 jvp = "finite_difference"
-                first = _first_step(params, squared_norm, dtype)
-                step = first if rate is None else torch.where(rate > 0, step, first)
+                length = _first_step(params, squared_norm, dtype)
+                if rate is not None:
+                    # All ranks move the shards by one step, and each knows only its own loss.
+                    shared = step(call, dtype, torch.full_like(squared_norm, math.nan))
+                    length = torch.where(rate > 0, shared, length)
                 outputs, tangents = sharded_difference(
-                    call, call.model, params, direction, step, known
+                    call, call.model, params, direction, length, known
                 )
             else:
                 outputs, tangents, jvp = directional_derivative(
-                    call, params, direction, jvp, step=step, outputs=known
+                    call,
+                    params,
+                    direction,
+                    jvp,
+                    step=functools.partial(step, call, dtype),
+                    outputs=known,
                 )
             arrived = losses[0].output_gradient
             if found is None or arrived is None or arrived.shape != tangents.shape:
