@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -245,13 +246,20 @@ def test_what_multi_head_attention_calls_has_rules(asks, weights, taken, monkeyp
 
 
 class Marked(torch.Tensor):
-    pass
+    asked: ClassVar = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.asked.append(func)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def test_subclasses_of_tensors_have_rules_of_their_own(taken):
     x, w = torch.ones(2, 3), torch.ones(4, 3)
     with ForwardRules():
         assert type(F.linear(x.as_subclass(Marked), w)) is Marked
+        nn.MultiheadAttention(3, 1)(*[x.as_subclass(Marked)] * 3)
+    assert F.multi_head_attention_forward in Marked.asked
     assert taken == []
 
 

@@ -58,15 +58,16 @@ class ForwardRules(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.multi_head_attention_forward and not self._in_attention:
+        found = NotImplemented
+        ours = self._outermost and {*types} <= {Tensor}  # subclasses have their own
+        if func is functional.multi_head_attention_forward and ours and not self._in_attention:
             self._in_attention = True  # if it comes here once more, it is PyTorch's
             try:
                 with self:
                     return _multi_head_attention(*args, **kwargs)
             finally:
                 self._in_attention = False
-        found = NotImplemented
-        if func in _RULES and self._outermost and {*types} <= {Tensor}:  # subclasses have theirs
+        if func in _RULES and ours:
             with contextlib.suppress(NotImplementedError):  # a kernel that the device lacks
                 found = _RULES[func](*args, **kwargs)
         if func in _REPAIRS and found is NotImplemented:
@@ -115,7 +116,7 @@ def _batch_norm(
 ) -> Any:
     if not training:
         return NotImplemented
-    (x, dx), (w, dw), (b, db) = _wide(input), _weight_with(bias, weight), _wide(bias)
+    (x, dx), (w, dw), (b, db) = _of_a_norm(input, weight, bias)
     if dx is None and dw is None:
         return NotImplemented
     # (Nobody reads a replay's running statistics.)
@@ -142,7 +143,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    (x, dx), (w, dw), (b, db) = _wide(input), _weight_with(bias, weight), _wide(bias)
+    (x, dx), (w, dw), (b, db) = _of_a_norm(input, weight, bias)
     if dx is None and dw is None:
         return NotImplemented
     y, mean, rstd = torch.native_layer_norm(x, normalized_shape, w, b, eps)
@@ -153,7 +154,7 @@ def _layer_norm(
             dx, x, normalized_shape, mean, rstd, None, None, [True, False, False]
         )
         dy = _plus_weighted(dy, pushed, w)
-    return _made(*_as_a_norm_returns(input, y, dy))
+    return _made_by_a_norm(input, y, dy)
 
 
 def _group_norm(
@@ -163,7 +164,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    (x, dx), (w, dw), (b, db) = _wide(input), _weight_with(bias, weight), _wide(bias)
+    (x, dx), (w, dw), (b, db) = _of_a_norm(input, weight, bias)
     if dx is None and dw is None:
         return NotImplemented
     x = x.contiguous()
@@ -177,7 +178,7 @@ def _group_norm(
         )
         per_channel = None if w is None else w.view(-1, *[1] * (x.ndim - 2))
         dy = _plus_weighted(dy, pushed, per_channel)
-    return _made(*_as_a_norm_returns(input, y, dy))
+    return _made_by_a_norm(input, y, dy)
 
 
 def _attention(
@@ -199,7 +200,7 @@ def _attention(
         return NotImplemented
     if attn_mask is not None and (is_causal or _dual(attn_mask)[1] is not None):
         return NotImplemented
-    if dropout_p and (device != "cpu" or not 0 < dropout_p < 1):
+    if dropout_p and device != "cpu":
         return NotImplemented
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
@@ -214,7 +215,7 @@ def _attention(
         if moved is not None:
             moved = torch._softmax_backward_data(moved, weights, -1, weights.dtype)
         if dropout_p:
-            kept = torch.empty_like(weights).bernoulli_(1 - dropout_p).div_(1 - dropout_p)
+            kept = functional.dropout(torch.ones_like(weights), dropout_p)
             weights, moved = weights * kept, moved if moved is None else moved * kept
         y, dy = _products((weights, v)), _products((moved, v), (weights, dv))
         shape = (*query.shape[:-1], v.shape[-1])
@@ -236,10 +237,10 @@ def _wide(tensor: Tensor | None) -> tuple[Any, Any]:
     return _dual(tensor.float() if tensor.dtype in _HALVES else tensor)
 
 
-def _weight_with(bias: Tensor | None, weight: Tensor | None) -> tuple[Any, Any]:
-    """As `_wide`; where the bias moves, the weight does, if only by zero."""
-    (w, dw), (_, db) = _wide(weight), _wide(bias)
-    return w, torch.zeros_like(db) if dw is None and db is not None else dw
+def _of_a_norm(*arguments: Tensor | None) -> tuple[tuple[Any, Any], ...]:
+    """As `_wide`, of input, weight and bias; with the bias the weight moves, if only by zero."""
+    x, (w, dw), (b, db) = map(_wide, arguments)
+    return x, (w, torch.zeros_like(db) if dw is None and db is not None else dw), (b, db)
 
 
 def _plus_weighted(total: Tensor | None, tangent: Tensor, weight: Tensor | None) -> Tensor:
@@ -249,12 +250,12 @@ def _plus_weighted(total: Tensor | None, tangent: Tensor, weight: Tensor | None)
     return total.add_(tangent) if weight is None else total.addcmul_(tangent, weight)
 
 
-def _as_a_norm_returns(input: Tensor, y: Tensor, dy: Any) -> tuple[Tensor, Tensor]:
+def _made_by_a_norm(input: Tensor, y: Tensor, dy: Any) -> Tensor:
     """In the dtype of the training pass: an accelerator's autocast leaves these in float32."""
     device = input.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):
-        return y, dy
-    return y.to(input.dtype), dy.to(input.dtype)
+        return _made(y, dy)
+    return _made(y.to(input.dtype), dy.to(input.dtype))
 
 
 def _flat(tensor: Tensor | None) -> Any:
