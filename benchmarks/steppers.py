@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import adler
-from adler.engines import differentiable_attention
+from adler.curvature.jacobian import differentiable_attention
 
 __all__ = ["BASE", "OURS", "PEERS", "Step", "optimized"]
 

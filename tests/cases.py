@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, SpectralSGD
-from adler.diagnostics.activations import normalised_activation
+from adler.diagnostics.theory.activations import normalised_activation
 
 
 class Attention(nn.Module):

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from adler.diagnostics import activations
-from adler.diagnostics.activations import (
+from adler.diagnostics.theory.activations import (
     hermite_coefficients,
     nonlinearity,
     normalised_activation,
 )
-from adler.diagnostics.duals import dual_activation
+from adler.diagnostics.theory.duals import dual_activation
 
 NORMALISED = {
     "relu": torch.relu,

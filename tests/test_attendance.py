@@ -76,7 +76,7 @@ def test_one_factor_for_all_gives_the_steps_of_one_for_each(kind, monkeypatch):
         optimizer = KINDS[kind](model.parameters(), model, criterion)
         if not known:
             monkeypatch.setattr(
-                "adler.attendance.Attendance.equal",
+                "adler._optimizers.step_counts.Attendance.equal",
                 lambda self, groups, state: {id(group): False for group in groups},
             )
         torch.manual_seed(0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel
 
-from adler.averaging import Average, arithmetic, geometric, polynomial_decay
+from adler._averaging import Average, arithmetic, geometric, polynomial_decay
 
 rates = st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=30)
 discounts = st.floats(0, 0.999)

@@ -11,7 +11,7 @@ from loops import train
 from torch import nn
 
 from adler import Adler, AdlerScheduleFree
-from adler.compiled import Compiled
+from adler._recording.compiled import Compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from reference import scalar
 from torch import nn
 
-from adler.diagnostics.activations import normalised_activation
-from adler.diagnostics.composition import (
+from adler.diagnostics.theory.activations import normalised_activation
+from adler.diagnostics.theory.composition import (
     Bounds,
     activation_constants,
     compose,

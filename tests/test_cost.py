@@ -14,12 +14,8 @@ from loops import NoSynchronisation, train, unchanged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adler import (
-    Adler,
-    AdlerAdam,
-    curvature,
-    update,
-)
+from adler import Adler, AdlerAdam, curvature
+from adler import _tensors as update
 
 ENGINES = ["forward", "finite_difference", "double_backward"]
 

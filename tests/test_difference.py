@@ -10,9 +10,9 @@ from loops import NoSynchronisation
 from torch import nn
 
 from adler import Adler
-from adler.capture import RecordedLoss
-from adler.difference import difference_step, height
-from adler.replay import Call
+from adler._recording.recorder import RecordedLoss
+from adler._recording.replay import Call
+from adler.curvature.difference import difference_step, height
 
 
 def scalar(value):

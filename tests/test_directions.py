@@ -11,7 +11,7 @@ from reference import Dense
 from torch import nn
 
 from adler import Adler, AdlerAdam, GaussNewton
-from adler.averaging import DiscountedMean
+from adler._averaging import DiscountedMean
 
 CRITERION = nn.CrossEntropyLoss()
 PINNED = DiscountedMean(torch.clone, lambda rate: torch.full_like(rate, 1e-3))
@@ -63,7 +63,7 @@ def test_the_loop_over_other_devices_equals_the_fused_kernel(monkeypatch):
     model, optimizer, data = setting(momentum=0.9)
     train(model, CRITERION, optimizer, data)
     twin, other, _ = setting(momentum=0.9)
-    monkeypatch.setattr("adler.update._FUSED_DEVICES", ())
+    monkeypatch.setattr("adler._tensors._FUSED_DEVICES", ())
     bad = (data[0][0] * math.nan, data[0][1])
     train(twin, CRITERION, other, [*data[:3], bad, *data[3:]])
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-13)

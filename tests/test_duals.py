@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from adler.diagnostics import duals
-from adler.diagnostics.activations import normalised_activation
-from adler.diagnostics.duals import DualActivation, dual_activation
+from adler.diagnostics.theory.activations import normalised_activation
+from adler.diagnostics.theory.duals import DualActivation, dual_activation
 
 SMOOTH = {
     "tanh": nn.Tanh(),

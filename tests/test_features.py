@@ -7,8 +7,8 @@ from cases import NETWORKS, network
 from loops import unchanged
 from torch import nn
 
+from adler._recording.replay import is_replaying
 from adler.diagnostics import features
-from adler.replay import is_replaying
 
 SEQUENTIAL = ["mlp-tanh", "mlp-relu", "cnn", "batchnorm"]
 

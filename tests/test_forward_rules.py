@@ -10,14 +10,15 @@ from loops import train
 from torch import nn
 from torch.nn import functional as F
 
-from adler import Adler, curvature, forward_rules
-from adler.engines import (
+from adler import Adler, curvature
+from adler.curvature import forward_rules
+from adler.curvature.forward_rules import ForwardRules
+from adler.curvature.jacobian import (
     ForwardModeUnsupportedError,
     differentiable_attention,
     double_backward,
     forward,
 )
-from adler.forward_rules import ForwardRules
 
 # --- rules in place of PyTorch's ------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from loops import train, unchanged
 from torch import nn
 
 from adler import Adler, AdlerAdam, GaussNewton, curvature
-from adler.capture import RecordedLoss
-from adler.fraction import part
-from adler.replay import Call
+from adler._recording.recorder import RecordedLoss
+from adler._recording.replay import Call
+from adler._recording.subbatch import part
 
 
 def first_step(model, criterion, x, y, kind=Adler, **options):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adler.diagnostics.generalisation import (
+from adler.diagnostics.theory.generalisation import (
     Bound,
     generalisation_bound,
     pointwise_hypothesis_stability,

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.functional import hessian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adler._recording.replay import is_replaying
 from adler.curvature import ggn_product
 from adler.diagnostics.hessian import (
     HessianSplit,
@@ -19,7 +20,6 @@ from adler.diagnostics.hessian import (
     output_hessian_norm,
 )
 from adler.losses import EmpiricalFisher
-from adler.replay import is_replaying
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adler.diagnostics import infinite_width
-from adler.diagnostics.activations import normalised_activation
-from adler.diagnostics.duals import dual_activation
 from adler.diagnostics.gram import correlation, gram
-from adler.diagnostics.infinite_width import (
+from adler.diagnostics.theory.activations import normalised_activation
+from adler.diagnostics.theory.duals import dual_activation
+from adler.diagnostics.theory.infinite_width import (
     eigenvalue_lower_bound,
     iterated_gram,
     maximal_distortion,

@@ -12,7 +12,7 @@ from reference import Dense
 from torch import nn
 
 from adler import Adler, GaussNewton
-from adler.joint import Plane, plane_minimiser
+from adler._optimizers.joint import Plane, plane_minimiser
 
 settings.register_profile("joint", deadline=None, max_examples=50, derandomize=True)
 examples = settings(settings.get_profile("joint"))

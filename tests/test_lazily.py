@@ -8,8 +8,8 @@ from cases import NETWORKS, batches, network
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from adler.lazily import Lazy, on_access
-from adler.replay import Call
+from adler._recording.lazy_parameters import Lazy, on_access
+from adler._recording.replay import Call
 
 
 class Tied(nn.Module):

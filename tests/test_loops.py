@@ -14,7 +14,8 @@ from loops import train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adler import Adler, AdlerAdam, distributed
+from adler import Adler, AdlerAdam
+from adler import _distributed as distributed
 from adler.curvature import quadratic_form
 from examples import loop, mixed_precision
 

@@ -3,7 +3,7 @@ import torch
 from loops import unchanged
 from torch import nn
 
-from adler.replay import Call, RandomState, is_replaying, replaying, unwrap
+from adler._recording.replay import Call, RandomState, is_replaying, replaying, unwrap
 
 
 def noisy():

@@ -8,7 +8,8 @@ from cases import batches, flat, network
 from loops import NoSynchronisation, train
 from torch import nn
 
-from adler import AdlerAdam, AdlerScheduleFree, curvature, update
+from adler import AdlerAdam, AdlerScheduleFree, curvature
+from adler import _tensors as update
 
 UNGUARDED = {"trust_region": None, "eps": 0.0}
 

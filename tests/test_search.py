@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adler.averaging import Average, geometric
-from adler.search import Guard, Measurement, Remembered, remembered_step_length, step_length
+from adler._averaging import Average, geometric
+from adler._step_length import Guard, Measurement, Remembered, remembered_step_length, step_length
 
 
 def scalar(value):

@@ -13,8 +13,8 @@ from reference import Dense, scalar
 from torch import nn
 from torch.autograd.functional import hessian
 
-from adler.diagnostics.composition import ActivationConstants
-from adler.diagnostics.smoothness import loss_bounds, loss_smoothness, network_bounds
+from adler.diagnostics.theory.composition import ActivationConstants
+from adler.diagnostics.theory.smoothness import loss_bounds, loss_smoothness, network_bounds
 
 examples = settings(deadline=None, max_examples=20, derandomize=True)
 seeds = st.integers(0, 10**6)

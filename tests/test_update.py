@@ -4,7 +4,7 @@ import pytest
 import torch
 from loops import NoSynchronisation
 
-from adler.update import decay_, descend_, momentum_, squared_norm, squared_norm_and_reach
+from adler._tensors import decay_, descend_, momentum_, squared_norm, squared_norm_and_reach
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -127,8 +127,8 @@ def test_other_devices_kernels_equal_the_hosts(monkeypatch, fused_devices):
     host, other = mixed(0), mixed(0)
     rate = torch.tensor(0.3, dtype=torch.float64)
     descend_(host, mixed(1), rate, torch.tensor(False))
-    monkeypatch.setattr("adler.update._HOST_DEVICES", ())
-    monkeypatch.setattr("adler.update._FUSED_DEVICES", fused_devices)
+    monkeypatch.setattr("adler._tensors._HOST_DEVICES", ())
+    monkeypatch.setattr("adler._tensors._FUSED_DEVICES", fused_devices)
     descend_(other, mixed(1), rate, torch.tensor(False))
     for a, b in zip(host, other):
         rounding = 4 * torch.finfo(a.dtype).eps  # of entries of size one, and their cancellation

@@ -15,8 +15,8 @@ from loops import NoSynchronisation, train, unchanged
 from torch import nn, optim
 
 from adler import Adler, AdlerAdam, Wrapped, curvature, wrap
-from adler.averaging import DiscountedMean
-from adler.wrapper import Displacement
+from adler._averaging import DiscountedMean
+from adler._optimizers.wrapped import Displacement
 
 CRITERION = nn.CrossEntropyLoss()
 BASES = {

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import adler
 from adler.diagnostics.gram import Conditioning, conditioning, gram
-from adler.diagnostics.infinite_width import eigenvalue_lower_bound, iterated_gram
 from adler.diagnostics.kernel import TangentKernel
+from adler.diagnostics.theory.infinite_width import eigenvalue_lower_bound, iterated_gram
 from examples.pl_theory import inputs, training
 from examples.pl_theory.config import Experiment
 from examples.pl_theory.networks import activation_of, features, fully_connected

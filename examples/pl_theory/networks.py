@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from adler.diagnostics.activations import normalised_activation
-from adler.diagnostics.duals import dual_activation
+from adler.diagnostics.theory.activations import normalised_activation
+from adler.diagnostics.theory.duals import dual_activation
 
 __all__ = ["ACTIVATIONS", "ODD", "activation_of", "features", "fully_connected", "mean_square"]
 

@@ -19,11 +19,14 @@ from torch.nn import functional as F
 from adler.curvature import ggn_product
 from adler.diagnostics.descent import accumulated_bound, measured_smoothness, predicted_decrease
 from adler.diagnostics.features import feature_grams
-from adler.diagnostics.generalisation import generalisation_bound, pointwise_hypothesis_stability
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
 from adler.diagnostics.gram import Conditioning, conditioning, degradation_bound
 from adler.diagnostics.kernel import TangentKernel
 from adler.diagnostics.polyak import kernel_pl_bound, pl_coefficient, weak_pl_bound
+from adler.diagnostics.theory.generalisation import (
+    generalisation_bound,
+    pointwise_hypothesis_stability,
+)
 from examples.pl_theory.config import Experiment
 from examples.pl_theory.inputs import Inputs
 from examples.pl_theory.networks import activation_of, fully_connected

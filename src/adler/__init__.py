@@ -8,13 +8,13 @@ safe in every direction.
 """
 
 from adler import curvature, diagnostics, losses
-from adler.adam import AdlerAdam
-from adler.model_loss import ModelLoss
-from adler.optimizer import Adler, GaussNewton
-from adler.record import StepRecord
-from adler.schedule_free import AdlerScheduleFree
-from adler.spectral import SpectralSGD
-from adler.wrapper import Wrapped, wrap
+from adler._optimizers.adam import AdlerAdam
+from adler._optimizers.record import StepRecord
+from adler._optimizers.schedule_free import AdlerScheduleFree
+from adler._optimizers.sgd import Adler, GaussNewton
+from adler._optimizers.spectral import SpectralSGD
+from adler._optimizers.wrapped import Wrapped, wrap
+from adler._recording.model_loss import ModelLoss
 
 __all__ = [
     "Adler",

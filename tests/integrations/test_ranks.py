@@ -9,7 +9,7 @@ from scenes import GUARDS, STEPS, Barrier, joint_batches, network, shares, train
 from torch import nn
 
 import adler
-from adler.measured import StepRecord
+from adler._optimizers.base import StepRecord
 
 DDP = "DDP, 2 processes, gloo"
 FSDP = "FSDP2 (fully_shard), 2 processes, gloo"

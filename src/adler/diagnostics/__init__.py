@@ -9,67 +9,46 @@ One call looks at a network on its data, another at its training:
 >>> found = diagnostics.report(model, criterion, loader)  # found.table(), found.plot()
 >>> monitor = diagnostics.Monitor(model, criterion, every=100)  # monitor(x, y) in the loop
 
-Beneath are pure functions, one room a subject:
+Beneath are pure functions, one module a subject. The instruments look at a network:
 
-| room | what it holds |
+| module | what it holds |
 |---|---|
 | `kernel` | the tangent kernel $J J^\top$, matrix-free or dense |
 | `ggn`, `hessian` | the GGN's largest eigenvalue; how much of the Hessian the GGN is |
 | `polyak` | PL coefficients |
 | `descent` | what they and smoothness predict of gradient descent |
-| `composition` | Lipschitz and smoothness constants, composed layer by layer |
-| `smoothness` | those of a network and of its loss |
+| `spectrum` | extreme eigenvalues: Lanczos, power iteration, Gershgorin |
 | `features` | Gram matrices of a network's features |
 | `gram` | the conditioning of a Gram matrix |
+
+`theory` needs no data, or bounds what the instruments find:
+
+| module | what it holds |
+|---|---|
+| `composition` | Lipschitz and smoothness constants, composed layer by layer |
+| `smoothness` | those of a network and of its loss |
 | `activations` | activations at a normal input: moments, Hermite coefficients, normalisation |
 | `duals` | dual activations: one layer at infinite width |
 | `infinite_width` | Gram matrices layer by layer at infinite width |
 | `generalisation` | a stability bound of the generalisation gap |
-| `spectrum` | extreme eigenvalues: Lanczos, power iteration, Gershgorin |
 
 Extreme eigenvalues beyond a thousand outputs need SciPy, the picture needs matplotlib:
 ``pip install 'torch-adler[diagnostics]'``.
 """
 
-from adler.diagnostics import (
-    activations,
-    composition,
-    descent,
-    duals,
-    features,
-    generalisation,
-    ggn,
-    gram,
-    hessian,
-    infinite_width,
-    kernel,
-    polyak,
-    smoothness,
-    spectrum,
-)
-from adler.diagnostics.activations import nonlinearity, normalised_activation
+from adler.diagnostics import descent, features, ggn, gram, hessian, kernel, polyak, spectrum
 from adler.diagnostics.descent import (
     accumulated_bound,
     measured_smoothness,
     predicted_decrease,
 )
-from adler.diagnostics.duals import dual_activation
 from adler.diagnostics.features import feature_grams
-from adler.diagnostics.generalisation import (
-    generalisation_bound,
-    pointwise_hypothesis_stability,
-)
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
 from adler.diagnostics.gram import conditioning, correlation, degradation_bound
 from adler.diagnostics.hessian import (
     hessian_split,
     hessian_vector_product,
     output_hessian_norm,
-)
-from adler.diagnostics.infinite_width import (
-    eigenvalue_lower_bound,
-    iterated_gram,
-    maximal_distortion,
 )
 from adler.diagnostics.kernel import TangentKernel
 from adler.diagnostics.polyak import (
@@ -80,8 +59,27 @@ from adler.diagnostics.polyak import (
     weak_pl_coefficient,
 )
 from adler.diagnostics.reports import Monitor, Report, report
-from adler.diagnostics.smoothness import loss_smoothness, network_bounds
 from adler.diagnostics.snapshots import Snapshot, snapshot
+from adler.diagnostics.theory import (
+    activations,
+    composition,
+    duals,
+    generalisation,
+    infinite_width,
+    smoothness,
+)
+from adler.diagnostics.theory.activations import nonlinearity, normalised_activation
+from adler.diagnostics.theory.duals import dual_activation
+from adler.diagnostics.theory.generalisation import (
+    generalisation_bound,
+    pointwise_hypothesis_stability,
+)
+from adler.diagnostics.theory.infinite_width import (
+    eigenvalue_lower_bound,
+    iterated_gram,
+    maximal_distortion,
+)
+from adler.diagnostics.theory.smoothness import loss_smoothness, network_bounds
 
 __all__ = [
     "Monitor",

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adler._recording.replay import Call, unwrap
 from adler.diagnostics.gram import gram
-from adler.replay import Call, unwrap
 
 __all__ = ["feature_grams"]
 

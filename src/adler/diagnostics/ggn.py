@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adler._recording.replay import Call, replaying
 from adler.curvature import named_parameters
+from adler.curvature.jacobian import Parameters, directional_derivative, transpose
 from adler.diagnostics.spectrum import has_scipy, lanczos, power_iteration
-from adler.engines import Parameters, directional_derivative, transpose
 from adler.losses import LossHessian, loss_hessian
-from adler.replay import Call, replaying
 
 __all__ = ["ggn_largest_eigenvalue"]
 

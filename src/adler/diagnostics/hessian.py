@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adler._recording.replay import Call, replaying
 from adler.curvature import named_direction, named_parameters
+from adler.curvature.jacobian import Function, Parameters, double_backward, transpose
 from adler.diagnostics.spectrum import lanczos
-from adler.engines import Function, Parameters, double_backward, transpose
 from adler.losses import AutogradHessian, LossHessian, loss_hessian
 from adler.losses.generic import output_gradient
-from adler.replay import Call, replaying
 
 __all__ = ["HessianSplit", "hessian_split", "hessian_vector_product", "output_hessian_norm"]
 

@@ -12,7 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adler._recording.replay import Call, RandomState, accelerators
 from adler.curvature import named_parameters
+from adler.curvature.jacobian import (
+    ForwardModeUnsupportedError,
+    Parameters,
+    double_backward,
+    forward,
+    transpose,
+)
 from adler.diagnostics.layerwise import by_module, layer_kernels
 from adler.diagnostics.spectrum import (
     Interval,
@@ -22,14 +30,6 @@ from adler.diagnostics.spectrum import (
     lanczos,
     power_iteration,
 )
-from adler.engines import (
-    ForwardModeUnsupportedError,
-    Parameters,
-    double_backward,
-    forward,
-    transpose,
-)
-from adler.replay import Call, RandomState, accelerators
 
 __all__ = ["TangentKernel"]
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adler.engines import Parameters, differentiable_attention
-from adler.replay import Call
+from adler._recording.replay import Call
+from adler.curvature.jacobian import Parameters, differentiable_attention
 
 __all__ = ["by_module", "layer_kernels"]
 

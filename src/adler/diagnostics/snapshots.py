@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adler._recording.replay import Call, replaying
 from adler.curvature import learning_rate, named_parameters, quadratic_form
+from adler.curvature.jacobian import Parameters
 from adler.diagnostics.descent import predicted_decrease
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
 from adler.diagnostics.hessian import hessian_split
 from adler.diagnostics.kernel import TangentKernel
 from adler.diagnostics.polyak import pl_coefficient
-from adler.engines import Parameters
 from adler.losses import loss_hessian
-from adler.replay import Call, replaying
 
 __all__ = ["Snapshot", "snapshot"]
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adler.model_loss import ModelLoss
+from adler._recording.model_loss import ModelLoss
 
 __all__ = ["causal_lm", "masked_lm", "sequence_classification"]
 

@@ -19,7 +19,7 @@ class AutogradHessian(LossHessian):
     """Of any criterion that is twice differentiable in its first argument.
 
     One Hessian-vector product of the loss alone: the network is not involved. Where the loss is not
-    convex the result can be negative; the optimizer's rule for that is in `adler.search`.
+    convex the result can be negative; the optimizer's rule for that is in `adler._step_length`.
 
     Examples:
         >>> hessian = AutogradHessian(lambda outputs, targets: (outputs - targets).pow(4).sum())

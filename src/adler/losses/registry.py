@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from adler._recording.replay import unwrap
 from adler.losses.base import LossHessian, refuse_unreduced
 from adler.losses.classification import CrossEntropyHessian, NLLHessian
 from adler.losses.entrywise import (
@@ -18,7 +19,6 @@ from adler.losses.entrywise import (
     SmoothL1Hessian,
 )
 from adler.losses.generic import AutogradHessian
-from adler.replay import unwrap
 
 __all__ = ["loss_hessian", "register"]
 

@@ -1,0 +1,1 @@
+"""The optimizers: one file each, over what they share (`base`)."""

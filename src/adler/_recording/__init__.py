@@ -1,0 +1,1 @@
+"""Which batch made the gradient, and how its forward pass is run once more."""

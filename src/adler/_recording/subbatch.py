@@ -1,0 +1,115 @@
+"""A part of a recorded batch, on which curvature is estimated at a fraction of the cost.
+
+The first examples are replayed as a batch of their own: BatchNorm normalises with *their*
+statistics, in train mode as before, and dropout draws masks for *their* shape from the recorded
+random state. Neither is what these examples met in the training forward, so nothing of its outputs
+can be reused: a finite difference runs the part twice, both times with the same masks and from its
+own statistics. What is measured is the curvature of the same function on fewer examples, along the
+whole batch's direction: for a loss that is a mean, an unbiased estimate of the whole batch's where
+the order of the examples is random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from adler._recording.recorder import RecordedLoss
+from adler._recording.replay import Call
+
+__all__ = ["part"]
+
+
+def part(
+    batch: list[RecordedLoss], fraction: float, criterion: Callable[..., Tensor]
+) -> list[RecordedLoss]:
+    r"""The losses on the first $\lceil \mathtt{fraction} \cdot b \rceil$ examples of each call.
+
+    At least two, which BatchNorm needs. A sum over examples (``reduction="sum"``) is weighted by
+    $b$ over their number, so that it estimates the whole batch's; a criterion that does not name
+    its reduction is taken to be a mean. Outputs with more rows than the batch has examples (a
+    language model's tokens, flattened) must hold each example's rows together.
+
+    Args:
+        batch: The losses, with whatever the model and the criterion received.
+        fraction: In (0, 1]; 1: the batch itself.
+        criterion: Says how it reduces.
+
+    Raises:
+        ValueError: If a tensor that the model or the criterion received does not have the batch
+            as its first dimension.
+
+    Examples:
+        >>> import torch
+        >>> model, criterion = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+        >>> loss = RecordedLoss(Call.of(model, torch.randn(10, 3)), (torch.zeros(10).long(),))
+        >>> (small,) = part([loss], 0.25, criterion)
+        >>> small.call.args[0].shape, small.targets[0].shape
+        (torch.Size([3, 3]), torch.Size([3]))
+    """
+    if fraction == 1:
+        return batch
+    calls: dict[Call, tuple[Call, int, int]] = {}
+    found = []
+    for loss in batch:
+        if loss.call not in calls:
+            calls[loss.call] = _part_of_call(loss.call, fraction)
+        call, count, size = calls[loss.call]
+        rows = _rows(loss, size)
+        targets = _first(loss.targets, rows, count * rows // size, "criterion")
+        summed = getattr(criterion, "reduction", "mean") == "sum"
+        factor = size / count if summed else 1.0
+        found.append(RecordedLoss(call, targets, None, loss.value, loss.weight, factor=factor))
+    return found
+
+
+def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
+    """The call on some examples, their number, and that of all."""
+    given = (call.args, dict(call.kwargs))
+    sizes = [len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim]
+    if not sizes:
+        raise ValueError(
+            "curvature_fraction: the model received no tensor with a batch dimension, so there is "
+            "no part of the batch to take: use curvature_fraction=1.0"
+        )
+    size = sizes[0]
+    count = min(size, max(2, math.ceil(fraction * size)))
+    args, kwargs = _first(given, size, count, "model")
+    return dataclasses.replace(call, args=args, kwargs=kwargs), count, size
+
+
+def _rows(loss: RecordedLoss, size: int) -> int:
+    """First dimension of what the criterion received: the batch, or a multiple of it."""
+    if loss.outputs is not None:
+        rows = len(loss.outputs) if loss.outputs.ndim else 1
+    else:
+        tensors = [t for t in pytree.tree_leaves(loss.targets) if isinstance(t, Tensor) and t.ndim]
+        rows = len(tensors[0]) if tensors else size
+    if rows % size:
+        raise ValueError(
+            f"curvature_fraction: the criterion received {rows} rows for a batch of {size} "
+            "examples, so it is not known which belong to a part of it: use curvature_fraction=1.0"
+        )
+    return rows
+
+
+def _first(tree: Any, size: int, count: int, where: str) -> Any:
+    """The first of ``size`` rows of every tensor; 0-dim tensors and other values stay."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        if len(tensor) != size:
+            raise ValueError(
+                f"curvature_fraction: the {where} received a tensor of shape "
+                f"{tuple(tensor.shape)} beside {size} rows; a part of the batch needs the batch as "
+                "the first dimension of every tensor: use curvature_fraction=1.0"
+            )
+        return tensor[:count]
+
+    return pytree.tree_map_only(Tensor, rows, tree)

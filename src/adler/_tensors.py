@@ -1,0 +1,443 @@
+"""Arithmetic in parameter space: one kernel for all tensors where PyTorch has one.
+
+Of sharded tensors (DTensors), sums are those of the whole, and updates act on this rank's parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from adler._distributed import Layout, all_whole, layout, local, whole
+
+__all__ = [
+    "adam_",
+    "decay_",
+    "descend_",
+    "dot",
+    "momentum_",
+    "on_host",
+    "scale_",
+    "schedule_free_",
+    "shifted",
+    "squared_norm",
+    "squared_norm_and_reach",
+]
+
+_FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FUSED_DEVICES = ("cpu", "cuda")
+_HOST_DEVICES = ("cpu",)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether a kernel a tensor costs little, and nobody waits for who looks at a number."""
+    return device.type in _HOST_DEVICES
+
+
+def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) -> Tensor:
+    """Sum of squares of all entries; NaN or infinite if any entry is.
+
+    Args:
+        tensors: Any shapes, floating dtypes and devices, at least one.
+        home: Device of the result; default: that of the first tensor.
+
+    Returns:
+        0-dim, float64 (float32 where the device has no float64).
+
+    Examples:
+        >>> float(squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])]))
+        25.0
+    """
+    home = tensors[0].device if home is None else home
+    total = torch.zeros((), dtype=_widest(home), device=home)
+    for (device, _, where), (members,) in _alike(tensors).items():
+        norms = torch.stack(_norms(members, where)).to(_widest(device))
+        total = total + norms.square().sum().to(total)
+    return total
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = None) -> Tensor:
+    """Sum of products of all entries.
+
+    Args:
+        a: Any shapes, floating dtypes and devices, at least one.
+        b: As many, of the same shapes, dtypes and devices.
+        home: Device of the result; default: that of the first tensor.
+
+    Returns:
+        0-dim, float64 (float32 where the device has no float64).
+
+    Examples:
+        >>> float(dot([torch.tensor([3.0, 1.0])], [torch.tensor([2.0, 4.0])]))
+        10.0
+    """
+    home = a[0].device if home is None else home
+    total = torch.zeros((), dtype=_widest(home), device=home)
+    for (device, _, where), (left, right) in _alike(a, b).items():
+        few = _dots if on_host(device) else _dots_by_few_kernels
+        sums = few(local(left), local(right))
+        total = total + whole(sums.to(_widest(device)).sum(), where).to(total)
+    return total
+
+
+def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Of each pair, without temporaries where the dtype is wide."""
+    flat = [(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+    return torch.stack([torch.dot(a.to(_wide(a)), b.to(_wide(b))) for a, b in flat])
+
+
+def _dots_by_few_kernels(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Terms of the sum over all pairs, by as many kernels whatever their number.
+
+    PyTorch sums a list of tensors by their absolute values only, so negative products are counted
+    first with the wrong sign, and taken off twice.
+    """
+    wide = _wide(left[0])
+    if wide != left[0].dtype:
+        left, right = ([t.to(wide) for t in tensors] for tensors in (left, right))
+    products = torch._foreach_mul(list(left), list(right))
+    absolute = torch.stack(torch._foreach_norm(products, 1))
+    torch._foreach_clamp_max_(products, 0)
+    return absolute - 2 * torch.stack(torch._foreach_norm(products, 1))
+
+
+def shifted(params: Sequence[Tensor], directions: Sequence[Tensor], by: Tensor) -> list[Tensor]:
+    r"""$\theta + b\, d$, in new tensors: one set of them, and two kernels a dtype.
+
+    Args:
+        params: Any shapes, floating dtypes and devices.
+        directions: As many, of the same shapes, dtypes and devices.
+        by: 0-dim.
+
+    Examples:
+        >>> shifted([torch.ones(2)], [torch.tensor([1.0, 2.0])], torch.tensor(0.5))
+        [tensor([1.5000, 2.0000])]
+    """
+    found: dict[int, Tensor] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, param in enumerate(params):
+        groups[param.device, param.dtype].append(i)
+    for (device, dtype), members in groups.items():
+        moved = torch._foreach_mul([directions[i] for i in members], by.to(device, dtype))
+        torch._foreach_add_(moved, [params[i] for i in members])
+        found.update(zip(members, moved, strict=True))
+    return [found[i] for i in range(len(params))]
+
+
+def squared_norm_and_reach(
+    params: Sequence[Tensor], directions: Sequence[Tensor], home: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""`squared_norm` of the directions, and the step length at which a weight tensor has moved
+    by its own norm, from one look at each tensor.
+
+    $$
+    \min_W \; \max(\|W\|, \sqrt{n_W / 3}) \,/\, \|d_W\|
+    $$
+
+    over tensors of at least two dimensions, of $n_W$ rows. The floor is the norm that PyTorch's
+    default initialisation gives, so that weights that start at zero can leave it.
+
+    Args:
+        params: Any shapes, floating dtypes and devices, at least one.
+        directions: As many, of the same shapes, dtypes and devices.
+        home: Device of the results; default: that of the first parameter.
+
+    Returns:
+        Both 0-dim, float64 (float32 where the device has no float64); the reach is infinite without
+        such tensors.
+
+    Examples:
+        >>> weights, along = [torch.full((3, 1), 2.0)], [torch.tensor([[0.0], [3.0], [4.0]])]
+        >>> squared, reach = squared_norm_and_reach(weights, along)
+        >>> float(squared), float(reach)
+        (25.0, 0.6928203105926514)
+    """
+    home = params[0].device if home is None else home
+    total = torch.zeros((), dtype=_widest(home), device=home)
+    least = torch.full_like(total, math.inf)
+    for (device, _, where), (p, d) in _alike(params, directions).items():
+        lengths = _norms(d, where)
+        total = total + torch.stack(lengths).to(_widest(device)).square().sum().to(total)
+        matrices = [i for i, weight in enumerate(p) if weight.ndim > 1]
+        if not matrices:
+            continue
+        floors = [math.sqrt(p[i].shape[0] / 3) for i in matrices]
+        sizes = torch._foreach_clamp_min(_norms([p[i] for i in matrices], where), floors)
+        ratios = torch.stack(torch._foreach_div(sizes, [lengths[i] for i in matrices]))
+        least = torch.minimum(least, ratios.min().to(least))
+    return total, least
+
+
+def descend_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor, skip: Tensor
+) -> None:
+    r"""In place, $\theta \leftarrow \theta - \eta\, d$, or nothing at all.
+
+    Args:
+        params: Tensors to update.
+        directions: As many, of the same shapes, dtypes and devices; unchanged, may be non-finite.
+        rate: 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of ``params`` alone.
+    """
+    for (device, dtype, _), (p, d) in _local_alike(params, directions).items():
+        if on_host(device) and on_host(rate.device):
+            # The faster kernel of the two.
+            if not skip.numpy():
+                torch._foreach_add_(p, d, alpha=-float(rate.detach().numpy()))
+        elif _is_fused(device, dtype):
+            _fused_descend_(p, d, rate, skip)
+        else:
+            step, veto = rate.to(device), skip.to(device)
+            for param, direction in zip(p, d, strict=True):
+                param.copy_(torch.where(veto, param, param - step * direction))
+
+
+def momentum_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    momentum: float,
+    equal: bool = False,
+) -> None:
+    r"""In place, a step along the bias-corrected average of the gradients, or nothing at all.
+
+    $$
+    m \leftarrow \mu m + (1 - \mu)\, g, \qquad t \leftarrow t + 1, \qquad
+    \theta \leftarrow \theta - \eta\, m / (1 - \mu^t)
+    $$
+
+    Args:
+        params: Tensors to update.
+        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        averages: ``m``; updated.
+        steps: ``t`` of each, 0-dim float32; updated.
+        rate: ``η``, 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        momentum: ``μ``.
+        equal: Whether all steps are known to be equal, which takes fewer kernels.
+    """
+    rows = _local_alike(params, gradients, averages, steps)
+    for (device, _, _), (p, g, m, counts) in rows.items():
+        veto = skip.to(device)
+        torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
+        weights = 1 - momentum ** torch.stack(counts).to(_widest(device))  # 0 before any step
+        news = torch._foreach_sub(m, g)
+        descend_(m, news, torch.full_like(weights[0], 1 - momentum), veto)
+        _descend_each_(p, m, rate.to(device) / weights, veto, equal)
+
+
+def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in _FUSED_DTYPES and device.type in _FUSED_DEVICES
+
+
+def _fused_descend_(
+    params: list[Tensor], directions: list[Tensor], rate: Tensor, skip: Tensor
+) -> None:
+    """Takes the rate and the veto from the device, so that the host need not wait."""
+    device = params[0].device
+    torch._fused_sgd_(
+        params,
+        directions,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        grad_scale=None,
+        found_inf=skip.to(device, torch.float32),
+    )
+
+
+def adam_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """In place, a step of Adam with decoupled weight decay, or nothing at all.
+
+    Args:
+        params: Tensors to update.
+        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        exp_avgs: First moments; updated.
+        exp_avg_sqs: Second moments; updated.
+        steps: Steps so far, 0-dim float32; updated.
+        rate: 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        betas: Discounts of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: ``θ ← θ − min(1, rate · weight_decay) · θ``.
+    """
+    if weight_decay != 0:
+        decay_(params, rate * weight_decay)  # the fused kernel's would flip signs at large rates
+    rows = _local_alike(params, gradients, exp_avgs, exp_avg_sqs, steps)
+    for (device, _, _), (p, g, first, second, counts) in rows.items():
+        veto = skip.to(device, torch.float32)
+        torch._foreach_add_(counts, 1)
+        torch._fused_adamw_(
+            p,
+            g,
+            first,
+            second,
+            [],
+            counts,
+            amsgrad=False,
+            lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+            grad_scale=None,
+            found_inf=veto,
+        )
+        torch._foreach_sub_(counts, [veto] * len(counts))
+
+
+def schedule_free_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    fast: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    equal: bool = False,
+) -> None:
+    r"""In place, a schedule-free step from $y$, or nothing at all.
+
+    With $u = d + \lambda y$ and the average $x$, which is not stored,
+
+    $$
+    z \leftarrow z - \eta\, u, \qquad x \leftarrow x + \tfrac1t (z - x), \qquad
+    y = (1 - \beta_1)\, z + \beta_1 x.
+    $$
+
+    Args:
+        params: ``y``; updated.
+        directions: ``d``, as many, of the same shapes, dtypes and devices; overwritten.
+        gradients: Likewise, for the second moment; may be non-finite when skipped.
+        fast: ``z``; updated.
+        exp_avg_sqs: Second moments; updated.
+        steps: Steps so far, 0-dim float32; updated to ``t``.
+        rate: ``η``, 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        betas: ``β₁`` and the discount of the second moment.
+        weight_decay: ``λ``.
+        equal: Whether all steps are known to be equal, which takes fewer kernels.
+    """
+    rows = _local_alike(params, directions, gradients, fast, exp_avg_sqs, steps)
+    for (device, _, _), (y, d, g, z, squares, counts) in rows.items():
+        veto = skip.to(device)
+        torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
+        shares = torch.stack(counts).to(_widest(device)).clamp(min=1).reciprocal()
+        if weight_decay != 0:
+            torch._foreach_add_(d, y, alpha=weight_decay)
+        # Of y: towards z by the average's new share of it, and its own share of the step.
+        mine = rate.to(device) * (1 - betas[0] * (1 - shares))
+        if equal and on_host(device) and on_host(rate.device):
+            # The same without temporaries, each of which is as dear there as a step of SGD.
+            if not veto.numpy():
+                torch._foreach_mul_(squares, betas[1])
+                torch._foreach_addcmul_(squares, g, g, value=1 - betas[1])
+                torch._foreach_lerp_(y, z, float(shares[0].numpy()))
+                torch._foreach_add_(y, d, alpha=-float(mine[0].detach().numpy()))
+                torch._foreach_add_(z, d, alpha=-float(rate.detach().numpy()))
+            continue
+        apart = torch._foreach_sub(y, z)
+        news = torch._foreach_addcmul(squares, g, g, value=-1)
+        descend_(squares, list(news), torch.full_like(shares[0], 1 - betas[1]), veto)
+        _descend_each_(y, apart, shares, veto, equal)
+        _descend_each_(y, d, mine, veto, equal)
+        descend_(z, d, rate, veto)
+
+
+def _descend_each_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    rates: Tensor,
+    skip: Tensor,
+    equal: bool,
+) -> None:
+    """As `descend_`, with a rate for each; they differ where a parameter has had fewer steps."""
+    if equal:
+        descend_(params, directions, rates[0], skip)
+        return
+    steps = list(torch._foreach_mul(list(directions), list(rates.unbind())))
+    descend_(params, steps, torch.ones_like(rates[0]), skip)
+
+
+def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
+    r"""In place, $\theta \leftarrow (1 - \min(a, 1))\,\theta$: decay never flips a sign."""
+    scale_(params, 1 - amount.clamp(max=1))
+
+
+def scale_(params: Sequence[Tensor], factor: Tensor) -> None:
+    r"""In place, $\theta \leftarrow s\,\theta$; the factor is 0-dim, of any dtype and device."""
+    for (device, _, _), (members,) in _local_alike(params).items():
+        torch._foreach_mul_(members, factor.to(device, _wide(members[0])))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _norms(tensors: list[Tensor], where: Layout | None) -> list[Tensor]:
+    """Of each; tensors of one dtype and layout. Halves are accumulated in float32."""
+    half = tensors[0].dtype in (torch.float16, torch.bfloat16)
+    norms = list(torch._foreach_norm(local(tensors), 2, torch.float32 if half else None))
+    if where is None:
+        return norms
+    squares = torch.stack(norms).to(_widest(norms[0].device)).square()
+    return list(whole(squares, where).sqrt())
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+_KIND = attrgetter("device", "dtype")
+_Key = tuple[torch.device, torch.dtype, Layout | None]
+_Groups = dict[_Key, tuple[list[Tensor], ...]]
+
+
+def _alike(*lists: Sequence[Tensor]) -> _Groups:
+    """Rows of tensors by device, dtype and layout of the first."""
+    if lists and all_whole(lists[0]):  # nearly always, and at every step
+        kinds = set(map(_KIND, lists[0]))
+        if len(kinds) == 1:
+            return {(*kinds.pop(), None): tuple(map(list, lists))}
+    groups: _Groups = defaultdict(lambda: tuple([] for _ in lists))
+    for row in zip(*lists, strict=True):
+        group = groups[row[0].device, row[0].dtype, layout(row[0])]
+        for members, tensor in zip(group, row, strict=True):
+            members.append(tensor)
+    return groups
+
+
+def _local_alike(*lists: Sequence[Tensor]) -> _Groups:
+    """This rank's parts of rows of tensors; what is done to each entry alone needs no other."""
+    return _alike(*(local(tensors) for tensors in lists))

@@ -1,0 +1,341 @@
+r"""Jacobian products of a pure function of named parameters, ``F = f(θ)``.
+
+Three engines compute the Jacobian-vector product $v = J d$:
+
+| engine | how | |
+|---|---|---|
+| ``forward`` | `torch.func.jvp` | exact; the default |
+| ``finite_difference`` | one more forward, any op | first order in its step |
+| ``double_backward`` | transposed twice | exact; any op with a double backward |
+
+`transpose` gives $u \mapsto J^\top u$.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adler import _tensors as update
+from adler._recording.compiled import derivative
+from adler._recording.compiled import outputs as compiled_outputs
+from adler._recording.lazy_parameters import Lazy
+from adler._recording.replay import Call
+from adler._warning import warn
+from adler.curvature.forward_rules import ForwardRules, load
+
+__all__ = [
+    "ENGINES",
+    "ForwardModeUnsupportedError",
+    "Function",
+    "Parameters",
+    "default_step",
+    "differentiable_attention",
+    "directional_derivative",
+    "double_backward",
+    "finite_difference",
+    "forward",
+    "transpose",
+    "warn_of_fallback",
+]
+
+Parameters = Mapping[str, Tensor]
+Function = Callable[[Parameters], Tensor]
+Found = TypeVar("Found")
+
+
+class ForwardModeUnsupportedError(RuntimeError):
+    """Forward-mode differentiation met an op that has none.
+
+    Attributes:
+        op: Name of the op, or a description where PyTorch does not name it.
+    """
+
+    def __init__(self, op: str) -> None:
+        super().__init__(
+            f"forward-mode AD is not available for {op}: use jvp='finite_difference' or "
+            "jvp='double_backward'"
+        )
+        self.op = op
+
+
+# --- the engines: (f, params, direction) -> (F, v) -----------------------------------------------
+
+
+def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Tensor, Tensor]:
+    """Outputs and exact tangents by `torch.func.jvp`.
+
+    Args:
+        f: Pure function of named parameters.
+        params: Where to differentiate.
+        direction: Same names, shapes, dtypes.
+
+    Returns:
+        ``F`` and ``v = J d``, of the same shape, detached.
+
+    Raises:
+        ForwardModeUnsupportedError: If an op has no forward-mode derivative, or drops the tangent.
+    """
+    load()
+
+    def plain() -> tuple[Tensor, Tensor]:
+        with ForwardRules():
+            pair = torch.func.jvp(f, (params,), (direction,), strict=True)
+        return cast(tuple[Tensor, Tensor], pair)
+
+    try:
+        # No reverse graph is wanted.
+        with torch.no_grad(), differentiable_attention():
+            if isinstance(f, Call) and f.compiled is not None:
+                along = {name: direction[name] for name in params}
+                return _compiled(f, derivative, plain, dict(params), along)
+            return plain()
+    except (NotImplementedError, RuntimeError) as error:
+        op = _unsupported_op(str(error))
+        if op is None:
+            raise
+        raise ForwardModeUnsupportedError(op) from error
+
+
+def finite_difference(
+    f: Function,
+    params: Parameters,
+    direction: Parameters,
+    *,
+    step: float | Tensor | None = None,
+    outputs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$.
+
+    The parameters themselves are not touched: the perturbed ones are copies, so there is nothing
+    to restore, whatever happens in ``f``. A `Call` on the CPU asks for them one by one;
+    elsewhere they are made together, by as many kernels whatever their number.
+
+    Args:
+        f: Pure function of named parameters.
+        params: Where to differentiate.
+        direction: Same names, shapes, dtypes.
+        step: ``α``, positive, a number or 0-dim tensor. Default: moves the parameters by the square
+            root of the working precision, relative to their norm.
+        outputs: ``F(θ)`` if known, which saves a forward.
+
+    Returns:
+        ``F`` and ``v``; ``v`` has error O(α) + O(rounding / α).
+    """
+
+    def at(theta: Parameters) -> Tensor:
+        if isinstance(f, Call) and f.compiled is not None:
+            return _compiled(f, compiled_outputs, lambda: f(theta), dict(theta))
+        return f(theta)
+
+    with torch.no_grad():
+        if outputs is None:
+            outputs = at(params)
+        if step is None:
+            step = default_step(params, direction, outputs.dtype)
+        alpha = torch.as_tensor(step, device=outputs.device)
+        change = outputs - at(_shifted(f, params, direction, -alpha))
+        return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
+
+
+def double_backward(
+    f: Function, params: Parameters, direction: Parameters
+) -> tuple[Tensor, Tensor]:
+    r"""Outputs and exact tangents by transposing a vector-Jacobian product.
+
+    $u \mapsto J^\top u$ is linear, so its derivative along ``d`` is $J d$.
+
+    Args:
+        f: Pure function of named parameters.
+        params: Where to differentiate.
+        direction: Same names, shapes, dtypes.
+
+    Raises:
+        RuntimeError: If the outputs do not depend on the parameters.
+    """
+    with torch.enable_grad(), differentiable_attention():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        outputs = f(leaves)
+        if not outputs.requires_grad:
+            raise RuntimeError("the outputs do not depend on the parameters: nothing to measure")
+        u = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(
+            outputs, list(leaves.values()), u, create_graph=True, allow_unused=True
+        )
+        reached = [(p, d) for p, d in zip(pulled, direction.values(), strict=True) if p is not None]
+        (tangents,) = torch.autograd.grad(
+            [p for p, _ in reached], u, [d for _, d in reached], materialize_grads=True
+        )
+    return outputs.detach(), tangents
+
+
+def transpose(f: Function, params: Parameters) -> tuple[Tensor, Callable[[Tensor], Parameters]]:
+    r"""Outputs, and the pullback $u \mapsto J^\top u$, which may be called many times.
+
+    Args:
+        f: Pure function of named parameters.
+        params: Where to differentiate.
+
+    Returns:
+        ``F``, detached, and a function from ``u``, of the shape of ``F``, to a mapping with the
+        names and shapes of ``params``.
+
+    Raises:
+        RuntimeError: If the outputs do not depend on the parameters.
+    """
+    with torch.enable_grad(), differentiable_attention():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        outputs = f(leaves)
+    if not outputs.requires_grad:
+        raise RuntimeError("the outputs do not depend on the parameters: nothing to measure")
+
+    def pull(u: Tensor) -> Parameters:
+        gradients = torch.autograd.grad(
+            outputs, list(leaves.values()), u, retain_graph=True, materialize_grads=True
+        )
+        return dict(zip(leaves, gradients, strict=True))
+
+    return outputs.detach(), pull
+
+
+class Engine(Protocol):
+    """What computes outputs and tangents."""
+
+    def __call__(
+        self, f: Function, params: Parameters, direction: Parameters, /
+    ) -> tuple[Tensor, Tensor]:
+        """``(F, v)``."""
+        ...
+
+
+ENGINES: dict[str, Engine] = {
+    "forward": forward,
+    "finite_difference": finite_difference,
+    "double_backward": double_backward,
+}
+
+
+def directional_derivative(
+    f: Function,
+    params: Parameters,
+    direction: Parameters,
+    jvp: str = "forward",
+    *,
+    step: float | Tensor | Callable[[], Tensor] | None = None,
+    outputs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, str]:
+    """Runs an engine; where ``forward`` cannot go, warns and takes the finite difference.
+
+    Args:
+        f: Pure function of named parameters.
+        params: Where to differentiate.
+        direction: Same names, shapes, dtypes.
+        jvp: Name of the engine.
+        step: For the finite difference; a function is asked only there.
+        outputs: Known ``F(θ)``, for the finite difference.
+
+    Returns:
+        ``F``, ``v``, and the name of the engine that computed them.
+    """
+    if jvp not in ENGINES:
+        raise ValueError(f"jvp={jvp!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    if jvp == "forward":
+        try:
+            return *forward(f, params, direction), jvp
+        except ForwardModeUnsupportedError as error:
+            warn_of_fallback(error.op)
+            jvp = "finite_difference"
+    if jvp == "finite_difference":
+        step = step() if callable(step) else step
+        return *finite_difference(f, params, direction, step=step, outputs=outputs), jvp
+    return *ENGINES[jvp](f, params, direction), jvp
+
+
+def warn_of_fallback(op: str, jvp: str = "forward") -> None:
+    """Says, once an optimizer, that the finite difference takes over."""
+    mode = "forward-mode AD" if jvp == "forward" else f"jvp={jvp!r}"
+    warn(
+        f"{mode} is not available for {op}; the Jacobian-vector product is taken by finite "
+        "difference instead (jvp='finite_difference' says so explicitly)"
+    )
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+_UNSUPPORTED = re.compile(r"forward AD with (?P<op>\S+?)\.? that does not support")
+
+
+def _unsupported_op(message: str) -> str | None:
+    """What forward mode failed on, or None if the error is about something else."""
+    if match := _UNSUPPORTED.search(message):
+        return match["op"]
+    if "setup_context" in message or "implement the jvp function" in message:
+        return "a custom autograd.Function"
+    if "independent of the inputs" in message:
+        return "an op that drops the tangent (a detach, or reentrant checkpointing)"
+    if "would mutate a captured Tensor" in message:
+        return "an in-place update of a tensor that is not a registered buffer"
+    if "Input type (" in message and "should be the same" in message:
+        return "a convolution whose input has a tangent of another precision (under autocast)"
+    if "view size is not compatible" in message:
+        return "an op whose derivative needs contiguous tensors (GroupNorm in channels_last)"
+    if "attempting to call Tensor.requires_grad_()" in message:
+        return "a call of requires_grad_() in the forward (activation checkpointing makes one)"
+    return None
+
+
+def differentiable_attention() -> AbstractContextManager[None]:
+    """Of the attention kernels only MATH has a forward derivative and a second backward one."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _compiled(
+    call: Call, function: Callable[..., Found], plain: Callable[[], Found], *points: Any
+) -> Found:
+    """A compiled function of a call, under what surrounds its replay."""
+    assert call.compiled is not None
+    with call.surroundings():
+        return call.compiled(
+            function,
+            plain,
+            call.model,
+            *points,
+            dict(call.model.named_buffers()),
+            call.args,
+            dict(call.kwargs),
+            call.output_fn,
+        )
+
+
+def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor) -> Parameters:
+    """``θ + by · d``, in new tensors."""
+    one_by_one = isinstance(f, Call) and f.compiled is None
+    if one_by_one and all(update.on_host(d.device) for d in direction.values()):
+        steps = {dtype: by.to(dtype) for dtype in {d.dtype for d in direction.values()}}
+
+        def moved_one(name: str) -> Tensor:
+            if name not in direction:
+                return params[name]
+            d = direction[name]
+            return torch.addcmul(params[name], d, steps[d.dtype])
+
+        return Lazy(params, moved_one)
+    moved = update.shifted([params[name] for name in direction], list(direction.values()), by)
+    return {**params, **dict(zip(direction, moved, strict=True))}
+
+
+def default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
+    """For a finite difference where no learning rate is known yet.
+
+    Moves the parameters by the square root of the precision of ``dtype``, relative to their norm.
+    """
+    length = update.squared_norm(list(direction.values())).sqrt()
+    reach = update.squared_norm([params[n] for n in direction]).sqrt().clamp(min=1.0)
+    step = torch.finfo(dtype).eps ** 0.5 * reach / length
+    return torch.where(length > 0, step, torch.ones_like(step))

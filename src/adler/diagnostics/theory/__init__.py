@@ -1,0 +1,1 @@
+"""What needs no data: activations, wide networks, and bounds that hold for all data."""
