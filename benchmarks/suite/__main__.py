@@ -9,6 +9,7 @@ is killed is repeated, finished ones are kept.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -43,6 +44,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--methods", nargs="+", metavar="m", help=f"{', '.join(METHODS)}, adler@option=value")
     option("--tasks", nargs="+", metavar="t", help="only tasks whose names begin so")
     option("--seeds", nargs="+", type=int, metavar="s", help="only these seeds")
+    option(
+        "--horizons", nargs="+", type=int, metavar="h", help="only these multiples of the epochs"
+    )
     option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
     option("--shard", type=_shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
     option("--results", type=Path, help="default: benchmarks/results/suite/PRESET")
@@ -75,6 +79,8 @@ def _chosen(preset: Preset, options: argparse.Namespace) -> list[Trial]:
             "--methods"
         )
     begins = tuple(options.tasks or ("",))
+    if options.horizons:
+        preset = dataclasses.replace(preset, horizons=tuple(options.horizons))
     found = [
         trial
         for trial in preset.trials(names)

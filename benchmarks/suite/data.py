@@ -26,8 +26,10 @@ __all__ = [
     "characters",
     "diabetes",
     "digits",
+    "novels",
     "pictures",
     "pixels",
+    "teacher",
     "wine",
 ]
 
@@ -216,3 +218,58 @@ def _text() -> tuple[Tensor, int]:
     text = "\n".join(topics[name] for name in sorted(topics))
     number = {character: index for index, character in enumerate(sorted(set(text)))}
     return torch.tensor([number[character] for character in text]), len(number)
+
+
+NOVELS = "novels.txt"
+
+
+@functools.lru_cache(maxsize=1)
+def novels(root: Path | None, train: int, test: int) -> Data:
+    """English prose from ``novels.txt``, `CONTEXT` characters an example.
+
+    Any UTF-8 text of that name serves; the project's is the corpus "100 English Novels" 1.4, 77 MB.
+    Characters are bytes, those outside printable ASCII are one. Training windows are spread over
+    the first 95 % of the text, test windows over the rest.
+
+    Raises:
+        FileNotFoundError: If there is no such file in the root.
+        ValueError: If it is too short.
+    """
+    path = _given(root, NOVELS) / NOVELS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing: put a long English text there, in UTF-8")
+    table = np.zeros(256, dtype=np.uint8)
+    shown = [10, *range(32, 127)]
+    table[shown] = np.arange(1, len(shown) + 1)
+    ids = torch.from_numpy(table[np.frombuffer(path.read_bytes(), dtype=np.uint8)])
+    border = 95 * len(ids) // 100
+    parts = []
+    for name, part, wanted in (
+        ("train_examples", ids[:border], train),
+        ("test_examples", ids[border:], test),
+    ):
+        there = (len(part) - 1) // CONTEXT
+        if not 1 <= wanted <= there:
+            raise ValueError(f"{name}={wanted}: {path} has {there}")
+        starts = torch.arange(wanted) * ((len(part) - 1 - CONTEXT) // wanted)
+        window = starts[:, None] + torch.arange(CONTEXT)
+        parts += [part[window + shift] for shift in (0, 1)]
+    train_x, train_y, test_x, test_y = parts
+    return Data(train_x, train_y, test_x.long(), test_y.long(), len(shown) + 1)
+
+
+@functools.lru_cache(maxsize=1)
+def teacher(root: Path | None, train: int, test: int) -> Data:
+    """Rows ``[N, 32]`` and what a random network of two layers says of them, with noise.
+
+    Targets have variance one, of which the noise is 0.1: the least test loss that there is.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(train + test, 32, generator=draw)
+    first = torch.randn(32, 64, generator=draw) / 32**0.5 * 1.5
+    second = torch.randn(64, 32, generator=draw) / 64**0.5 * 2
+    last = torch.randn(32, 1, generator=draw)
+    signal = ((x @ first).tanh() @ second).tanh() @ last
+    signal = (signal - signal.mean()) / signal.std()
+    y = 0.9**0.5 * signal + 0.1**0.5 * torch.randn(train + test, 1, generator=draw)
+    return Data(x[:train], y[:train], x[train:], y[train:], 1)

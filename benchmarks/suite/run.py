@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import adler
 from benchmarks.suite.data import Data
@@ -27,7 +28,7 @@ from benchmarks.suite.trials import Trial
 from examples.cifar.models import parameter_count
 from examples.cifar.train import Curves
 
-__all__ = ["evaluate", "minibatches", "run", "work"]
+__all__ = ["evaluate", "minibatches", "run", "shifted_and_mirrored", "work"]
 
 _EVALUATION_BATCH = 250
 _EXPLODED = 100.0  # a loss so many times the first minibatch's is as good as infinite
@@ -49,13 +50,14 @@ def run(trial: Trial, examples: Data) -> dict[str, Any]:
         ValueError: If the data has other numbers of examples.
         ImportError: If the method's package is not installed.
     """
-    if (len(examples.train_x), len(examples.test_x)) != (trial.train_examples, trial.test_examples):
+    task, chosen = TASKS[trial.task], method(trial.method)
+    there = task.pool or trial.train_examples
+    if (len(examples.train_x), len(examples.test_x)) != (there, trial.test_examples):
         raise ValueError(
             f"examples: {len(examples.train_x)} for training and {len(examples.test_x)} for "
-            f"testing, but the trial has train_examples={trial.train_examples}, "
+            f"testing, but the trial has train_examples={there}, "
             f"test_examples={trial.test_examples}"
         )
-    task, chosen = TASKS[trial.task], method(trial.method)
     device = examples.train_x.device
     model = task.build(trial.seed, examples).to(device)
     criterion = task.criterion()
@@ -121,7 +123,7 @@ def _epoch(
     scale = task.batch_size if task.reduction == "sum" else 1
     total_loss, total_rate, first_loss, done = 0.0, 0.0, math.nan, 0
     start = _now(examples)
-    for x, y in minibatches(examples, task.batch_size, trial.seed, epoch):
+    for x, y in minibatches(trial, task, examples, epoch):
         stepper.optimizer.zero_grad()
         loss: Tensor = criterion(model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,21 +148,42 @@ def _epoch(
 
 
 def minibatches(
-    examples: Data, batch_size: int, seed: int, epoch: int
+    trial: Trial, task: Task, examples: Data, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The epoch's minibatches: the same for every method."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    order = torch.randperm(len(examples.train_x), generator=generator)
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        batch = order[start : start + batch_size].to(examples.train_x.device)
-        yield examples.train_x[batch], examples.train_y[batch]
+    generator = torch.Generator().manual_seed(1_000_003 * trial.seed + epoch)
+    order = torch.randperm(len(examples.train_x), generator=generator)[: trial.train_examples]
+    for start in range(0, len(order) - task.batch_size + 1, task.batch_size):
+        batch = order[start : start + task.batch_size].to(examples.train_x.device)
+        x, y = examples.train_x[batch], examples.train_y[batch]
+        if task.augment:
+            x = shifted_and_mirrored(x, generator)
+        yield _indices(x), _indices(y)
+
+
+def _indices(values: Tensor) -> Tensor:
+    """Small integers are kept as bytes, and used as what PyTorch indexes with."""
+    return values.long() if values.dtype == torch.uint8 else values
+
+
+def shifted_and_mirrored(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture moved by at most four pixels, zeros coming in, and mirrored every other time."""
+    count, _, height, width = pictures.shape
+    padded = F.pad(pictures, (4, 4, 4, 4))
+    down, right = torch.randint(9, (2, count, 1), generator=generator).to(pictures.device)
+    mirrored = torch.randint(2, (count, 1), generator=generator).bool().to(pictures.device)
+    rows = down + torch.arange(height, device=pictures.device)
+    columns = torch.arange(width, device=pictures.device).expand(count, -1)
+    columns = right + torch.where(mirrored, columns.flip(1), columns)
+    each = torch.arange(count, device=pictures.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _stream(trial: Trial, task: Task, examples: Data) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless minibatches in an order of their own, for methods that look at others."""
     epoch = _OWN_STREAM
     while True:
-        yield from minibatches(examples, task.batch_size, trial.seed, epoch)
+        yield from minibatches(trial, task, examples, epoch)
         epoch += 1
 
 
@@ -198,5 +221,6 @@ _distributions = functools.lru_cache(maxsize=1)(importlib.metadata.packages_dist
 
 def work(trial: Trial, root: Path | None, device: str) -> dict[str, Any]:
     """Reads the data, which stays in memory for the next trial, and runs."""
-    load = TASKS[trial.task].load
-    return run(trial, load(root, trial.train_examples, trial.test_examples).to(device))
+    task = TASKS[trial.task]
+    examples = task.load(root, task.pool or trial.train_examples, trial.test_examples)
+    return run(trial, examples.to(device))

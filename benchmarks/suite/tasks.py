@@ -49,6 +49,10 @@ class Task:
         initialisation: A name in `networks.INITIALISATIONS`.
         reduction: The criterion's.
         held_back: Whether it belongs to the half that is looked at once.
+        long: Whether it is trained for thousands of steps; see `_long`.
+        pool: Training examples that there are, of which an epoch draws ``train_examples`` at
+            random; None: it sees them all.
+        augment: Whether pictures are shifted and mirrored at random, anew in every epoch.
         has_chance: Whether being no better than guessing means that the network is dead.
     """
 
@@ -67,6 +71,9 @@ class Task:
     reduction: str = "mean"
     held_back: bool = False
     has_chance: bool = True
+    long: bool = False
+    pool: int | None = None
+    augment: bool = False
 
     def build(self, seed: int, examples: Data) -> nn.Module:
         """The network of a seed. Sets PyTorch's global seed."""
@@ -284,6 +291,85 @@ _OTHERS = (
     ),
 )
 
+# --- thousands of steps --------------------------------------------------------------------------
+
+_PICTURES, _ROWS = 50_000, 51_200
+
+
+def _long() -> Iterator[Task]:
+    """About 800 steps an epoch, on all pictures of CIFAR, tens of MB of prose, or many rows.
+
+    An epoch is the unit of the horizon: presets run 1, 4 and 16 of them.
+    """
+    long = functools.partial(Task, long=True, epochs=1, batch_size=64, test_examples=5000)
+    networks_of = {
+        "mlp": lambda d: networks.mlp(3072, (256, 256), d.outputs, "relu"),
+        "cnn": _NETWORKS["cnn"]("relu"),
+        "resnet": _NETWORKS["resnet"]("relu"),
+        "vit": _NETWORKS["vit"]("relu"),
+    }
+    for dataset, name, held_back in (
+        ("cifar10", "mlp", False),
+        ("cifar10", "resnet", False),
+        ("cifar10", "vit", False),
+        ("cifar10", "cnn", True),
+        ("cifar100", "resnet", True),
+        ("cifar100", "vit", True),
+    ):
+        yield long(
+            name=f"long/{dataset}/{name}",
+            family="long, pictures",
+            load=functools.partial(data.pictures, dataset),
+            network=networks_of[name],
+            loss=nn.CrossEntropyLoss,
+            train_examples=_PICTURES,
+            archive=dataset,
+            augment=True,
+            held_back=held_back,
+        )
+    text = functools.partial(
+        long,
+        family="long, text",
+        load=data.novels,
+        loss=nn.CrossEntropyLoss,
+        score="loss",
+        batch_size=32,
+        train_examples=25_600,
+        test_examples=2_000,
+        pool=409_600,
+    )
+    yield text(
+        name="long/novels/transformer",
+        network=lambda d: networks.Transformer(d.outputs, 64, 2),
+    )
+    yield text(
+        name="long/novels/gru",
+        network=lambda d: networks.GRUModel(d.outputs, 96),
+        held_back=True,
+    )
+    yield long(
+        name="long/cifar10/autoencoder",
+        family="long, others",
+        load=functools.partial(data.pixels, "cifar10"),
+        network=lambda d: networks.autoencoder(3072, (256, 64), "relu"),
+        loss=nn.BCEWithLogitsLoss,
+        train_examples=_PICTURES,
+        score="loss",
+        archive="cifar10",
+        held_back=True,
+    )
+    yield long(
+        name="long/teacher/mlp",
+        family="long, others",
+        load=data.teacher,
+        network=lambda d: networks.mlp(32, (128, 128), 1, "relu"),
+        loss=nn.MSELoss,
+        train_examples=_ROWS,
+        score="loss",
+        held_back=True,
+    )
+
+
 TASKS: dict[str, Task] = {
-    task.name: task for task in (*_base(), *_variations(), *_other_networks(), *_OTHERS)
+    task.name: task for task in (*_base(), *_variations(), *_other_networks(), *_OTHERS, *_long())
 }

@@ -92,6 +92,7 @@ class Preset:
     parts: tuple[str, ...] = ()
     methods: tuple[str, ...] = tuple(METHODS)
     synthetic: bool = False
+    horizons: tuple[int, ...] = (1,)
 
     def tasks(self) -> list[Task]:
         """Its tasks."""
@@ -110,9 +111,11 @@ class Preset:
                     name: min(getattr(task, name), (self.limits or {}).get(name, 10**9))
                     for name in ("epochs", "train_examples", "test_examples")
                 }
-                for name in chosen:
-                    for lr in method(name).grid or (None,):
-                        yield Trial(task.name, name, lr, seed, **sizes)
+                for horizon in self.horizons:
+                    for name in chosen:
+                        for lr in method(name).grid or (None,):
+                            longer = {**sizes, "epochs": horizon * sizes["epochs"]}
+                            yield Trial(task.name, name, lr, seed, **longer)
 
 
 _SMOKE = ("cifar10/mlp-relu/b64", "diabetes/mlp-relu/b32", "digits/autoencoder-tanh/b64")
@@ -127,9 +130,15 @@ PRESETS = {
         synthetic=True,
     ),
     # What a default is chosen on, and what it is judged on, once.
-    "development": Preset(wanted=lambda task: not task.held_back),
-    "held-back": Preset(wanted=lambda task: task.held_back),
-    "full": Preset(wanted=lambda task: True, parts=("development", "held-back")),
+    "development": Preset(wanted=lambda task: not task.held_back and not task.long),
+    "held-back": Preset(wanted=lambda task: task.held_back and not task.long),
+    "full": Preset(wanted=lambda task: not task.long, parts=("development", "held-back")),
+    "horizons": Preset(
+        wanted=lambda task: task.long and not task.held_back, seeds=(0,), horizons=(4, 1, 16)
+    ),
+    "long-held-back": Preset(
+        wanted=lambda task: task.long and task.held_back, seeds=(0,), horizons=(4, 1, 16)
+    ),
 }
 
 
