@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.suite import __main__ as command
 from benchmarks.suite import data, networks, run, tables
 from benchmarks.suite.methods import METHODS
-from benchmarks.suite.tasks import TASKS
+from benchmarks.suite.tasks import LONG_EPOCH_STEPS, TASKS
 from benchmarks.suite.trials import PRESETS, Trial, read
 from examples.cifar import data as cifar
 from examples.cifar.presets import GRID
@@ -27,6 +27,8 @@ def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     for dataset in cifar.ARCHIVES:
         cifar.synthetic(directory, dataset)
+    text = "".join(f"Chapter {i}. It was the best of times, ‘quoth’ he.\n" for i in range(1000))
+    (directory / data.NOVELS).write_text(text, encoding="utf-8")
     return directory
 
 
@@ -43,6 +45,60 @@ def test_characters_predict_the_next_and_the_test_set_is_later_text():
     assert torch.equal(small.test_x.flatten(), text[border : border + 3 * data.CONTEXT])
     assert torch.equal(small.test_y.flatten(), text[border + 1 : border + 3 * data.CONTEXT + 1])
     assert small.outputs == vocabulary == int(text.max()) + 1
+
+
+def test_novels_are_any_text_in_windows_over_all_of_it(root):
+    found = data.novels(root, 300, 20)
+    raw = (root / data.NOVELS).read_bytes()
+    shown = b"\n" + bytes(range(32, 127))
+    assert found.outputs == len(shown) + 1
+    assert found.train_x.dtype == found.train_y.dtype == torch.uint8  # in memory, not in use
+
+    def spelled(window):
+        return bytes(shown[i - 1] if i else 0 for i in window.tolist())
+
+    known = bytes(byte if byte in shown else 0 for byte in raw)
+    border = 95 * len(raw) // 100
+    for part, text in (
+        ((found.train_x, found.train_y), known[:border]),
+        ((found.test_x, found.test_y), known[border:]),
+    ):
+        places = [text.find(spelled(window)) for window in part[0]]
+        assert places[0] == 0
+        assert places == sorted(places)
+        assert places[-1] > 0.9 * len(text) * (1 - 1 / len(places)) - data.CONTEXT
+        for place, after in zip(places, part[1]):
+            assert spelled(after) == text[place + 1 : place + 1 + data.CONTEXT]
+    assert bool((found.train_x == 0).any())  # the quotation marks
+
+
+def test_novels_that_are_missing_or_too_short(tmp_path):
+    with pytest.raises(ValueError, match=r"novels\.txt: pass --data"):
+        data.novels(None, 5, 5)
+    with pytest.raises(FileNotFoundError, match=r"novels\.txt: missing: put a long English text"):
+        data.novels(tmp_path, 5, 5)
+    (tmp_path / data.NOVELS).write_text("a" * 2000)
+    with pytest.raises(ValueError, match=r"train_examples=30: .* has 29"):
+        data.novels(tmp_path, 30, 1)
+
+
+def test_a_teacher_knows_all_but_a_tenth():
+    found = data.teacher(None, 20_000, 5_000)
+    x, y = torch.cat([found.train_x, found.test_x]), torch.cat([found.train_y, found.test_y])
+    assert float(y.var()) == pytest.approx(1, abs=0.03)
+    # The same network without noise, written again: what it leaves is the noise.
+    draw = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.randn(25_000, 32, generator=draw), x)
+    weights = [
+        scale * torch.randn(*shape, generator=draw)
+        for shape, scale in (((32, 64), 1.5 / 32**0.5), ((64, 32), 2 / 64**0.5), ((32, 1), 1.0))
+    ]
+    said = torch.tanh(torch.tanh(x @ weights[0]) @ weights[1]) @ weights[2]
+    said = 0.9**0.5 * (said - said.mean()) / said.std()
+    noise = y - said
+    assert float(noise.square().mean()) == pytest.approx(0.1, abs=0.004)
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(torch.corrcoef(torch.cat([noise, said], 1).T)[0, 1])) < 0.02
 
 
 @pytest.mark.parametrize("load", [data.diabetes, data.breast_cancer, data.wine])
@@ -112,16 +168,30 @@ def test_guessing_is_the_best_constant():
 
 
 def test_the_suite_is_large_enough_and_a_third_is_held_back():
-    full, development, held_back = (
-        {t.name for t in PRESETS[name].tasks()} for name in ("full", "development", "held-back")
-    )
-    assert full == TASKS.keys() == development | held_back
-    assert not development & held_back
+    full, development, held_back, long, horizons, long_held_back, longer = (
+        {t.name for t in PRESETS[name].tasks()}
+        for name in (
+            "full", "development", "held-back", "long", "horizons", "long-held-back", "longer",
+        )
+    )  # fmt: skip
+    assert full == development | held_back
+    assert long == horizons | long_held_back == {n for n, task in TASKS.items() if task.long}
+    assert full | long == TASKS.keys()
+    assert not full & long | development & held_back | horizons & long_held_back
+    assert 0.4 <= len(horizons) / len(long) <= 0.6
     assert len(full) * len(PRESETS["full"].seeds) >= 100
     assert 0.25 < len(held_back) / len(full) < 0.4
     smoke = {t.name for t in PRESETS["smoke"].tasks()}
     assert len(smoke) == 3
     assert smoke <= development
+    # Eight times as long: a third, half of it held back, hardly any family left out.
+    assert 3 * len(longer) == len(full)
+    assert len(longer & held_back) == len(longer & development)
+    families = {TASKS[name].family for name in full}
+    assert len({TASKS[name].family for name in longer}) >= 0.8 * len(families)
+    assert {r for name in longer for r in ("relu", "sigmoid", "tanh") if r in name} == {
+        "relu", "sigmoid", "tanh",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -136,7 +206,8 @@ def test_a_task_builds_and_takes_two_steps(name, root):
     assert any(not torch.equal(p, q) for p, q in zip(before, other.parameters()))
 
     criterion = task.criterion()
-    x, y = examples.train_x[:6], examples.train_y[:6]
+    trial = Trial(name, "adler", None, 0, 1, task.batch_size, 20)
+    x, y = next(run.minibatches(trial, replace(task, batch_size=6), examples, 0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     losses = []
     for _ in range(3):
@@ -158,7 +229,12 @@ def test_a_task_builds_and_takes_two_steps(name, root):
 def test_steps_are_neither_few_nor_many():
     for task in TASKS.values():
         steps = task.epochs * (task.train_examples // task.batch_size)
-        assert 60 <= steps <= 400, task.name
+        if task.long:
+            assert round(steps, -2) == LONG_EPOCH_STEPS, task.name
+            assert task.epochs == 1
+        else:
+            assert 60 <= steps <= 400, task.name
+        assert task.train_examples <= (task.pool or task.train_examples)
 
 
 def test_initialisations():
@@ -275,8 +351,8 @@ def test_all_methods_see_the_same_batches_and_begin_alike(name, root, monkeypatc
     seen, begun = [], []
     minibatches, build = run.minibatches, type(TASKS[CNN]).build
 
-    def spied(examples, batch_size, seed, epoch):
-        for x, y in minibatches(examples, batch_size, seed, epoch):
+    def spied(trial, task, examples, epoch):
+        for x, y in minibatches(trial, task, examples, epoch):
             if epoch < run._OWN_STREAM:
                 seen.append((x.double().sum().item(), y.tolist()))
             yield x, y
@@ -302,6 +378,56 @@ def test_all_methods_see_the_same_batches_and_begin_alike(name, root, monkeypatc
     torch.manual_seed(2)
     fresh = TASKS[CNN].network(examples)
     assert torch.equal(begun[0], torch.cat([p.detach().flatten() for p in fresh.parameters()]))
+
+
+def test_pictures_are_shifted_and_mirrored_and_nothing_else():
+    pictures = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(1)) + 1
+    moved = run.shifted_and_mirrored(pictures, torch.Generator().manual_seed(5))
+    assert moved.shape == pictures.shape
+    found = []
+    for picture, after in zip(pictures, moved):
+        around = nn.functional.pad(picture, (4, 4, 4, 4))
+        for down, right, mirrored in itertools.product(range(9), range(9), (False, True)):
+            copy = around[:, down : down + 32, right : right + 32]
+            if torch.equal(after, copy.flip(-1) if mirrored else copy):
+                found.append((down, right, mirrored))
+    assert len(found) == len(pictures)
+    for values, all_ in zip(zip(*found), (set(range(9)), set(range(9)), {False, True})):
+        assert set(values) == all_
+
+
+@pytest.mark.parametrize("name", ["long/cifar10/mlp", "long/novels/gru"])
+def test_minibatches_of_a_long_task_depend_on_seed_and_epoch_alone(name, root):
+    task = replace(TASKS[name], pool=200 if TASKS[name].pool else None)
+    examples = task.load(root, task.pool or 128, 20)
+
+    def drawn(method, seed=0, epoch=0, lr=None):
+        torch.rand(len(method))  # whatever happened before
+        trial = Trial(name, method, lr, seed, 16, 128, 20)
+        return list(run.minibatches(trial, task, examples, epoch))
+
+    def equal(these, those):
+        return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(these, those))
+
+    first = drawn("adler")
+    assert len(first) == 128 // task.batch_size
+    assert equal(first, drawn("sgd", lr=0.1))
+    assert not equal(first, drawn("adler", seed=1))
+    assert not equal(first, drawn("adler", epoch=1))
+
+
+def test_an_epoch_draws_from_the_pool_without_repetition(root):
+    task = replace(TASKS["long/novels/transformer"], pool=60)
+    examples = task.load(root, 60, 20)
+    trial = Trial(task.name, "adler", None, 3, 1, 32, 20)
+    seen = []
+    for epoch in range(8):
+        ((x, y),) = run.minibatches(trial, task, examples, epoch)
+        assert x.dtype == y.dtype == torch.int64
+        windows = {tuple(window) for window in x.tolist()}
+        assert len(windows) == 32
+        seen.append(windows)
+    assert len(set().union(*seen)) > 55
 
 
 def test_other_numbers_of_examples_are_refused():

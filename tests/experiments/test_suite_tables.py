@@ -1,12 +1,13 @@
 """`benchmarks/suite`: what is made of the records."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from benchmarks.suite import methods, plots, standings, tables
+from benchmarks.suite import horizons, methods, plots, standings, tables
 from benchmarks.suite.tasks import TASKS
-from benchmarks.suite.trials import Trial
+from benchmarks.suite.trials import PRESETS, Trial, read
 from examples.cifar.presets import GRID
 
 CNN = "cifar10/cnn-bn-relu/b64"
@@ -163,9 +164,18 @@ def test_costs_are_relative_to_one_sgd_run_of_the_same_task():
         *grid(0.4, 1, seconds=4.0), record("adler", 0.5, 1, seconds=12.0),
     ]  # fmt: skip
     found[0].update(diverged=True, seconds=0.1)
-    seconds = standings.sgd_seconds(found)
+    seconds = standings.seconds_of(found)
     assert seconds == {(CNN, 0): 2.0, (CNN, 1): 4.0}
     assert standings.cost_ratio(standings.contests(found), "adler", seconds) == 2.5
+
+
+def test_what_is_recorded_gives_the_tables_that_are_recorded():
+    results = Path(tables.__file__).parents[1] / "results" / "suite"
+    for name in ("development", "held-back", "full"):
+        preset = PRESETS[name]
+        found = read([results / part for part in preset.parts or (name,)])
+        text = tables.markdown(horizons.at(found, preset, 1), name)
+        assert text == (results / name / "tables.md").read_text(), name
 
 
 # --- tables and figures --------------------------------------------------------------------------
