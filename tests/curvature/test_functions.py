@@ -9,6 +9,7 @@ from support.reference import Dense
 from torch import nn
 
 from adler import curvature
+from adler._recording.replay import Call
 from adler.curvature import ENGINES, ForwardModeUnsupportedError
 
 EXACT = ["forward", "double_backward"]
@@ -53,9 +54,7 @@ def test_finite_difference_converges_at_first_order(name):
     errors = []
     for step in steps:
         with torch.no_grad():
-            _, v = curvature.finite_difference(
-                curvature.Call.of(model, x), params, direction, step=step
-            )
+            _, v = curvature.finite_difference(Call.of(model, x), params, direction, step=step)
         errors.append(float((v - exact).norm() / exact.norm()))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(0.9 < order < 1.1 for order in orders[2:]), (errors, orders)
@@ -269,7 +268,7 @@ def test_the_forward_engine_itself_refuses():
     model, x = Then(Square.apply), torch.randn(4, 3, dtype=torch.float64)
     params = dict(model.named_parameters())
     with pytest.raises(ForwardModeUnsupportedError) as caught:
-        curvature.forward(curvature.Call.of(model, x), params, params)
+        curvature.forward(Call.of(model, x), params, params)
     assert "custom autograd.Function" in caught.value.op
 
 
@@ -277,9 +276,9 @@ def test_a_lost_tangent_is_never_taken_for_zero():
     model, x = Then(torch.detach), torch.randn(4, 3, dtype=torch.float64)
     params = dict(model.named_parameters())
     with pytest.raises(ForwardModeUnsupportedError, match="drops the tangent"):
-        curvature.forward(curvature.Call.of(model, x), params, params)
+        curvature.forward(Call.of(model, x), params, params)
     with pytest.raises(RuntimeError, match="do not depend on the parameters"):
-        curvature.double_backward(curvature.Call.of(model, x), params, params)
+        curvature.double_backward(Call.of(model, x), params, params)
 
 
 def test_other_errors_are_not_swallowed():

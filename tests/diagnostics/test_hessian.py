@@ -12,13 +12,8 @@ from torch.autograd.functional import hessian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adler._recording.replay import is_replaying
-from adler.curvature import ggn_product
-from adler.diagnostics.hessian import (
-    HessianSplit,
-    hessian_split,
-    hessian_vector_product,
-    output_hessian_norm,
-)
+from adler.curvature import Objective
+from adler.diagnostics.hessian import HessianSplit, hessian_split, output_hessian_norm
 from adler.losses import EmpiricalFisher
 
 
@@ -59,7 +54,7 @@ def test_both_parts_equal_the_dense_ones(name, criterion_name):
     kept = float(v @ dense.loss_hessian(dense.flat(), x, y) @ v)
     for _ in range(2):  # twice: no hidden state
         with unchanged(model):
-            split = hessian_split(model, model.parameters(), x, y, criterion, direction.values())
+            split = hessian_split(Objective(model, x, y, criterion), direction)
         assert float(split.gauss_newton) == pytest.approx(kept, rel=1e-9)
         assert float(split.total) == pytest.approx(total, rel=1e-9)
         assert float(split.residual) == pytest.approx(total - kept, rel=1e-9, abs=1e-9 * kept)
@@ -71,11 +66,13 @@ def test_both_parts_equal_the_dense_ones(name, criterion_name):
 def test_the_product_equals_the_dense_hessian(name, criterion_name):
     model, criterion, x, y, direction = setting(name, criterion_name)
     expected = dense_hessian(model, criterion, x, y) @ flatten(direction)
-    params = dict(model.named_parameters())
+    h = Objective(model, x, y, criterion)
     for _ in range(2):
         with unchanged(model):
-            product = hessian_vector_product(model, params, x, y, criterion, direction)
-        assert {n: p.shape for n, p in product.items()} == {n: p.shape for n, p in params.items()}
+            product = h.hessian(direction)
+        assert {n: p.shape for n, p in product.items()} == {
+            n: d.shape for n, d in direction.items()
+        }
         torch.testing.assert_close(flatten(product), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -85,7 +82,7 @@ def test_the_split_is_the_second_difference_of_the_loss(name):
     dense, d = Dense(model, criterion), flatten(direction)
     theta, step = dense.flat(), 1e-4
     ahead, here, behind = (criterion(dense.outputs(theta + s * step * d, x), y) for s in (1, 0, -1))
-    split = hessian_split(model, model.parameters(), x, y, criterion, direction.values())
+    split = hessian_split(Objective(model, x, y, criterion), direction)
     # Error step² of the difference, and eps/step² of rounding: both 1e-8 or so.
     found = float((ahead - 2 * here + behind) / step**2)
     assert float(split.total) == pytest.approx(found, rel=1e-5)
@@ -94,21 +91,21 @@ def test_the_split_is_the_second_difference_of_the_loss(name):
 @pytest.mark.parametrize("criterion_name", CRITERIA)
 def test_a_linear_model_has_no_residual(criterion_name):
     model, criterion, x, y, direction = setting("linear", criterion_name)
-    split = hessian_split(model, model.parameters(), x, y, criterion, direction.values())
+    split = hessian_split(Objective(model, x, y, criterion), direction)
     assert abs(float(split.residual)) < 1e-12 * float(split.gauss_newton)
     assert float(split.trust) == pytest.approx(1)
     # The whole Hessian is the GGN, too.
-    arguments = (model, list(model.parameters()), x, y, criterion, list(direction.values()))
-    torch.testing.assert_close(hessian_vector_product(*arguments), ggn_product(*arguments))
+    h = Objective(model, x, y, criterion)
+    torch.testing.assert_close(h.hessian(direction), h.ggn(direction))
 
 
 def test_a_fitted_batch_has_no_residual():
     model, criterion, x, y, direction = setting("mlp-tanh", "mse-mean")
     fitted = model(x).detach()
     along = list(direction.values())
-    split = hessian_split(model, model.parameters(), x, fitted, criterion, along)
+    split = hessian_split(Objective(model, x, fitted, criterion), along)
     assert abs(float(split.residual)) < 1e-12 * float(split.gauss_newton)
-    unfitted = hessian_split(model, model.parameters(), x, y, criterion, along)
+    unfitted = hessian_split(Objective(model, x, y, criterion), along)
     assert abs(float(unfitted.residual)) > 1e-3 * float(unfitted.gauss_newton)
 
 
@@ -121,7 +118,7 @@ def test_a_relu_network_keeps_the_products_of_weights():
         model[2].weight.fill_(3.0)
     x, y = torch.tensor([[5.0]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     d = [torch.full((1, 1), 0.1, dtype=torch.float64), torch.full((1, 1), 0.2, dtype=torch.float64)]
-    split = hessian_split(model, model.parameters(), x, y, nn.MSELoss(), d)
+    split = hessian_split(Objective(model, x, y, nn.MSELoss()), d)
     v = 5 * (0.1 * 3 + 2 * 0.2)
     assert float(split.gauss_newton) == pytest.approx(2 * v**2)
     assert float(split.residual) == pytest.approx(2 * 30 * 2 * 0.1 * 0.2 * 5)
@@ -143,9 +140,9 @@ def test_trust():
 
 def test_log_probabilities_split_as_their_logits():
     model, criterion, x, y, direction = setting("mlp-tanh")
-    logits = hessian_split(model, model.parameters(), x, y, criterion, direction.values())
+    logits = hessian_split(Objective(model, x, y, criterion), direction)
     twin = nn.Sequential(model, nn.LogSoftmax(1))
-    found = hessian_split(twin, model.parameters(), x, y, nn.NLLLoss(), direction.values())
+    found = hessian_split(Objective(twin, x, y, nn.NLLLoss()), direction.values())
     for a, b in zip(found, logits):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -153,7 +150,7 @@ def test_log_probabilities_split_as_their_logits():
 def test_the_total_does_not_depend_on_what_stands_in_for_the_loss_hessian():
     model, criterion, x, y, direction = setting("mlp-tanh")
     a, b = (
-        hessian_split(model, model.parameters(), x, y, c, direction.values())
+        hessian_split(Objective(model, x, y, c), direction)
         for c in (criterion, EmpiricalFisher(criterion))
     )
     torch.testing.assert_close(a.total, b.total)
@@ -168,8 +165,8 @@ def test_parameters_left_out_are_constants():
     part = {"2.weight": direction["2.weight"]}
     params = dict(model.named_parameters())
     zeros = {**{n: torch.zeros_like(d) for n, d in direction.items()}, **part}
-    a = hessian_split(model, {n: params[n] for n in part}, x, y, criterion, part)
-    b = hessian_split(model, params, x, y, criterion, zeros)
+    a = hessian_split(Objective(model, x, y, criterion, {n: params[n] for n in part}), part)
+    b = hessian_split(Objective(model, x, y, criterion), zeros)
     torch.testing.assert_close(a, b)
 
 
@@ -186,10 +183,9 @@ def test_dropout_draws_one_mask_for_every_derivative():
     slope = sum((g * d).sum() for g, d in zip(slopes, direction))
     expected = torch.autograd.grad(slope, params)
     torch.set_rng_state(state)
-    arguments = (model, params, x, y, nn.CrossEntropyLoss(), direction)
+    h = Objective(model, x, y, nn.CrossEntropyLoss())
     with unchanged(model):
-        split = hessian_split(*arguments)
-        product = hessian_vector_product(*arguments)
+        split, product = hessian_split(h, direction), h.hessian(direction)
     total = float(sum((e * d).sum() for e, d in zip(expected, direction)))
     assert float(split.total) == pytest.approx(total, rel=1e-10)
     torch.testing.assert_close(list(product.values()), list(expected))
@@ -197,30 +193,32 @@ def test_dropout_draws_one_mask_for_every_derivative():
 
 def test_constant_outputs_are_refused():
     model, x = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
-    params = dict(model.named_parameters())
-    arguments = (params, x, torch.zeros(4, 2).double(), nn.MSELoss(), params)
-    for measure in (hessian_split, hessian_vector_product):
+    y = torch.zeros(4, 2).double()
+    h = Objective(model, x, y, nn.MSELoss(), output_fn=torch.detach)
+    for measure in (hessian_split, Objective.hessian, Objective.ggn):
         with pytest.raises(RuntimeError, match="depend on"):
-            measure(model, *arguments, output_fn=torch.detach)
+            measure(h, h.params)
+    with pytest.raises(RuntimeError, match="depend on"):
+        h.gradient()
 
 
 def test_a_context_without_gradients_changes_nothing():
     model, criterion, x, y, direction = setting("mlp-tanh")
-    arguments = (model, list(model.parameters()), x, y, criterion, list(direction.values()))
-    split, product = hessian_split(*arguments), hessian_vector_product(*arguments)
-    norm = output_hessian_norm(model, model.parameters(), x)
+    h = Objective(model, x, y, criterion)
+    split, product, slope = hessian_split(h, direction), h.hessian(direction), h.gradient()
+    norm = output_hessian_norm(model, x)
     with torch.no_grad():
-        torch.testing.assert_close(hessian_split(*arguments), split)
-        torch.testing.assert_close(hessian_vector_product(*arguments), product)
-        assert output_hessian_norm(model, model.parameters(), x) == norm
+        torch.testing.assert_close(hessian_split(h, direction), split)
+        torch.testing.assert_close(h.hessian(direction), product)
+        torch.testing.assert_close(h.gradient(), slope)
+        assert output_hessian_norm(model, x) == norm
 
 
 def test_an_output_fn_picks_the_outputs():
     model, criterion, x, y, direction = setting("mlp-tanh")
-    wrapped = Named(model)
-    arguments = (list(model.parameters()), x, y, criterion, list(direction.values()))
-    found = hessian_split(wrapped, *arguments, output_fn=lambda out: out["logits"])
-    torch.testing.assert_close(found, hessian_split(model, *arguments))
+    wrapped = Objective(Named(model), x, y, criterion, output_fn=lambda out: out["logits"])
+    found = hessian_split(wrapped, direction.values())
+    torch.testing.assert_close(found, hessian_split(Objective(model, x, y, criterion), direction))
 
 
 class Named(nn.Module):
@@ -241,18 +239,19 @@ def test_nobody_records_the_criterion():
             self.register_forward_hook(lambda *_: seen.append(is_replaying()))
 
     model, _, x, y, direction = setting("mlp-tanh", "mse-mean")
-    arguments = (model, model.parameters(), x, y, Watched(), direction.values())
-    hessian_split(*arguments)
-    hessian_vector_product(model, model.parameters(), x, y, Watched(), list(direction.values()))
-    assert len(seen) > 1
+    h = Objective(model, x, y, Watched())
+    hessian_split(h, direction)
+    h.hessian(direction)
+    h.gradient()
+    assert len(seen) > 2
     assert all(seen)
 
 
 def test_single_precision():
     model, criterion, x, y, direction = setting("mlp-tanh")
-    exact = hessian_split(model, model.parameters(), x, y, criterion, direction.values())
+    exact = hessian_split(Objective(model, x, y, criterion), direction)
     single = [d.float() for d in direction.values()]
-    found = hessian_split(model.float(), model.parameters(), x.float(), y, criterion, single)
+    found = hessian_split(Objective(model.float(), x.float(), y, criterion), single)
     assert found.total.dtype == torch.float32
     torch.testing.assert_close([p.double() for p in found], list(exact), rtol=1e-4, atol=1e-5)
 
@@ -268,14 +267,14 @@ def test_the_norm_of_an_output_hessian_equals_the_dense_one(name, output):
     matrix = hessian(lambda theta: dense.outputs(theta, x[:2]).flatten()[output], dense.flat())
     expected = float(torch.linalg.eigvalsh(matrix).abs().max())
     with unchanged(model):
-        found = output_hessian_norm(model, model.parameters(), x[:2], output)
+        found = output_hessian_norm(model, x[:2], output=output)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_linear_model_has_no_output_hessian():
     for width in (2, 50):  # dense, and Lanczos
         model = nn.Linear(width, 1)
-        assert output_hessian_norm(model, model.parameters(), torch.randn(1, width)) == 0
+        assert output_hessian_norm(model, torch.randn(1, width)) == 0
 
 
 class Wide(nn.Module):
@@ -298,9 +297,7 @@ def test_wide_networks_become_linear_at_the_rate_of_the_root_of_the_width():
     norms = []
     for width in widths:
         drawn = [Wide(width, 2, generator) for _ in range(10)]
-        found = [
-            output_hessian_norm(model, model.parameters(), x, tolerance=1e-3) for model in drawn
-        ]
+        found = [output_hessian_norm(model, x, tolerance=1e-3) for model in drawn]
         for model, norm in zip(drawn, found):
             # Neurons do not see each other, and a neuron's block acts on (w_i along x, v_i) alone.
             z = (x @ model.w.T).squeeze(0).detach()
@@ -319,11 +316,8 @@ def test_wide_networks_become_linear_at_the_rate_of_the_root_of_the_width():
 
 
 def test_bad_input_is_named():
-    model, criterion, x, y, direction = setting("mlp-tanh")
-    params = dict(model.named_parameters())
+    model, criterion, x, y, _ = setting("mlp-tanh")
     with pytest.raises(ValueError, match="direction: its names differ"):
-        hessian_vector_product(model, params, x, y, criterion, {})
-    with pytest.raises(ValueError, match="reduction='none'"):
-        hessian_split(model, params, x, y, nn.MSELoss(reduction="none"), direction)
+        hessian_split(Objective(model, x, y, criterion), {})
     with pytest.raises(ValueError, match=r"output=18: expected 0 to 17"):
-        output_hessian_norm(model, params, x, 18)
+        output_hessian_norm(model, x, output=18)

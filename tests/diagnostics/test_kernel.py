@@ -11,8 +11,8 @@ from support.loops import unchanged
 from support.reference import Dense
 from torch import nn
 
+from adler.curvature import Objective, TangentKernel
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
-from adler.diagnostics.kernel import TangentKernel
 
 
 class Residual(nn.Module):
@@ -168,7 +168,7 @@ def test_power_iteration_starts_warm():
 
 @pytest.mark.parametrize("scipy", [True, False])
 def test_the_cheapest_way_is_chosen(scipy, monkeypatch):
-    monkeypatch.setattr("adler.diagnostics.kernel.has_scipy", lambda: scipy)
+    monkeypatch.setattr("adler.curvature.kernel.has_scipy", lambda: scipy)
     for name, way in (("mlp-tanh", "dense"), ("batchnorm", "lanczos" if scipy else "dense")):
         model, x = setting(name)
         kernel = TangentKernel(model, x)
@@ -294,5 +294,5 @@ def test_the_largest_eigenvalue_of_the_ggn(name, criterion_name, scipy, monkeypa
     J, Q = dense.jacobian(theta, x), dense.loss_hessian(theta, x, y)
     exact = float(torch.linalg.eigvalsh(J.T @ Q @ J)[-1])
     with unchanged(model):
-        found = ggn_largest_eigenvalue(model, x, y, criterion, tolerance=1e-8)
+        found = ggn_largest_eigenvalue(Objective(model, x, y, criterion), tolerance=1e-8)
     assert found == pytest.approx(exact, rel=1e-6)

@@ -91,7 +91,7 @@ def test_the_coefficient_of_the_squared_error_is_exact(reduction):
     F, y = draw(4, 3).requires_grad_(), draw(4, 3, seed=1)
     loss = criterion(F, y)
     (gradient,) = torch.autograd.grad(loss, F)
-    alpha = loss_pl_coefficient(criterion, F, y)
+    alpha = loss_pl_coefficient(F, y, criterion)
     assert float(pl_coefficient(loss, gradient)) == pytest.approx(alpha, rel=1e-12)
 
 
@@ -105,7 +105,7 @@ def test_the_kernel_bounds_the_coefficient(name, seed, reduction):
     J = dense.jacobian(dense.flat(), x)
     smallest = torch.linalg.eigvalsh(J @ J.T)[0]
     outputs = dense.outputs(dense.flat(), x)
-    bound = kernel_pl_bound(smallest, criterion, outputs, y)
+    bound = kernel_pl_bound(smallest, outputs, y, criterion)
     g = dense.gradient(dense.flat(), x, y)
     assert 0 <= bound <= float(pl_coefficient(criterion(outputs, y), g)) * (1 + SLACK)
 
@@ -119,11 +119,11 @@ def test_the_kernel_bound_is_attained_where_the_residual_is_the_last_eigenvector
     values, vectors = torch.linalg.eigh(J @ J.T)
     y = outputs - vectors[:, 0].view_as(outputs)
     mu = pl_coefficient(criterion(outputs, y), dense.gradient(dense.flat(), x, y))
-    assert kernel_pl_bound(values[0], criterion, outputs, y) == pytest.approx(float(mu), rel=1e-8)
+    assert kernel_pl_bound(values[0], outputs, y, criterion) == pytest.approx(float(mu), rel=1e-8)
 
 
 def test_an_eigenvalue_below_zero_is_rounding():
-    assert kernel_pl_bound(-1e-9, nn.MSELoss(), torch.zeros(2), torch.ones(2)) == 0
+    assert kernel_pl_bound(-1e-9, torch.zeros(2), torch.ones(2), nn.MSELoss()) == 0
 
 
 # --- cross-entropy --------------------------------------------------------------------------------
@@ -198,11 +198,11 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"coefficient=0.0"):
         satisfies_pl_star(1.0, g, 0.0)
     with pytest.raises(ValueError, match="weak_pl_bound"):
-        loss_pl_coefficient(nn.CrossEntropyLoss(), torch.zeros(2, 3), torch.zeros(2).long())
+        loss_pl_coefficient(torch.zeros(2, 3), torch.zeros(2).long(), nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=r"targets: shape \(4,\) does not broadcast"):
-        loss_pl_coefficient(nn.MSELoss(), torch.zeros(4, 1), torch.zeros(4))
+        loss_pl_coefficient(torch.zeros(4, 1), torch.zeros(4), nn.MSELoss())
     with pytest.raises(ValueError, match="smallest_eigenvalue=nan"):
-        kernel_pl_bound(math.nan, nn.MSELoss(), g, g)
+        kernel_pl_bound(math.nan, g, g, nn.MSELoss())
     with pytest.raises(ValueError, match="reduction='none'"):
         weak_pl_bound(g, 2, "none")
     with pytest.raises(ValueError, match=r"losses: shape \(0,\)"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adler import Adler, diagnostics
+from adler.curvature import Objective
 from adler.diagnostics.reports import Monitor, Report, report
 from adler.diagnostics.snapshots import snapshot
 
@@ -22,7 +23,7 @@ def test_a_snapshot_is_what_dense_matrices_say(name, criterion_name):
     model, criterion = network(name), CRITERIA[criterion_name]()
     ((x, y),) = batches(name, criterion, 1)
     with unchanged(model):
-        found = snapshot(model, criterion, x, y, step=3)
+        found = snapshot(Objective(model, x, y, criterion), step=3)
     dense = Dense(model, criterion)
     theta = dense.flat()
 
@@ -68,7 +69,7 @@ def test_the_predicted_decrease_bounds_the_measured_one_on_a_linear_model():
     # A quadratic loss: μ = ‖g‖²/2h and L = λ_max(H) make it a theorem.
     model, criterion = network("linear"), nn.MSELoss()
     for x, y in batches("linear", criterion, 4):
-        found = snapshot(model, criterion, x, y)
+        found = snapshot(Objective(model, x, y, criterion))
         assert found.measured_decrease <= found.decrease + 1e-6
         assert found.trust_gradient == pytest.approx(1.0, abs=1e-12)
         assert found.trust_random == pytest.approx(1.0, abs=1e-12)
@@ -79,7 +80,7 @@ def test_a_report_holds_the_first_minibatches_and_their_table():
     data = batches("mlp-tanh", criterion, 6)
     found = report(model, criterion, iter(data), batches=3)
     assert [s.step for s in found.snapshots] == [0, 1, 2]
-    alone = snapshot(model, criterion, *data[1], step=1)
+    alone = snapshot(Objective(model, *data[1], criterion), step=1)
     assert found.snapshots[1] == alone
     rows = {r.split("|")[1].strip(): r.split("|")[2:5] for r in found.table().splitlines()[2:]}
     losses = sorted(s.loss for s in found.snapshots)
@@ -112,8 +113,8 @@ def test_the_kernel_takes_the_examples_that_fit():
     torch.manual_seed(0)
     model, criterion = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
     x, y = torch.randn(50, 4, dtype=torch.float64), torch.randint(3, (50,))
-    assert len(snapshot(model, criterion, x, y).spectrum) == 150
-    few = snapshot(model, criterion, x, y, max_bytes=60 * 60 * 8)
+    assert len(snapshot(Objective(model, x, y, criterion)).spectrum) == 150
+    few = snapshot(Objective(model, x, y, criterion), max_bytes=60 * 60 * 8)
     assert len(few.spectrum) == 60
     expected = diagnostics.TangentKernel(model, x[:20]).eigenvalues()
     torch.testing.assert_close(torch.tensor(few.spectrum, dtype=x.dtype), expected)
@@ -155,7 +156,7 @@ def test_the_picture_has_six_labelled_panels(count, tmp_path):
 def test_a_fitted_batch_is_no_error(tmp_path):
     model, criterion = nn.Linear(2, 1).double(), nn.MSELoss()
     x = torch.randn(4, 2, dtype=torch.float64)
-    found = snapshot(model, criterion, x, model(x).detach())
+    found = snapshot(Objective(model, x, model(x).detach(), criterion))
     assert found.loss == 0
     assert math.isnan(found.measured_decrease)
     Report((found,)).plot().savefig(tmp_path / "fitted.png")
@@ -174,10 +175,10 @@ def test_bad_input_is_named(monkeypatch):
     with pytest.raises(ValueError, match="no snapshot yet"):
         Monitor(model, criterion).report()
     with pytest.raises(ValueError, match="reduction='none'"):
-        snapshot(model, nn.CrossEntropyLoss(reduction="none"), x, y)
+        snapshot(Objective(model, x, y, nn.CrossEntropyLoss(reduction="none")))
     with pytest.raises(ValueError, match="loss of this minibatch is nan"):
-        snapshot(model, criterion, math.nan * x, y)
-    found = snapshot(model, criterion, x, y)
+        snapshot(Objective(model, math.nan * x, y, criterion))
+    found = snapshot(Objective(model, x, y, criterion))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"torch-adler\[diagnostics\]"):
         Report((found,)).plot()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adler.diagnostics.spectrum import gershgorin, lanczos, power_iteration
+from adler.curvature.spectrum import gershgorin, lanczos, power_iteration
 
 
 def symmetric(n, seed, positive=False):

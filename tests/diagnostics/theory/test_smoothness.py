@@ -13,6 +13,7 @@ from support.reference import Dense, scalar
 from torch import nn
 from torch.autograd.functional import hessian
 
+from adler.curvature import Objective
 from adler.diagnostics.theory.composition import ActivationConstants
 from adler.diagnostics.theory.smoothness import loss_bounds, loss_smoothness, network_bounds
 
@@ -195,7 +196,7 @@ def test_the_bounds_of_the_loss_hold_throughout_the_ball(criterion_name, seed, r
     model, x = small("tanh", seed, depth=1)
     y, dense = targets(criterion, seed), Dense(model, criterion)
     with unchanged(model):
-        bounds = loss_bounds(model, x, y, criterion, radius)
+        bounds = loss_bounds(Objective(model, x, y, criterion), radius)
     for _ in range(3):
         theta = moved(dense, radius)
         matrix = hessian(lambda t: criterion(dense.outputs(t, x), y), theta)
@@ -206,7 +207,7 @@ def test_the_bounds_of_the_loss_hold_throughout_the_ball(criterion_name, seed, r
         )
         for norm, bound in zip(found, bounds):
             assert float(norm) <= bound * SLACK
-    assert loss_smoothness(model, x, y, criterion, radius) == bounds.smoothness
+    assert loss_smoothness(Objective(model, x, y, criterion), radius) == bounds.smoothness
 
 
 @pytest.mark.parametrize("criterion_name", ["mse-mean", "mse-sum"])
@@ -218,7 +219,7 @@ def test_linear_regression_attains_the_bound(criterion_name):
     matrix = hessian(lambda t: criterion(dense.outputs(t, x), y), dense.flat())
     expected = float(torch.linalg.eigvalsh(matrix)[-1])
     for radius in (0.0, 5.0):
-        found = loss_smoothness(model, x, y, criterion, radius)
+        found = loss_smoothness(Objective(model, x, y, criterion), radius)
         assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -231,7 +232,7 @@ def test_logistic_regression_attains_the_bound_where_it_knows_nothing(radius):
     dense = Dense(model, criterion)
     origin = torch.zeros_like(dense.flat())
     matrix = hessian(lambda t: criterion(dense.outputs(t, x), y), origin)
-    found = loss_bounds(model, x, y, criterion, radius)
+    found = loss_bounds(Objective(model, x, y, criterion), radius)
     assert float(torch.linalg.eigvalsh(matrix)[-1]) == pytest.approx(found.smoothness, rel=1e-9)
     assert found.smoothness == pytest.approx(9 / 2)
     if radius == 0:
@@ -243,7 +244,7 @@ def test_logistic_regression_attains_the_bound_where_it_knows_nothing(radius):
 def test_one_weight_attains_the_bounds_of_the_squared_error(radius):
     model, x, y = nn.Linear(1, 1, bias=False).double(), float64([3.0]), float64([1.0])
     nn.init.ones_(model.weight)  # h = (3 w - 1)², largest at the upper end
-    found = loss_bounds(model, x, y, nn.MSELoss(), radius)
+    found = loss_bounds(Objective(model, x, y, nn.MSELoss()), radius)
     end = scalar(lambda t: (3 * t[0] - 1) ** 2, 1.0 + radius)
     assert found == pytest.approx(end, rel=1e-9)
 
@@ -258,8 +259,8 @@ def test_the_descent_inequality_holds(criterion_name, seed, share):
     theta = dense.flat()
     g = dense.gradient(theta, x, y)
     # Any ball gives an L; the step has to stay inside its ball.
-    lr = share / loss_smoothness(model, x, y, criterion)
-    L = loss_smoothness(model, x, y, criterion, radius=lr * float(g.norm()))
+    lr = share / loss_smoothness(Objective(model, x, y, criterion))
+    L = loss_smoothness(Objective(model, x, y, criterion), radius=lr * float(g.norm()))
     before, after = (float(criterion(dense.outputs(t, x), y)) for t in (theta, theta - lr * g))
     assert after <= before - lr * (1 - L * lr / 2) * float(g @ g) + 1e-12 * (1 + before)
 
@@ -271,7 +272,7 @@ def test_the_descent_inequality_is_attained_by_linear_regression():
     dense = Dense(model, criterion)
     theta, lr = dense.flat(), 0.02
     g = dense.gradient(theta, x, y)
-    L = loss_smoothness(model, x, y, criterion, radius=lr * float(g.norm()))
+    L = loss_smoothness(Objective(model, x, y, criterion), radius=lr * float(g.norm()))
     before, after = (float(criterion(dense.outputs(t, x), y)) for t in (theta, theta - lr * g))
     decrease = before - after
     assert decrease == pytest.approx(lr * (1 - L * lr / 2) * float(g @ g), rel=1e-9)
@@ -281,9 +282,9 @@ def test_the_descent_inequality_is_attained_by_linear_regression():
 def test_functions_and_single_precision():
     model, x = small("tanh", 0)
     y = targets(nn.MSELoss(), 0)
-    exact = loss_bounds(model, x, y, nn.MSELoss(), 0.1)
-    assert loss_bounds(model, x, y, nn.functional.mse_loss, 0.1) == exact
-    single = loss_bounds(model.float(), x.float(), y.float(), nn.MSELoss(), 0.1)
+    exact = loss_bounds(Objective(model, x, y, nn.MSELoss()), 0.1)
+    assert loss_bounds(Objective(model, x, y, nn.functional.mse_loss), 0.1) == exact
+    single = loss_bounds(Objective(model.float(), x.float(), y.float(), nn.MSELoss()), 0.1)
     assert single == pytest.approx(exact, rel=1e-5)
 
 
@@ -306,9 +307,9 @@ def test_bad_input_is_named():
     with pytest.raises(TypeError, match="inputs: expected a tensor, got list"):
         network_bounds(layer, [1.0])
     with pytest.raises(ValueError, match=r"criterion=HuberLoss\(\)"):
-        loss_bounds(layer, x, x, nn.HuberLoss())
+        loss_bounds(Objective(layer, x, x, nn.HuberLoss()))
     with pytest.raises(ValueError, match=r"criterion=NLLLoss\(\)"):
-        loss_bounds(layer, x, torch.zeros(2).long(), nn.NLLLoss())
+        loss_bounds(Objective(layer, x, torch.zeros(2).long(), nn.NLLLoss()))
     nn.init.constant_(layer.weight, math.nan)
     with pytest.raises(ValueError, match=r"0\.weight: not finite"):
         network_bounds(nn.Sequential(layer), x)

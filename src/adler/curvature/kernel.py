@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from adler._recording.replay import Call, RandomState, accelerators
-from adler.curvature import named_parameters
 from adler.curvature.jacobian import (
     ForwardModeUnsupportedError,
     Parameters,
@@ -21,8 +20,9 @@ from adler.curvature.jacobian import (
     forward,
     transpose,
 )
-from adler.diagnostics.layerwise import by_module, layer_kernels
-from adler.diagnostics.spectrum import (
+from adler.curvature.layerwise import by_module, layer_kernels
+from adler.curvature.parameters import named_parameters
+from adler.curvature.spectrum import (
     Interval,
     PowerIteration,
     gershgorin,
@@ -81,8 +81,6 @@ class TangentKernel:
         output_fn: Callable[[Any], Tensor] | None = None,
         max_bytes: int = 2**30,
     ) -> None:
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
         self.model, self.max_bytes = model, max_bytes
         self.params = named_parameters(model, params)
         if not self.params:
