@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from adler._optimizers.joint import Plane, plane_minimiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import batches, draw, flat, network
@@ -12,7 +13,6 @@ from support.reference import Dense
 from torch import nn
 
 from adler import Adler, GaussNewton
-from adler._optimizers.joint import Plane, plane_minimiser
 
 settings.register_profile("joint", deadline=None, max_examples=50, derandomize=True)
 examples = settings(settings.get_profile("joint"))
