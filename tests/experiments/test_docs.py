@@ -55,6 +55,16 @@ def test_the_matrix_of_integrations_is_that_of_the_committed_runs():
     assert render(render(text, {}), rows) == text
 
 
+def test_the_examples_are_all_listed_with_commands_that_exist():
+    listed = set(re.findall(r"-m (examples\.[\w.]+)", (ROOT / "examples/README.md").read_text()))
+    runnable = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for path in (ROOT / "examples").rglob("*.py")
+        if path.name == "__main__.py" or '__name__ == "__main__"' in path.read_text()
+    }
+    assert listed == runnable
+
+
 def test_the_demo_runs_and_redraws(tmp_path):
     command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path)]
     subprocess.run([*command, "--epochs", "1", "--seeds", "1"], cwd=ROOT, check=True)
@@ -67,7 +77,7 @@ def test_the_demo_runs_and_redraws(tmp_path):
 
 
 def test_the_committed_digits_table_is_that_of_the_committed_results():
-    from examples.digits import table
+    from examples.digits.__main__ import table
 
     folder = ROOT / "docs/pages/assets/digits"
     assert (
@@ -115,7 +125,7 @@ def test_the_peers_that_need_no_package_find_the_curvature():
 
 
 def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
-    from examples.diagnose import table
+    from examples.programs.diagnose import table
 
     folder = ROOT / "docs/pages/assets/diagnostics"
     results = json.loads((folder / "results.json").read_text())
@@ -123,7 +133,7 @@ def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
 
 
 def test_the_diagnosis_runs(tmp_path):
-    command = [sys.executable, "-m", "examples.diagnose", "--out", str(tmp_path), "--steps", "3"]
-    subprocess.run([*command, "--every", "2"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "examples.programs.diagnose", "--out", str(tmp_path)]
+    subprocess.run([*command, "--steps", "3", "--every", "2"], cwd=ROOT, check=True)
     assert "| tangent kernel λ_max |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "report.png").stat().st_size > 20_000

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from adler import Adler, AdlerAdam
 from adler import _distributed as distributed
 from adler.curvature import quadratic_form
-from examples import loop, mixed_precision
+from examples.programs import loop, mixed_precision
 
 
 def setting(n=24, seed=0):
@@ -418,7 +418,7 @@ def test_the_distributed_example_gives_both_ranks_the_same_rate(mode, tmp_path):
     options = ["--epochs", "2", "--mode", mode]
     if mode == "fsdp":
         options += ["--checkpoint", str(tmp_path / "checkpoint")]
-    said = torchrun(ROOT / "examples/ddp.py", *options)
+    said = torchrun(ROOT / "examples/programs/ddp.py", *options)
     # Lines of two processes may run into each other.
     rates = re.findall(r"rank (\d), epoch (\d): loss [\d.]+, rate ([\d.]+(?:e-?\d+)?)", said)
     assert len(rates) == 4
