@@ -15,12 +15,12 @@ rates come out many times too large.
 | `wrapped.Displacement` | the base's step from fresh gradients | the base's step |
 
 Any of them moves the parameters themselves, or the fast iterate of an average
-(`average.Interpolation`): a subclass says what its step goes along (`Direction.advance`), and where
-PyTorch has one kernel for a step of the parameters, how to take it (`Direction.descend`).
+(`average.Interpolation`): a subclass says what its step goes along (`Direction.advance`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -28,10 +28,71 @@ import torch
 from torch import Tensor
 
 from adler import _tensors
+from adler._distributed import local
 
-__all__ = ["Direction", "State", "count_", "decay_", "gradients_of", "moments", "shares"]
+__all__ = [
+    "Direction",
+    "Reach",
+    "State",
+    "count_",
+    "decay_",
+    "gradients_of",
+    "moments",
+    "shares",
+]
 
 State = MutableMapping[Tensor, Any]
+
+
+class Reach:
+    r"""How far each parameter may move in one step: a fraction of its norm.
+
+    $$
+    \|\Delta\theta_W\| \le \kappa\, \max\bigl(\|\theta_W\|, \sqrt{n_W / 3}\bigr)
+    $$
+
+    for a tensor $W$ of $n_W$ rows. The floor is the norm that PyTorch's default initialisation
+    gives a matrix, so that what starts at zero can leave it. A tensor that would go further is
+    shortened alone: one that is small, or new to training, does not hold the others back.
+
+    Args:
+        params: Those with a gradient.
+        lengths: Norms of what is measured along, one for each; 0-dim.
+        fraction: ``κ``.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], lengths: Sequence[Tensor], fraction: float
+    ) -> None:
+        sizes = _tensors.lengths(params)
+        self._of = {p: (n, d) for p, n, d in zip(params, sizes, lengths, strict=True)}
+        self._fraction = fraction
+
+    def factors(self, params: Sequence[Tensor], rate: Tensor) -> Tensor:
+        """What to multiply the step of each parameter by, at most 1; 1-dim, on the rate's device.
+
+        Args:
+            params: Of one group.
+            rate: The group's, 0-dim.
+        """
+        sizes, lengths = (torch.stack([self._of[p][i].to(rate) for p in params]) for i in (0, 1))
+        floors = [math.sqrt((p.shape[0] if p.ndim else 1) / 3) for p in params]
+        sizes = torch.maximum(sizes, torch.tensor(floors).to(sizes, non_blocking=True))
+        return (self._fraction * sizes / (rate * lengths)).clamp(max=1)
+
+    def shorten(
+        self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor
+    ) -> list[Tensor]:
+        """The directions of a group's parameters, those that would go too far shortened."""
+        factors, parts = self.factors(params, rate), local(directions)
+        if _tensors.is_on_host(rate.device):
+            known = factors.numpy().tolist()
+            return [d if f >= 1 else d * f for d, f in zip(parts, known, strict=True)]
+        return list(
+            torch._foreach_mul(
+                parts, [f.to(d.device) for f, d in zip(factors.unbind(), parts, strict=True)]
+            )
+        )
 
 
 class Direction:
@@ -39,7 +100,12 @@ class Direction:
 
     Args:
         along: What slope and curvature are measured along, one tensor for each parameter.
+
+    Attributes:
+        reach: How far each parameter may move; None: as far as the step goes.
     """
+
+    reach: Reach | None = None
 
     def __init__(self, along: list[Tensor]) -> None:
         self.along = along
@@ -56,7 +122,8 @@ class Direction:
             skipped: 0-dim bool.
         """
         decay_(group, params, rate)
-        _tensors.descend_(params, self.advance(group, params, skipped), rate, skipped)
+        directions = self.advance(group, params, skipped)
+        _tensors.descend_(params, self.within_reach(params, directions, rate), rate, skipped)
 
     def advance(
         self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
@@ -72,6 +139,12 @@ class Direction:
             One tensor for each parameter, not to be written to.
         """
         return gradients_of(params)
+
+    def within_reach(
+        self, params: list[Tensor], directions: list[Tensor], rate: Tensor
+    ) -> list[Tensor]:
+        """The directions, none of which moves its parameter too far at this rate."""
+        return directions if self.reach is None else self.reach.shorten(params, directions, rate)
 
     def finish(self, skipped: Tensor) -> None:
         """Called once, after all groups have moved."""
