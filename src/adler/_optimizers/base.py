@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
-from adler._optimizers.direction import Direction, Reach
+from adler._optimizers.direction import Direction, Reach, keep_initial_norms
 from adler._optimizers.record import Log, StepRecord
 from adler._optimizers.step_counts import StepCounts
 from adler._options import Guard, Measure
@@ -239,7 +239,8 @@ class MeasuredOptimizer(Optimizer):
         along, home = direction.along, self._scalar_device
         squared_norm, lengths = _tensors.squared_norm_and_lengths(along, home)
         if self.guard is not None and self.guard.max_relative_change is not None:
-            direction.reach = Reach(params, lengths, self.guard.max_relative_change)
+            fraction = self.guard.max_relative_change
+            direction.reach = Reach(params, lengths, fraction, self.state)
         plain = along is gradients
         slope = squared_norm if plain else _tensors.dot(gradients, along, home)
         unknown = torch.full_like(slope, math.nan)
@@ -286,10 +287,12 @@ class MeasuredOptimizer(Optimizer):
         if any(bool(gradient.any()) for gradient in distributed.local(gradients)):
             return False
         self._make_state(params)
+        if self.guard is not None and self.guard.max_relative_change is not None:
+            keep_initial_norms(self.state, params)
         return True
 
     def _make_state(self, params: list[Tensor]) -> None:
-        """Creates what a step would create for parameters that it sees first."""
+        """Creates what a direction would create for parameters that it sees first."""
 
     def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
         if targets is not None:

@@ -37,6 +37,7 @@ __all__ = [
     "count_",
     "decay_",
     "gradients_of",
+    "keep_initial_norms",
     "moments",
     "shares",
 ]
@@ -45,28 +46,34 @@ State = MutableMapping[Tensor, Any]
 
 
 class Reach:
-    r"""How far each parameter may move in one step: a fraction of its norm.
+    r"""How far each parameter may move in one step: a fraction of its norm at the start.
 
     $$
-    \|\Delta\theta_W\| \le \kappa\, \max\bigl(\|\theta_W\|, \sqrt{n_W / 3}\bigr)
+    \|\Delta\theta_W\| \le \kappa\, \max\bigl(\|\theta_{W, 0}\|, \sqrt{n_W / 3}\bigr)
     $$
 
-    for a tensor $W$ of $n_W$ rows. The floor is the norm that PyTorch's default initialisation
-    gives a matrix, so that what starts at zero can leave it. A tensor that would go further is
-    shortened alone: one that is small, or new to training, does not hold the others back.
+    for a tensor $W$ of $n_W$ rows, which was $\theta_{W, 0}$ before its first step. The floor is the
+    norm that PyTorch's default initialisation gives a matrix, so that what starts at zero can leave
+    it. Not the present norm: noise lets norms grow, and bound and noise would drive each other up.
+    A tensor that would go further is shortened alone, and holds no other back.
 
     Args:
         params: Those with a gradient.
         lengths: Norms of what is measured along, one for each; 0-dim.
         fraction: ``κ``.
+        state: The optimizer's; holds ``initial_norm``, in the parameter's own dtype.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], lengths: Sequence[Tensor], fraction: float
+        self,
+        params: Sequence[Tensor],
+        lengths: Sequence[Tensor],
+        fraction: float,
+        state: State,
     ) -> None:
-        sizes = _tensors.lengths(params)
-        self._of = {p: (n, d) for p, n, d in zip(params, sizes, lengths, strict=True)}
-        self._fraction = fraction
+        keep_initial_norms(state, params)
+        self._lengths = dict(zip(params, lengths, strict=True))
+        self._fraction, self._state = fraction, state
 
     def factors(self, params: Sequence[Tensor], rate: Tensor) -> Tensor:
         """What to multiply the step of each parameter by, at most 1; 1-dim, on the rate's device.
@@ -75,9 +82,10 @@ class Reach:
             params: Of one group.
             rate: The group's, 0-dim.
         """
-        sizes, lengths = (torch.stack([self._of[p][i].to(rate) for p in params]) for i in (0, 1))
+        initial = torch.stack([self._state[p]["initial_norm"].to(rate) for p in params])
+        lengths = torch.stack([self._lengths[p].to(rate) for p in params])
         floors = [math.sqrt((p.shape[0] if p.ndim else 1) / 3) for p in params]
-        sizes = torch.maximum(sizes, torch.tensor(floors).to(sizes, non_blocking=True))
+        sizes = torch.maximum(initial, torch.tensor(floors).to(rate, non_blocking=True))
         return (self._fraction * sizes / (rate * lengths)).clamp(max=1)
 
     def shorten(
@@ -175,6 +183,14 @@ def moments(state: State, p: Tensor, *names: str) -> dict[str, Tensor]:
     if mine["step"].device != p.device:  # PyTorch loads it to where it was saved
         mine["step"] = mine["step"].to(p.device)
     return mine
+
+
+def keep_initial_norms(state: State, params: Sequence[Tensor]) -> None:
+    """Keeps the norms of those that are at their first step."""
+    new = [p for p in params if "initial_norm" not in state[p]]
+    if new:
+        for p, norm in zip(new, _tensors.lengths(new), strict=True):
+            state[p]["initial_norm"] = norm.to(p.dtype)  # as PyTorch would load it
 
 
 def count_(steps: Sequence[Tensor], skipped: Tensor) -> None:
