@@ -18,8 +18,8 @@ With $\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)$ the rules are
     - $10^{18} / \max(1, \sqrt{\texttt{slope}})$, so that no number of steps overflows float32: a
       flat batch has rates up to $1/\epsilon$, and the average hands them on.
 
-Of such a step, a weight tensor goes no further than ``max_relative_change`` of its initial norm: see
-`adler._optimizers.direction.Reach`. Further away the network is not linear, whatever the model
+Of such a step, each tensor goes no further than ``max_relative_change`` of its initial norm
+(`adler._optimizers.direction.Reach`). Further away the network is not linear, whatever the model
 says: on the plateau where a deep network starts, $c \approx 0$ and one step could kill every unit.
 
 ``guard=None`` is Algorithm 1 to the letter: of the bounds, only rule 1 remains.

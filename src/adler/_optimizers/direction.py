@@ -52,10 +52,10 @@ class Reach:
     \|\Delta\theta_W\| \le \kappa\, \max\bigl(\|\theta_{W, 0}\|, \sqrt{n_W / 3}\bigr)
     $$
 
-    for a tensor $W$ of $n_W$ rows, which was $\theta_{W, 0}$ before its first step. The floor is the
-    norm that PyTorch's default initialisation gives a matrix, so that what starts at zero can leave
-    it. Not the present norm: noise lets norms grow, and bound and noise would drive each other up.
-    A tensor that would go further is shortened alone, and holds no other back.
+    for a tensor $W$ of $n_W$ rows, which was $\theta_{W, 0}$ before its first step. The floor is
+    the norm that PyTorch's default initialisation gives a matrix, so that what starts at zero can
+    leave it. Not the present norm: noise lets norms grow, and bound and noise would drive each
+    other up. A tensor that would go further is shortened alone, and holds no other back.
 
     Args:
         params: Those with a gradient.
