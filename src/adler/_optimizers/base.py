@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
-from adler._optimizers.direction import Direction, Reach, keep_initial_norms
+from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
 from adler._optimizers.record import Log, StepRecord
 from adler._optimizers.step_counts import StepCounts
 from adler._options import Guard, Measure
@@ -240,7 +240,7 @@ class MeasuredOptimizer(Optimizer):
         squared_norm, lengths = _tensors.squared_norm_and_lengths(along, home)
         if self.guard is not None and self.guard.max_relative_change is not None:
             fraction = self.guard.max_relative_change
-            direction.reach = Reach(params, lengths, fraction, self.state)
+            direction.reach = Reach(params, along, lengths, fraction, self.state)
         plain = along is gradients
         slope = squared_norm if plain else _tensors.dot(gradients, along, home)
         unknown = torch.full_like(slope, math.nan)
@@ -288,7 +288,7 @@ class MeasuredOptimizer(Optimizer):
             return False
         self._make_state(params)
         if self.guard is not None and self.guard.max_relative_change is not None:
-            keep_initial_norms(self.state, params)
+            keep_initial_sizes(self.state, params)
         return True
 
     def _make_state(self, params: list[Tensor]) -> None:

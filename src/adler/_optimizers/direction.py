@@ -37,7 +37,7 @@ __all__ = [
     "count_",
     "decay_",
     "gradients_of",
-    "keep_initial_norms",
+    "keep_initial_sizes",
     "moments",
     "shares",
 ]
@@ -59,40 +59,46 @@ class Reach:
 
     Args:
         params: Those with a gradient.
-        lengths: Norms of what is measured along, one for each; 0-dim.
+        along: What is measured along, one tensor for each.
+        lengths: Norms of these, 0-dim: a step along them need not take them again.
         fraction: ``κ``.
-        state: The optimizer's; holds ``initial_norm``, in the parameter's own dtype.
+        state: The optimizer's; holds ``initial_size``, in the parameter's own dtype.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
+        along: Sequence[Tensor],
         lengths: Sequence[Tensor],
         fraction: float,
         state: State,
     ) -> None:
-        keep_initial_norms(state, params)
-        self._lengths = dict(zip(params, lengths, strict=True))
+        keep_initial_sizes(state, params)
+        self._known = {id(d): length for d, length in zip(along, lengths, strict=True)}
         self._fraction, self._state = fraction, state
 
-    def factors(self, params: Sequence[Tensor], rate: Tensor) -> Tensor:
+    def factors(
+        self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor
+    ) -> Tensor:
         """What to multiply the step of each parameter by, at most 1; 1-dim, on the rate's device.
 
         Args:
             params: Of one group.
+            directions: What each would move along.
             rate: The group's, 0-dim.
         """
-        initial = torch.stack([self._state[p]["initial_norm"].to(rate) for p in params])
-        lengths = torch.stack([self._lengths[p].to(rate) for p in params])
-        floors = [math.sqrt((p.shape[0] if p.ndim else 1) / 3) for p in params]
-        sizes = torch.maximum(initial, torch.tensor(floors).to(rate, non_blocking=True))
+        known = [self._known.get(id(d)) for d in directions]
+        if any(length is None for length in known):  # along an average of gradients
+            known = list(_tensors.lengths(directions))
+        lengths = torch.stack([length.to(rate) for length in known if length is not None])
+        sizes = torch.stack([self._state[p]["initial_size"].to(rate) for p in params])
         return (self._fraction * sizes / (rate * lengths)).clamp(max=1)
 
     def shorten(
         self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor
     ) -> list[Tensor]:
         """The directions of a group's parameters, those that would go too far shortened."""
-        factors, parts = self.factors(params, rate), local(directions)
+        factors, parts = self.factors(params, directions, rate), local(directions)
         if _tensors.is_on_host(rate.device):
             known = factors.numpy().tolist()
             return [d if f >= 1 else d * f for d, f in zip(parts, known, strict=True)]
@@ -185,12 +191,14 @@ def moments(state: State, p: Tensor, *names: str) -> dict[str, Tensor]:
     return mine
 
 
-def keep_initial_norms(state: State, params: Sequence[Tensor]) -> None:
-    """Keeps the norms of those that are at their first step."""
-    new = [p for p in params if "initial_norm" not in state[p]]
+def keep_initial_sizes(state: State, params: Sequence[Tensor]) -> None:
+    """Keeps the norms, or the floors, of those that are at their first step; see `Reach`."""
+    new = [p for p in params if "initial_size" not in state[p]]
     if new:
         for p, norm in zip(new, _tensors.lengths(new), strict=True):
-            state[p]["initial_norm"] = norm.to(p.dtype)  # as PyTorch would load it
+            floor = math.sqrt((p.shape[0] if p.ndim else 1) / 3)
+            # In the parameter's dtype, as PyTorch would load it.
+            state[p]["initial_size"] = norm.clamp(min=floor).to(p.dtype)
 
 
 def count_(steps: Sequence[Tensor], skipped: Tensor) -> None:
