@@ -555,9 +555,8 @@ class MeasuredOptimizer(Optimizer):
             for key, default in self.defaults.items():
                 group.setdefault(key, first.get(key, default))
             group.update(search.entries())
-            group["effective_lr"] = torch.as_tensor(group.get("effective_lr", 0.0)).to(
-                search.minibatch_lr
-            )
+            like, rate = search.minibatch_lr, group.get("effective_lr", 0.0)
+            group["effective_lr"] = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
 
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
