@@ -17,7 +17,7 @@ from matplotlib.ticker import NullLocator
 from benchmarks.suite import standings
 from benchmarks.suite.methods import VARIED, defaults, method, variant
 from benchmarks.suite.standings import REFERENCE
-from benchmarks.suite.trials import Record
+from examples.shared.records import Record
 
 __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.suite import standings
 from benchmarks.suite.methods import method
 from benchmarks.suite.standings import REFERENCE, TUNED, Runs
-from benchmarks.suite.trials import Record
+from examples.shared.records import Record
 
 __all__ = [
     "BESIDE",

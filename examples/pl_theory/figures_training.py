@@ -20,7 +20,8 @@ from examples.pl_theory.drawing import (
     panels,
     positive,
 )
-from examples.pl_theory.records import Record, of_kind
+from examples.pl_theory.records import of_kind
+from examples.shared.records import Record
 
 __all__ = ["accumulated", "conditioning", "decrease", "generalisation", "kernel"]
 

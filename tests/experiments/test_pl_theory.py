@@ -545,12 +545,6 @@ def test_a_command_that_makes_no_sense(arguments, message, tmp_path):
         command.main([*arguments, "--results", str(tmp_path)])
 
 
-def test_what_json_cannot_hold_becomes_null():
-    assert records.finite({"a": [1.0, math.inf], "b": math.nan, "c": "x"}) == {
-        "a": [1.0, None], "b": None, "c": "x",
-    }  # fmt: skip
-
-
 # --- the committed results ------------------------------------------------------------------------
 
 RESULTS = ROOT / "examples/pl_theory/results"
