@@ -5,13 +5,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.launch import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "docs"))
 
 PAGES = [
     "README.md",
@@ -36,6 +34,12 @@ def test_snippets_run_in_order(page, capsys, tmp_path, monkeypatch):
     assert not optimizer.last_step.skipped
 
 
+@pytest.fixture
+def _pages_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+
+
+@pytest.mark.usefixtures("_pages_scripts")
 def test_the_readme_shows_the_measured_tables():
     from readme import BLOCK, render
 
@@ -44,6 +48,7 @@ def test_the_readme_shows_the_measured_tables():
     assert render(text) == text, "run make readme"
 
 
+@pytest.mark.usefixtures("_pages_scripts")
 def test_the_matrix_of_integrations_is_that_of_the_committed_runs():
     from matrix import DATA, PAGE, render
 

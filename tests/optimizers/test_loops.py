@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.cases import classification as setting
 from support.cases import flat
 from support.launch import ROOT, torchrun
 from support.loops import train
@@ -18,12 +19,6 @@ from adler import Adler, AdlerAdam
 from adler import _distributed as distributed
 from adler.curvature import quadratic_form
 from examples.programs import loop, mixed_precision
-
-
-def setting(n=24, seed=0):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    return model, nn.CrossEntropyLoss(), torch.randn(n, 4).double(), torch.randint(3, (n,))
 
 
 def gradients(model):
