@@ -12,8 +12,8 @@ from functools import partial
 from examples.pl_theory import claims_initial as initial
 from examples.pl_theory import claims_scaling as scaled
 from examples.pl_theory import claims_training as trained
+from examples.pl_theory.records import Record
 from examples.pl_theory.verdicts import Section, table
-from examples.shared.records import Record
 
 __all__ = ["markdown"]
 

@@ -9,9 +9,8 @@ import numpy as np
 
 from examples.pl_theory.drawing import Values, array, network
 from examples.pl_theory.networks import ODD
-from examples.pl_theory.records import of_kind
+from examples.pl_theory.records import Record, of_kind
 from examples.pl_theory.verdicts import Section, median, number, table, verdict
-from examples.shared.records import Record
 
 __all__ = ["convergence", "depth", "examples", "lower_bound"]
 

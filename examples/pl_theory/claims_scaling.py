@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from examples.pl_theory.drawing import array, network
-from examples.pl_theory.records import gram_rows, of_kind
+from examples.pl_theory.records import Record, gram_rows, of_kind
 from examples.pl_theory.verdicts import (
     Fit,
     Section,
@@ -18,7 +18,6 @@ from examples.pl_theory.verdicts import (
     table,
     verdict,
 )
-from examples.shared.records import Record
 
 __all__ = ["proxies", "scaling", "three_layers"]
 

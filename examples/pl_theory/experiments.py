@@ -20,8 +20,7 @@ from adler.diagnostics.theory.infinite_width import eigenvalue_lower_bound, iter
 from examples.pl_theory import inputs, training
 from examples.pl_theory.config import Experiment
 from examples.pl_theory.networks import activation_of, features, fully_connected
-from examples.pl_theory.records import columns
-from examples.shared.records import finite
+from examples.pl_theory.records import columns, finite
 
 __all__ = [
     "infinite_width",

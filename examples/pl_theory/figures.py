@@ -28,8 +28,7 @@ from examples.pl_theory.drawing import (
 )
 from examples.pl_theory.networks import ODD
 from examples.pl_theory.presets import VARIANTS
-from examples.pl_theory.records import gram_rows, of_kind
-from examples.shared.records import Record
+from examples.pl_theory.records import Record, gram_rows, of_kind
 
 __all__ = [
     "by_examples",

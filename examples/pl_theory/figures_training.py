@@ -20,8 +20,7 @@ from examples.pl_theory.drawing import (
     panels,
     positive,
 )
-from examples.pl_theory.records import of_kind
-from examples.shared.records import Record
+from examples.pl_theory.records import Record, of_kind
 
 __all__ = ["accumulated", "conditioning", "decrease", "generalisation", "kernel"]
 

@@ -9,9 +9,9 @@ from typing import Any
 from adler.diagnostics.gram import Conditioning
 from examples.pl_theory.config import Experiment
 from examples.shared import records
-from examples.shared.records import Record
+from examples.shared.records import Record, finite
 
-__all__ = ["columns", "gram_rows", "of_kind", "read"]
+__all__ = ["Record", "columns", "finite", "gram_rows", "of_kind", "read"]
 
 
 def columns(found: Iterable[Conditioning]) -> dict[str, list[float]]:

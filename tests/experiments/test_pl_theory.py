@@ -24,6 +24,7 @@ from examples.pl_theory import claims, experiments, figures, inputs, records, tr
 from examples.pl_theory.config import Experiment
 from examples.pl_theory.networks import activation_of, features, fully_connected, mean_square
 from examples.pl_theory.presets import FIGURES, PRESETS
+from examples.shared.records import rounded
 
 TRAINING = Experiment(
     "training", "digits", "tanh", False, 12, 2, (6,), "mse", 6, 3, 20
@@ -338,15 +339,6 @@ def without_time(found):
 
 def lines(path):
     return path.read_text().splitlines() if path.exists() else []
-
-
-def rounded(value):
-    """As `append` rounds."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
 def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
