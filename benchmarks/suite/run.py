@@ -101,6 +101,7 @@ def run(trial: Trial, examples: Data) -> dict[str, Any]:
         "diverged": exploded(first_loss, trained["train_loss"], tested["test_loss"]),
         "seconds": sum(curves.seconds),
         **stepper.counts(),
+        "passes": chosen.passes,
         "versions": _versions(chosen.package),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "curves": told,

@@ -17,6 +17,7 @@ from benchmarks.suite.tasks import LONG_EPOCH_STEPS, TASKS
 from benchmarks.suite.trials import PRESETS, Trial, read
 from examples.cifar import data as cifar
 from examples.cifar.presets import GRID
+from examples.shared import jobs
 
 CNN = "cifar10/cnn-bn-relu/b64"
 DIABETES = "diabetes/mlp-relu/b32"
@@ -468,7 +469,7 @@ def test_what_is_finished_is_not_repeated_and_what_was_cut_is(smoke, tmp_path, m
         asked.extend(trials)
         return ((trial, work(trial)) for trial in trials)
 
-    monkeypatch.setattr(command, "run_all", run_all)
+    monkeypatch.setattr(jobs, "run_all", run_all)
     for _ in range(2):
         command.main(["--preset", "smoke", "--results", str(results)])
     assert [t.key() for t in asked] == [Trial.of(json.loads(last)).key()]
@@ -483,7 +484,7 @@ def test_what_is_finished_is_not_repeated_and_what_was_cut_is(smoke, tmp_path, m
 
 def test_shards_are_the_preset(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(command, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
+    monkeypatch.setattr(jobs, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
     for index in (1, 2, 3):
         arguments = ["--preset", "smoke", "--results", str(tmp_path), "--shard", f"{index}/3"]
         command.main(arguments)
@@ -496,7 +497,7 @@ def test_full_uses_the_records_of_its_parts(smoke, tmp_path, root, monkeypatch):
     (tmp_path / "development").mkdir()
     (tmp_path / "development" / "a.jsonl").write_text(json.dumps(record) + "\n")
     asked = []
-    monkeypatch.setattr(command, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
+    monkeypatch.setattr(jobs, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
     monkeypatch.setattr(command, "_prepare", lambda *rest: None)
     arguments = ["--preset", "full", "--results", str(tmp_path / "full"), "--data", str(root)]
     command.main([*arguments, "--methods", "adler", "--tasks", "diabetes"])
