@@ -48,6 +48,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
     runs, everything = standings.contests(main), standings.contests(found)
     sections = {
         "summary": ("In short", _summary(main, runs)),
+        "readme": ("In shorter", _summary(main, runs, most=6)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
         "untuned": ("Against the best of all untuned methods", _untuned(main, runs)),
         "losses": (f"Where {method(DEFAULT).label} is behind", _losses(main, runs)),
@@ -94,16 +95,15 @@ def _heading(found: Sequence[Record], preset: str) -> list[str]:
 # --- one row for each method ---------------------------------------------------------------------
 
 
-def _summary(found: Sequence[Record], runs: Runs) -> list[str]:
+def _summary(found: Sequence[Record], runs: Runs, most: int | None = None) -> list[str]:
     methods = _finished(found, runs)
     ranks, _ = standings.mean_ranks(runs, methods)
+    untuned = [name for name in methods if method(name).grid is None]
     lines = head(
         "Untuned", "Mean rank", "Above / level with / below the best of ten SGD rates", "Dead",
         "Accuracy gained (points)",
     )  # fmt: skip
-    for name in sorted(methods, key=lambda name: ranks.get(name, 0)):
-        if method(name).grid is not None:
-            continue
+    for name in sorted(untuned, key=lambda name: ranks.get(name, 0))[:most]:
         count = Counter(standings.verdicts(runs, name).values())
         gained = list(standings.gains(runs, name).values())
         lost = count["loss"] + count["dead"] + count["diverged"]

@@ -112,7 +112,9 @@ class SearchState(NamedTuple):
         fresh = cls.empty(device)
 
         def held(key: str, otherwise: Tensor) -> Tensor:
-            return torch.as_tensor(group.get(key, otherwise)).to(otherwise)
+            # Straight to its dtype: a plain number would pass through float32.
+            value = group.get(key, otherwise)
+            return torch.as_tensor(value, dtype=otherwise.dtype, device=otherwise.device)
 
         return cls(
             Average(held("rate_total", fresh.rates.total), held("rate_weight", fresh.rates.weight)),

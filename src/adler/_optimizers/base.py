@@ -24,6 +24,7 @@ from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
 from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
+from adler._optimizers.multiplier import MultiplierCheck
 from adler._optimizers.record import Log, StepRecord
 from adler._optimizers.step_counts import StepCounts
 from adler._options import Guard, Measure
@@ -181,6 +182,7 @@ class MeasuredOptimizer(Optimizer):
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
         state = SearchState.of(self.param_groups[0], self._scalar_device)
+        self._multiplier.observe(self.param_groups, state.steps)
         measures = self.measure.is_due(state.steps)
         # What can be refused is refused before anything changes.
         ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
@@ -555,9 +557,8 @@ class MeasuredOptimizer(Optimizer):
             for key, default in self.defaults.items():
                 group.setdefault(key, first.get(key, default))
             group.update(search.entries())
-            group["effective_lr"] = torch.as_tensor(group.get("effective_lr", 0.0)).to(
-                search.minibatch_lr
-            )
+            like, rate = search.minibatch_lr, group.get("effective_lr", 0.0)
+            group["effective_lr"] = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
 
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
@@ -571,7 +572,7 @@ class MeasuredOptimizer(Optimizer):
         self._recorder = Recorder(
             self.model, self.criterion, self.output_fn, params, self._model_loss
         )
-        self._log = Log()
+        self._log, self._multiplier = Log(), MultiplierCheck()
 
     @property
     def _scalar_device(self) -> torch.device:

@@ -74,8 +74,8 @@ def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
     sizes = [len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim]
     if not sizes:
         raise ValueError(
-            "curvature_fraction: the model received no tensor with a batch dimension, so there is "
-            "no part of the batch to take: use curvature_fraction=1.0"
+            "Measure(fraction=...): the model received no tensor with a batch dimension, so there "
+            "is no part of the batch to take: use measure=Measure(fraction=1.0)"
         )
     size = sizes[0]
     count = min(size, max(2, math.ceil(fraction * size)))
@@ -92,8 +92,9 @@ def _rows(loss: RecordedLoss, size: int) -> int:
         rows = len(tensors[0]) if tensors else size
     if rows % size:
         raise ValueError(
-            f"curvature_fraction: the criterion received {rows} rows for a batch of {size} "
-            "examples, so it is not known which belong to a part of it: use curvature_fraction=1.0"
+            f"Measure(fraction=...): the criterion received {rows} rows for a batch of {size} "
+            "examples, so it is not known which belong to a part of it: use "
+            "measure=Measure(fraction=1.0)"
         )
     return rows
 
@@ -106,9 +107,9 @@ def _first(tree: Any, size: int, count: int, where: str) -> Any:
             return tensor
         if len(tensor) != size:
             raise ValueError(
-                f"curvature_fraction: the {where} received a tensor of shape "
+                f"Measure(fraction=...): the {where} received a tensor of shape "
                 f"{tuple(tensor.shape)} beside {size} rows; a part of the batch needs the batch as "
-                "the first dimension of every tensor: use curvature_fraction=1.0"
+                "the first dimension of every tensor: use measure=Measure(fraction=1.0)"
             )
         return tensor[:count]
 

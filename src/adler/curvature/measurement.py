@@ -132,7 +132,7 @@ def batch_curvature(
                 found = found + update.dot([arrived.to(tangents)], [tangents], found.device)
             for loss in losses:
                 at_height = _checked(loss, criterion, outputs)
-                finite = finite & torch.isfinite(at_height).to(finite.device)
+                finite = finite & _is_finite(loss, at_height).to(finite.device)
                 at, targets = _where(loss, outputs)
                 form = hessian.quadratic_form(at, targets, tangents)
                 value = value + _weighted(weights[loss], form)
@@ -268,7 +268,7 @@ def _terms(
         norm = zero
         for loss in losses:
             height = _checked(loss, criterion, outputs)
-            finite = finite & torch.isfinite(height).to(finite.device)
+            finite = finite & _is_finite(loss, height).to(finite.device)
             at, targets = _where(loss, outputs)
             norm = norm + _weighted(weights[loss].abs(), hessian.spectral_norm(at, targets))
             if wants_nat:
@@ -330,6 +330,11 @@ def _checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tens
             "loop does between model and criterion"
         )
     return loss.value
+
+
+def _is_finite(loss: RecordedLoss, height: Tensor) -> Tensor:
+    """Whether the recorded loss is; that of a part may be a mean over no targets."""
+    return torch.isfinite(height if loss.value is None else loss.value)
 
 
 def _weights(
