@@ -30,8 +30,9 @@ from tqdm import tqdm
 import adler
 from examples.cifar import data as cifar
 from examples.cifar.config import Run
-from examples.cifar.models import ACTIVATIONS, build, parameter_count
+from examples.cifar.models import build
 from examples.cifar.optimizers import OPTIMIZERS
+from examples.shared.networks import ACTIVATIONS, parameter_count
 from examples.shared.records import finite
 
 __all__ = ["Curves", "train", "work"]

@@ -25,6 +25,7 @@ from examples.cifar.config import Run
 from examples.cifar.presets import GRID, PRESETS, Preset
 from examples.cifar.train import minibatches, train
 from examples.shared import jobs
+from examples.shared.networks import ACTIVATIONS, parameter_count
 from examples.shared.records import append
 
 CIFAR10 = data.ARCHIVES["cifar10"]
@@ -247,8 +248,8 @@ def test_networks(model, normalisation, width, depth, parameters, activation):
         activation=activation,
     )  # fmt: skip
     network = models.build(run, classes=10)
-    assert models.parameter_count(network) == parameters
-    assert any(isinstance(m, models.ACTIVATIONS[activation]) for m in network.modules())
+    assert parameter_count(network) == parameters
+    assert any(isinstance(m, ACTIVATIONS[activation]) for m in network.modules())
     x, y = torch.randn(6, 3, 32, 32), torch.arange(6)
     criterion = nn.CrossEntropyLoss()
     before = [p.detach().clone() for p in network.parameters()]

@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+import torch
 
-from examples.shared import jobs, records
+from benchmarks.networks import TASKS
+from examples.shared import jobs, networks, records
 
 
 def key(record):
@@ -77,3 +79,35 @@ def test_what_finished_is_recorded_and_what_crashed_is_counted(tmp_path, capsys)
 def test_no_run_starts_after_the_limit(tmp_path):
     assert jobs.record_all([Run(0)], 0, work, tmp_path / "a.jsonl", jobs=1, minutes=0.0) == 0
     assert not (tmp_path / "a.jsonl").exists()
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+def test_attention_is_a_softmax_over_the_tokens_of_each_head():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 5, 3 * 8, dtype=torch.float64)
+    for causal in (False, True):
+        expected = []
+        for head in range(2):
+            q, k, v = (qkv[..., part * 8 + head * 4 : part * 8 + head * 4 + 4] for part in range(3))
+            scores = q @ k.mT / 4**0.5
+            if causal:
+                scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+            expected.append(scores.softmax(-1) @ v)
+        torch.testing.assert_close(networks.attend(qkv, 4, causal), torch.cat(expected, -1))
+
+
+def test_a_vision_transformer_of_other_heads_and_widths():
+    model = networks.ViT(7, width=48, depth=2, activation="gelu", head_width=24, expansion=3)
+    assert model.blocks[0].mlp[0].out_features == 144
+    assert isinstance(model.blocks[0].mlp[1], torch.nn.GELU)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(ValueError, match="width=48: must be a multiple of 32"):
+        networks.ViT(7, width=48, depth=1, head_width=32)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("ViT, 0.8 M", 809_098), ("ResNet-14", 175_066)])
+def test_the_networks_of_the_cost_benchmark_have_their_sizes(name, parameters):
+    (task,) = [task for label, task in TASKS["cpu"].items() if label.startswith(name)]
+    assert networks.parameter_count(task.network()) == parameters

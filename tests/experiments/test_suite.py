@@ -11,13 +11,14 @@ from support.needs import needing
 from torch import nn
 
 from benchmarks.suite import __main__ as command
-from benchmarks.suite import data, networks, run, tables
+from benchmarks.suite import data, run, tables
+from benchmarks.suite.initialisations import INITIALISATIONS
 from benchmarks.suite.methods import METHODS
 from benchmarks.suite.tasks import LONG_EPOCH_STEPS, TASKS
 from benchmarks.suite.trials import PRESETS, Trial, read
 from examples.cifar import data as cifar
 from examples.cifar.presets import GRID
-from examples.shared import jobs
+from examples.shared import jobs, networks
 
 CNN = "cifar10/cnn-bn-relu/b64"
 DIABETES = "diabetes/mlp-relu/b32"
@@ -241,12 +242,12 @@ def test_steps_are_neither_few_nor_many():
 def test_initialisations():
     model = networks.mlp(8, (6,), 3, "relu")
     usual = [p.detach().clone() for p in model.parameters()]
-    networks.INITIALISATIONS["default"](model)
+    INITIALISATIONS["default"](model)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), usual))
-    networks.INITIALISATIONS["large"](model)
+    INITIALISATIONS["large"](model)
     for p, q in zip(model.parameters(), usual):
         torch.testing.assert_close(p, 3 * q if p.dim() > 1 else q)
-    networks.INITIALISATIONS["orthogonal"](model)
+    INITIALISATIONS["orthogonal"](model)
     weight = model[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(6), atol=1e-5, rtol=0)
 

@@ -12,14 +12,15 @@ from support.needs import needing
 from torch import nn
 
 import adler
-from benchmarks.suite import methods, networks, steppers
+from benchmarks.suite import methods, steppers
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.muon import MuonAdamW, hidden_matrices
 from benchmarks.suite.nadamw import NAdamW
 from benchmarks.suite.schedulefree_plus import ScheduleFreePlus
 from benchmarks.suite.steppers import Setting, Stepper
-from examples.cifar.models import CNN, ViT
 from examples.cifar.presets import GRID
+from examples.shared import networks
+from examples.shared.networks import CNN, ViT
 
 # --- methods -------------------------------------------------------------------------------------
 
