@@ -14,11 +14,8 @@ from adler._distributed import groups_of
 from adler._optimizers.base import SHARED, MeasuredOptimizer
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss
-from adler.curvature.measurement import (
-    BatchCurvature,
-    batch_gershgorin_curvature,
-    batch_spectral_curvature,
-)
+from adler.curvature.measurement import BatchCurvature
+from adler.curvature.spectral import batch_gershgorin_curvature, batch_spectral_curvature
 from adler.losses import LossHessian
 
 __all__ = ["SpectralSGD"]
