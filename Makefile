@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-LOOPS  := tests/integrations tests/test_loops.py tests/test_wrapper.py
+LOOPS  := tests/integrations tests/optimizers/test_loops.py tests/optimizers/test_wrapped.py
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
 .PHONY: demo test test-integrations lint format types pytest docs readme matrix clean

@@ -29,6 +29,7 @@ from torch.func import functional_call, jacrev, vmap
 from tqdm import tqdm
 
 import adler
+from adler.curvature import Objective
 from adler.diagnostics import TangentKernel, ggn_largest_eigenvalue
 
 # network, shape of an example, examples; ten outputs each
@@ -125,7 +126,9 @@ def ours(s: Setting) -> dict[str, Callable[[], Any]]:
         "product K v": lambda: TangentKernel(s.model, s.x).matvec(s.v),
         "dense K": lambda: TangentKernel(s.model, s.x).to_dense(),
         "λ_max of K": lambda: TangentKernel(s.model, s.x).largest_eigenvalue(),
-        "λ_max of the GGN": lambda: ggn_largest_eigenvalue(s.model, s.x, s.y, s.criterion),
+        "λ_max of the GGN": lambda: ggn_largest_eigenvalue(
+            Objective(s.model, s.x, s.y, s.criterion)
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""The suite: ``python -m benchmarks.suite --data DIR --preset smoke|development|held-back|full``.
+"""The suite: ``python -m benchmarks.suite --data DIR --preset full``, or another preset.
 
     pip install 'torch-adler[benchmarks]'
 
@@ -20,10 +20,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.suite import plots, tables, trials
+from benchmarks.suite import data, horizon_tables, horizons, plots, tables, trials
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.run import work
-from benchmarks.suite.trials import PRESETS, Preset, Trial
+from benchmarks.suite.tasks import TASKS
+from benchmarks.suite.trials import PRESETS, Preset, Record, Trial
 from examples.cifar import data as cifar
 from examples.cifar.grid import run_all
 from examples.cifar.records import append, repair
@@ -80,6 +81,11 @@ def _chosen(preset: Preset, options: argparse.Namespace) -> list[Trial]:
         )
     begins = tuple(options.tasks or ("",))
     if options.horizons:
+        if len(preset.horizons) == 1 or min(options.horizons) < 1:
+            raise ValueError(
+                f"--horizons {' '.join(map(str, options.horizons))}: positive numbers, for presets "
+                f"with several: {', '.join(n for n, p in PRESETS.items() if len(p.horizons) > 1)}"
+            )
         preset = dataclasses.replace(preset, horizons=tuple(options.horizons))
     found = [
         trial
@@ -93,9 +99,12 @@ def _chosen(preset: Preset, options: argparse.Namespace) -> list[Trial]:
     return found
 
 
-def _prepare(archives: Iterable[str], synthetic: bool, root: Path | None) -> None:
+def _prepare(trials: Iterable[Trial], synthetic: bool, root: Path | None) -> None:
     """Makes or downloads what is missing, before several processes look for it."""
-    for name in archives:
+    tasks = [TASKS[name] for name in dict.fromkeys(trial.task for trial in trials)]
+    if any(task.load is data.novels for task in tasks):
+        data.novels_path(root)
+    for name in sorted({task.archive for task in tasks if task.archive is not None}):
         if root is None:
             raise ValueError(f"--data: {name} is needed; pass the directory of its archive")
         archive = cifar.ARCHIVES[name]
@@ -144,8 +153,7 @@ def _main(preset: Preset, options: argparse.Namespace) -> None:
     path = results / f"shard-{index}-of-{count}.jsonl"
     try:
         chosen = _chosen(preset, options)
-        archives = {t.archive for t in preset.tasks() if t.archive is not None}
-        _prepare(sorted(archives), preset.synthetic, options.data)
+        _prepare(chosen, preset.synthetic, options.data)
         repair(path)
         finished = {Trial.of(r).key() for r in trials.read(directories)}
     except (ValueError, FileNotFoundError) as error:
@@ -155,15 +163,26 @@ def _main(preset: Preset, options: argparse.Namespace) -> None:
     crashes = _run(missing, len(wanted) - len(missing), options, path)
     found = trials.read(directories)
     if found:
-        text = tables.markdown(found, options.preset)
-        results.mkdir(parents=True, exist_ok=True)
-        (results / "tables.md").write_text(text)
-        figures = options.figures or results
-        figures.mkdir(parents=True, exist_ok=True)
-        plots.draw(found, figures)
-        print(text)
+        _write(preset, options, results, found)
     if crashes:
         raise SystemExit(f"error: {crashes} runs crashed; the same command tries them again")
+
+
+def _write(preset: Preset, options: argparse.Namespace, results: Path, found: list[Record]) -> None:
+    """Tables and figures of the preset's records."""
+    if len(preset.horizons) > 1:
+        short = trials.read([results.parent / part for part in preset.short])
+        text = horizon_tables.markdown(found, preset, options.preset, short)
+        drawn = horizons.at(found, preset, max(horizons.found_horizons(found, preset), default=1))
+    else:
+        drawn = horizons.at(found, preset, preset.horizons[0])
+        text = tables.markdown(drawn, options.preset)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "tables.md").write_text(text)
+    figures = options.figures or results
+    figures.mkdir(parents=True, exist_ok=True)
+    plots.draw(drawn, figures)
+    print(text)
 
 
 if __name__ == "__main__":

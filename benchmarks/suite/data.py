@@ -1,7 +1,8 @@
 """What the tasks are trained on: real data that ships with packages, and CIFAR from its archives.
 
-Everything fits in memory. A smaller subset is part of a larger one, and the same for every method
-and every seed. Inputs are standardised by the training examples used.
+Everything fits in memory. A smaller subset is part of a larger one (but of `novels`, whose windows
+are spread, and of `teacher`), and the same for every method and every seed. Inputs are standardised
+by the training examples used.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = [
     "diabetes",
     "digits",
     "novels",
+    "novels_path",
     "pictures",
     "pixels",
     "teacher",
@@ -235,9 +237,7 @@ def novels(root: Path | None, train: int, test: int) -> Data:
         FileNotFoundError: If there is no such file in the root.
         ValueError: If it is too short.
     """
-    path = _given(root, NOVELS) / NOVELS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing: put a long English text there, in UTF-8")
+    path = novels_path(root)
     table = np.zeros(256, dtype=np.uint8)
     shown = [10, *range(32, 127)]
     table[shown] = np.arange(1, len(shown) + 1)
@@ -258,11 +258,25 @@ def novels(root: Path | None, train: int, test: int) -> Data:
     return Data(train_x, train_y, test_x.long(), test_y.long(), len(shown) + 1)
 
 
+def novels_path(root: Path | None) -> Path:
+    """Where the text of `novels` is.
+
+    Raises:
+        ValueError: Without a root.
+        FileNotFoundError: If there is no such file in the root.
+    """
+    path = _given(root, NOVELS) / NOVELS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing: put a long English text there, in UTF-8")
+    return path
+
+
 @functools.lru_cache(maxsize=1)
 def teacher(root: Path | None, train: int, test: int) -> Data:
     """Rows ``[N, 32]`` and what a random network of two layers says of them, with noise.
 
-    Targets have variance one, of which the noise is 0.1: the least test loss that there is.
+    Targets have variance one, of which the noise is 0.1: the least test loss that there is. Other
+    numbers of examples are other rows of another network.
     """
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(train + test, 32, generator=draw)

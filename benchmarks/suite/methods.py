@@ -21,14 +21,18 @@ import numpy as np
 from torch.optim import SGD, AdamW, Optimizer
 
 import adler
+from benchmarks.suite.muon import MuonAdamW
 from benchmarks.suite.nadamw import NAdamW
+from benchmarks.suite.schedulefree_plus import ScheduleFreePlus
 from benchmarks.suite.steppers import (
     Averaged,
     Parabola,
     ScheduleFree,
+    ScheduleFreeTakesLoss,
     Setting,
     Stepper,
     TakesLoss,
+    warmup,
     warmup_cosine,
 )
 from examples.cifar.presets import GRID
@@ -45,6 +49,9 @@ class Method(NamedTuple):
         passes: Forward passes, backward passes and Jacobian-vector products of one step.
         make: Begins a run.
         package: The import name of the peer's package, if it is one.
+        needs_steps: Whether it must be told how long the run is: for a cosine, or for a warm-up
+            that is a share of it. A run of one that need not be told is, epoch by epoch, also
+            every shorter run.
     """
 
     label: str
@@ -52,6 +59,7 @@ class Method(NamedTuple):
     passes: float
     make: Callable[[Setting], Stepper]
     package: str | None = None
+    needs_steps: bool = False
 
     @property
     def installed(self) -> bool:
@@ -87,16 +95,31 @@ def _interpolated(kind: Callable[..., Optimizer], **options: Any) -> Callable[[S
 
 
 def _plain(
-    kind: Callable[..., Optimizer], tuned: bool = False, warmup: float | None = None, **options: Any
+    kind: Callable[..., Optimizer], tuned: bool = False, rising: float | None = None, **options: Any
 ) -> Callable[[Setting], Stepper]:
     """An optimizer of the parameters alone, under warm-up and cosine where asked for."""
 
     def make(s: Setting) -> Stepper:
         rate = {"lr": s.rate} if tuned else {}
-        schedule = None if warmup is None else warmup_cosine(s.steps, warmup)
+        schedule = None if rising is None else warmup_cosine(s.steps, rising)
         return Stepper(s, kind(s.model.parameters(), **rate, **options), schedule)
 
     return make
+
+
+def _muon(s: Setting) -> Stepper:
+    """Under 5 % of warm-up and a cosine, as tuned AdamW is."""
+    return Stepper(s, MuonAdamW(s.model, lr=s.rate), warmup_cosine(s.steps, 0.05))
+
+
+def _schedule_free_plus(s: Setting) -> Stepper:
+    """``lr=1.0`` and its class's defaults, no average in the warm-up: its docstring.
+
+    How long the warm-up is is our choice, the same as for `_schedule_free`.
+    """
+    steps = max(1, s.steps // 20)
+    optimizer = ScheduleFreePlus(s.model.parameters(), average_warmup=steps)
+    return ScheduleFreeTakesLoss(s, optimizer, warmup(steps))
 
 
 # AlgoPerf's rule for unknown workloads: mlcommons/algorithmic-efficiency,
@@ -111,12 +134,12 @@ _ALGOPERF: dict[str, Any] = {
 # --- peers ---------------------------------------------------------------------------------------
 
 
-def _adapted(package: str, name: str, warmup: float | None = None) -> Callable[[Setting], Stepper]:
+def _adapted(package: str, name: str, rising: float | None = None) -> Callable[[Setting], Stepper]:
     """Prodigy and D-Adaptation: lr=1 and no weight decay, their READMEs; rate ``d``."""
 
     def make(s: Setting) -> Stepper:
         optimizer = getattr(_peer(package), name)(s.model.parameters(), lr=1.0)
-        schedule = None if warmup is None else warmup_cosine(s.steps, warmup)
+        schedule = None if rising is None else warmup_cosine(s.steps, rising)
         return Stepper(s, optimizer, schedule, lambda o: _group(o, "lr") * _group(o, "d"))
 
     return make
@@ -185,20 +208,57 @@ def _mechanic(s: Setting) -> Stepper:
     return Stepper(s, optimizer, rate=rate)
 
 
+def _ademamix(s: Setting) -> Stepper:
+    """The README's constants, the slow momentum growing over the whole run as there.
+
+    The paper's runs also warm up and follow a cosine; 2 % of warm-up, as for NAdamW, is our choice.
+    """
+    optimizer = _peer("pytorch_optimizer").AdEMAMix(
+        s.model.parameters(),
+        lr=1e-3,
+        betas=(0.9, 0.999, 0.9999),
+        alpha=8.0,
+        t_alpha_beta3=s.steps,
+        weight_decay=0.1,
+        weight_decouple=True,
+    )
+    return Stepper(s, optimizer, warmup_cosine(s.steps, 0.02))
+
+
 def _group(optimizer: Optimizer, name: str) -> float:
     return float(optimizer.param_groups[0][name])
 
 
 # --- the registry --------------------------------------------------------------------------------
 
-_ADAMW_GRID = tuple(float(f"{rate:.6g}") for rate in np.logspace(-4, -2, 5).tolist())
+
+def _rates(lowest: float) -> tuple[float, ...]:
+    """Five learning rates over two decades, from ten to this power."""
+    return tuple(float(f"{rate:.6g}") for rate in np.logspace(lowest, lowest + 2, 5).tolist())
+
+
 _CAP_ONLY: dict[str, Any] = {"max_kl": None, "max_relative_change": None}
 
 # No momentum, weight decay or schedule but where it says so; PyTorch's defaults unless stated.
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD grid", GRID, 2, _plain(SGD, tuned=True)),
     "adamw-cosine-tuned": Method(
-        "AdamW + cosine, grid", _ADAMW_GRID, 2, _plain(AdamW, tuned=True, warmup=0.05)
+        "AdamW + cosine, grid",
+        _rates(-4),
+        2,
+        _plain(AdamW, tuned=True, rising=0.05),
+        needs_steps=True,
+    ),
+    "sgd-momentum-cosine-tuned": Method(
+        "SGD + momentum + cosine, grid",
+        _rates(-2.5),
+        2,
+        _plain(SGD, tuned=True, rising=0.05, momentum=0.9),
+        needs_steps=True,
+    ),
+    # Half a decade above AdamW's rates: on text, 1e-2 was Muon's best of three.
+    "muon-cosine-tuned": Method(
+        "Muon + AdamW + cosine, grid", _rates(-3.5), 2, _muon, needs_steps=True
     ),
     "adler": Method("Adler", None, 3, _measured(adler.Adler)),
     "adler-cap": Method("Adler (cap only)", None, 3, _measured(adler.Adler, **_CAP_ONLY)),
@@ -224,12 +284,24 @@ METHODS: dict[str, Method] = {
     # There is no recommended pair: PyTorch's default rate is 1e-3 without momentum, Keras's 1e-2.
     "sgd-momentum": Method("SGD, momentum", None, 2, _plain(SGD, lr=1e-2, momentum=0.9)),
     "nadamw-cosine": Method(
-        "NAdamW + cosine (AlgoPerf)", None, 2, _plain(NAdamW, warmup=0.02, **_ALGOPERF)
+        "NAdamW + cosine (AlgoPerf)",
+        None,
+        2,
+        _plain(NAdamW, rising=0.02, **_ALGOPERF),
+        needs_steps=True,
+    ),
+    "ademamix-cosine": Method(
+        "AdEMAMix + cosine", None, 2, _ademamix, "pytorch_optimizer", needs_steps=True
     ),
     "prodigy": Method("Prodigy", None, 2, _adapted("prodigyopt", "Prodigy"), "prodigyopt"),
     # "Either using no scheduler or using cosine annealing": README.
     "prodigy-cosine": Method(
-        "Prodigy + cosine", None, 2, _adapted("prodigyopt", "Prodigy", warmup=0.0), "prodigyopt"
+        "Prodigy + cosine",
+        None,
+        2,
+        _adapted("prodigyopt", "Prodigy", rising=0.0),
+        "prodigyopt",
+        needs_steps=True,
     ),
     "dadapt-adam": Method(
         "D-Adapt Adam", None, 2, _adapted("dadaptation", "DAdaptAdam"), "dadaptation"
@@ -237,11 +309,22 @@ METHODS: dict[str, Method] = {
     "dog": Method("DoG", None, 2, _dog("DoG"), "dog"),
     "ldog": Method("L-DoG", None, 2, _dog("LDoG"), "dog"),
     "schedulefree-adamw": Method(
-        "Schedule-Free AdamW", None, 2, _schedule_free("AdamWScheduleFree", 2.5e-3), "schedulefree"
+        "Schedule-Free AdamW",
+        None,
+        2,
+        _schedule_free("AdamWScheduleFree", 2.5e-3),
+        "schedulefree",
+        needs_steps=True,
     ),
     "schedulefree-sgd": Method(
-        "Schedule-Free SGD", None, 2, _schedule_free("SGDScheduleFree", 1.0), "schedulefree"
+        "Schedule-Free SGD",
+        None,
+        2,
+        _schedule_free("SGDScheduleFree", 1.0),
+        "schedulefree",
+        needs_steps=True,
     ),
+    "schedulefree-plus": Method("ScheduleFree+", None, 2, _schedule_free_plus, needs_steps=True),
     "momo": Method("MoMo", None, 2, _momo("Momo", 1.0), "momo"),
     "momo-adam": Method("MoMo-Adam", None, 2, _momo("MomoAdam", 1e-2), "momo"),
     # Three forward passes every fourth step.

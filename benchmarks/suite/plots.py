@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 
 from benchmarks.suite import standings
 from benchmarks.suite.methods import VARIED, defaults, method, variant
-from benchmarks.suite.standings import REFERENCE, TUNED
+from benchmarks.suite.standings import REFERENCE
 from benchmarks.suite.trials import Record
 
 __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
@@ -61,7 +61,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
 
     Only tasks with classes. A run that is over keeps its last accuracy.
     """
-    runs, seconds = standings.contests(found), standings.sgd_seconds(found)
+    runs, seconds = standings.contests(found), standings.seconds_of(found)
     points = {"share": np.linspace(0, 1, 41), "seconds": np.linspace(0, _LONGEST, 61)}
     lines: dict[str, dict[str, dict[str, list[list[float]]]]] = {unit: {} for unit in points}
     for contest, by_method in runs.items():
@@ -69,7 +69,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
         if best is None or best["score"] != "accuracy" or contest not in seconds:
             continue
         for name, record in by_method.items():
-            if "@" in name or name == TUNED:
+            if not standings.is_compared(name):
                 continue
             for unit, grid in points.items():
                 scale = seconds[contest] if unit == "seconds" else 1.0

@@ -28,7 +28,7 @@ from benchmarks.suite.trials import Trial
 from examples.cifar.models import parameter_count
 from examples.cifar.train import Curves
 
-__all__ = ["evaluate", "minibatches", "run", "shifted_and_mirrored", "work"]
+__all__ = ["evaluate", "exploded", "minibatches", "run", "shifted_and_mirrored", "work"]
 
 _EVALUATION_BATCH = 250
 _EXPLODED = 100.0  # a loss so many times the first minibatch's is as good as infinite
@@ -97,15 +97,19 @@ def run(trial: Trial, examples: Data) -> dict[str, Any]:
         "best_test_accuracy": max(accuracies, default=None),
         "test_loss": told["test_loss"][-1],
         "train_loss": told["train_loss"][-1],
-        "diverged": not all(
-            loss < _EXPLODED * first_loss for loss in (trained["train_loss"], tested["test_loss"])
-        ),
+        "first_loss": first_loss if math.isfinite(first_loss) else None,
+        "diverged": exploded(first_loss, trained["train_loss"], tested["test_loss"]),
         "seconds": sum(curves.seconds),
         **stepper.counts(),
         "versions": _versions(chosen.package),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "curves": told,
     }
+
+
+def exploded(first_loss: float, *losses: float) -> bool:
+    """Whether some loss is not finite, or a hundred times the first minibatch's."""
+    return not all(loss < _EXPLODED * first_loss for loss in losses)
 
 
 def _epoch(
@@ -167,7 +171,12 @@ def _indices(values: Tensor) -> Tensor:
 
 
 def shifted_and_mirrored(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture moved by at most four pixels, zeros coming in, and mirrored every other time."""
+    """Each picture moved by at most four pixels, zeros coming in, and mirrored every other time.
+
+    Args:
+        pictures: ``[B, C, H, W]``.
+        generator: Of the CPU, whatever the pictures are on.
+    """
     count, _, height, width = pictures.shape
     padded = F.pad(pictures, (4, 4, 4, 4))
     down, right = torch.randint(9, (2, count, 1), generator=generator).to(pictures.device)

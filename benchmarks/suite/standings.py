@@ -31,11 +31,13 @@ __all__ = [
     "contests",
     "cost_ratio",
     "gains",
+    "is_compared",
     "loss_ratio",
+    "loss_ratios",
     "mean_by_task",
     "mean_ranks",
     "names",
-    "sgd_seconds",
+    "seconds_of",
     "value",
     "value_at",
     "verdict",
@@ -43,7 +45,8 @@ __all__ = [
 ]
 
 REFERENCE = "sgd"
-# AdamW with a tuned rate and a cosine over a known horizon: only where it is the habit.
+# AdamW with a tuned rate and a cosine over a known horizon: on short tasks only where it is the
+# habit, and what all is measured by on long ones.
 TUNED = "adamw-cosine-tuned"
 Contest = tuple[str, int]  # task, seed
 Runs = Mapping[Contest, Mapping[str, Record]]
@@ -63,6 +66,11 @@ def names(found: Iterable[Record]) -> list[str]:
     """The methods that are there: those of the registry in its order, then variants."""
     there = {r["method"] for r in found}
     return [n for n in METHODS if n in there] + sorted(there - METHODS.keys())
+
+
+def is_compared(name: str) -> bool:
+    """Whether a method stands in the ranks: a variant does not, nor a grid but the reference's."""
+    return "@" not in name and (name == REFERENCE or method(name).grid is None)
 
 
 def value(record: Record) -> float:
@@ -258,9 +266,15 @@ def _loss(record: Record, which: str) -> float:
 def loss_ratio(
     by_loss: Runs, name: str, other: str = REFERENCE, which: Criterion = "test_loss"
 ) -> float | None:
-    """The geometric mean of the final losses over the other's; below 1 is better.
+    """The geometric mean over tasks of `loss_ratios`; below 1 is better. None without a task."""
+    logarithms = [math.log(r) for r in loss_ratios(by_loss, name, other, which).values()]
+    return math.exp(statistics.fmean(logarithms)) if logarithms else None
 
-    Over tasks, of a task over its seeds.
+
+def loss_ratios(
+    by_loss: Runs, name: str, other: str = REFERENCE, which: Criterion = "test_loss"
+) -> dict[str, float]:
+    """By task, the final loss over the other's, geometric mean over its seeds.
 
     Args:
         by_loss: `contests` by that loss.
@@ -268,12 +282,12 @@ def loss_ratio(
         other: Usually the best of ten SGD rates, here the one with the least loss.
         which: The test loss, or the training loss (the mean over the last epoch's minibatches).
     """
-    logarithms = []
-    for pairs in _pairs(by_loss, name, other).values():
+    ratios = {}
+    for task, pairs in _pairs(by_loss, name, other).items():
         known = [math.log(_ratio(*pair, which)) for pair in pairs if not pair[1]["diverged"]]
         if known:
-            logarithms.append(statistics.fmean(known))
-    return math.exp(statistics.fmean(logarithms)) if logarithms else None
+            ratios[task] = math.exp(statistics.fmean(known))
+    return ratios
 
 
 def _ratio(mine: Record, theirs: Record, which: str) -> float:
@@ -285,11 +299,11 @@ def _ratio(mine: Record, theirs: Record, which: str) -> float:
 # --- time ----------------------------------------------------------------------------------------
 
 
-def sgd_seconds(found: Iterable[Record]) -> dict[Contest, float]:
-    """How long one SGD run takes: the median over the rates that did not diverge."""
+def seconds_of(found: Iterable[Record], name: str = REFERENCE) -> dict[Contest, float]:
+    """How long one run takes: of a grid the median over the rates that did not diverge."""
     seconds: dict[Contest, list[float]] = {}
     for record in found:
-        if record["method"] == REFERENCE and not record["diverged"]:
+        if record["method"] == name and not record["diverged"]:
             seconds.setdefault((record["task"], record["seed"]), []).append(record["seconds"])
     return {contest: statistics.median(values) for contest, values in seconds.items()}
 
@@ -303,7 +317,13 @@ def mean_by_task(values: Iterable[tuple[Contest, float]]) -> dict[str, float]:
 
 
 def cost_ratio(runs: Runs, name: str, seconds: Mapping[Contest, float]) -> float | None:
-    """A run's time over that of one SGD run: the median over tasks, of a task over its seeds."""
+    """A run's time over that of another's: the median over tasks, of a task the mean over seeds.
+
+    Args:
+        runs: See `contests`.
+        name: The method.
+        seconds: Of the other, by task and seed: `seconds_of`.
+    """
     ratios = mean_by_task(
         (contest, by_method[name]["seconds"] / seconds[contest])
         for contest, by_method in runs.items()

@@ -24,9 +24,11 @@ __all__ = [
     "Averaged",
     "Parabola",
     "ScheduleFree",
+    "ScheduleFreeTakesLoss",
     "Setting",
     "Stepper",
     "TakesLoss",
+    "warmup",
     "warmup_cosine",
 ]
 
@@ -41,7 +43,7 @@ class Setting:
         model: To be trained.
         criterion: Its loss.
         rate: The learning rate of a tuned method; NaN for the others.
-        steps: Of the whole run, for methods with a schedule.
+        steps: Of the whole run, for methods that must know it (`Method.needs_steps`).
         epoch_steps: Of one epoch.
         batches: Begins an endless stream of minibatches of the training set, in an order of their
             own: for methods that look at others than the one they step on.
@@ -150,6 +152,10 @@ class ScheduleFree(Stepper):
         getattr(self.optimizer, mode)()
 
 
+class ScheduleFreeTakesLoss(TakesLoss, ScheduleFree):
+    """ScheduleFree+: both of these."""
+
+
 class Averaged(Stepper):
     """DoG: a running average of the weights, which is what is tested.
 
@@ -219,6 +225,17 @@ class Parabola(Stepper):
                     task="image_cls",  # model(x), criterion(outputs, y): true of all our tasks
                 )
         self.optimizer.step()
+
+
+def warmup(steps: int) -> Callable[[int], float]:
+    """Linear over so many steps, then one.
+
+    Examples:
+        >>> schedule = warmup(steps=4)
+        >>> [schedule(step) for step in (0, 1, 3, 9)]
+        [0.25, 0.5, 1.0, 1.0]
+    """
+    return lambda step: min(1.0, (step + 1) / steps)
 
 
 def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:

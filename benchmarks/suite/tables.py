@@ -13,7 +13,18 @@ from benchmarks.suite.methods import method
 from benchmarks.suite.standings import REFERENCE, TUNED, Runs
 from benchmarks.suite.trials import Record
 
-__all__ = ["BUDGETS", "markdown"]
+__all__ = [
+    "BESIDE",
+    "BUDGETS",
+    "EXACT",
+    "MODES",
+    "beside",
+    "cell",
+    "document",
+    "head",
+    "markdown",
+    "row",
+]
 
 # The exact measurement, and what stands in for it.
 EXACT, MODES = (
@@ -32,7 +43,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         found: Records, in any order.
         preset: The preset's name, for the heading.
     """
-    timed = [r for r in found if "@" not in r["method"] and r["method"] != TUNED]
+    timed = [r for r in found if standings.is_compared(r["method"])]
     # What is ranked: without near copies, each of which would cost the others a place.
     main = [r for r in timed if r["method"] not in MODES]
     runs, everything = standings.contests(main), standings.contests(found)
@@ -49,9 +60,15 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "variants": ("Variants", _variants(found, everything)),
         "families": ("Task by task", _families(main, runs)),
     }
+    return document(found, preset, sections)
+
+
+def document(
+    found: Sequence[Record], preset: str, sections: Mapping[str, tuple[str, list[str]]]
+) -> str:
+    """A heading, and the titled sections between the markers by which pages include them."""
     parts = [[f"# Suite, preset {preset}", "", *_heading(found, preset)]]
     for name, (title, lines) in sections.items():
-        # The markers by which a page of the documentation includes a part.
         start, end = (f"<!-- --8<-- [{mark}:{name}] -->" for mark in ("start", "end"))
         while lines and not lines[-1]:
             lines.pop()
@@ -81,7 +98,7 @@ def _heading(found: Sequence[Record], preset: str) -> list[str]:
 def _summary(found: Sequence[Record], runs: Runs) -> list[str]:
     methods = _finished(found, runs)
     ranks, _ = standings.mean_ranks(runs, methods)
-    lines = _head(
+    lines = head(
         "Untuned", "Mean rank", "Above / level with / below the best of ten SGD rates", "Dead",
         "Accuracy gained (points)",
     )  # fmt: skip
@@ -92,7 +109,7 @@ def _summary(found: Sequence[Record], runs: Runs) -> list[str]:
         gained = list(standings.gains(runs, name).values())
         lost = count["loss"] + count["dead"] + count["diverged"]
         lines.append(
-            _row(
+            row(
                 method(name).label,
                 f"{ranks[name]:.1f}" if ranks else "–",
                 f"{count['win']} / {count['tie']} / {lost}",
@@ -114,7 +131,7 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
     by_train = standings.contests(found, "train_loss")
     methods = _finished(found, runs)
     ranks, ranked = standings.mean_ranks(runs, methods)
-    lines = _head(
+    lines = head(
         "Method", "Tasks", "Wins", "Ties", "Losses", "Dead", "Diverged",
         "Accuracy gained (points)", "Mean rank", "Test loss, ratio", "Training loss, ratio",
     )  # fmt: skip
@@ -126,7 +143,7 @@ def _overall(found: Sequence[Record], runs: Runs) -> list[str]:
             standings.loss_ratio(by_train, name, which="train_loss"),
         ]
         lines.append(
-            _row(
+            row(
                 method(name).label,
                 str(count.total()),
                 *(
@@ -160,11 +177,11 @@ def _untuned(found: Sequence[Record], runs: Runs) -> list[str]:
     ranks, _ = standings.mean_ranks(runs, untuned)
     if not told:
         return ["There is no task on which all of them have run."]
-    lines = _head("Method", "Mean rank", "Best on", "Within 5 % on", "Furthest behind", "where")
+    lines = head("Method", "Mean rank", "Best on", "Within 5 % on", "Furthest behind", "where")
     for name in sorted(untuned, key=lambda name: ranks[name]):
         mine = told[name]
         lines.append(
-            _row(
+            row(
                 method(name).label,
                 f"{ranks[name]:.1f}",
                 mine.best,
@@ -188,7 +205,7 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
     if EXACT not in untuned:
         return ["It has not run."]
     given = standings.verdicts(runs, EXACT)
-    lines = _head("Task", method(EXACT).label, "Best of ten SGD rates", "Best untuned", "which")
+    lines = head("Task", method(EXACT).label, "Best of ten SGD rates", "Best untuned", "which")
     for task, verdict in given.items():
         here = {contest: m for contest, m in runs.items() if contest[0] == task}
         there = [name for name in untuned if all(name in m for m in here.values())]
@@ -200,9 +217,9 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
         told, _ = standings.behind(here, there)
         if verdict in ("win", "tie") and told[EXACT].near:
             continue
-        cells = [_cell(runs, task, name, {}) for name in (EXACT, REFERENCE, best)]
+        cells = [cell(runs, task, name, {}) for name in (EXACT, REFERENCE, best)]
         mark = {"win": "", "tie": ""}.get(verdict, " −")
-        lines.append(_row(task, cells[0] + mark, *cells[1:], method(best).label))
+        lines.append(row(task, cells[0] + mark, *cells[1:], method(best).label))
     return [
         *lines,
         "",
@@ -212,8 +229,8 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
 
 
 def _time(found: Sequence[Record], runs: Runs) -> list[str]:
-    seconds = standings.sgd_seconds(found)
-    lines = _head(
+    seconds = standings.seconds_of(found)
+    lines = head(
         "Method",
         "Time / one SGD run",
         "Passes / SGD's",
@@ -237,7 +254,7 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
             )
             entries.append(f"{100 * statistics.fmean(gained.values()):+.1f}" if gained else "–")
         lines.append(
-            _row(
+            row(
                 method(name).label,
                 "–" if cost is None else f"{cost:.2f}",
                 f"{method(name).passes / method(REFERENCE).passes:.2f}",
@@ -257,14 +274,14 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
 
 def _matrix(found: Sequence[Record], runs: Runs) -> list[str]:
     methods = _finished(found, runs)
-    lines = _head("", *(f"{index}" for index in range(1, len(methods) + 1)))
+    lines = head("", *(f"{index}" for index in range(1, len(methods) + 1)))
     for index, name in enumerate(methods, start=1):
         entries = []
         for other in methods:
             count = Counter(standings.verdicts(runs, name, other).values())
             lost = count["loss"] + count["dead"] + count["diverged"]
             entries.append("" if name == other else f"{count['win']}/{count['tie']}/{lost}")
-        lines.append(_row(f"{index} {method(name).label}", *entries))
+        lines.append(row(f"{index} {method(name).label}", *entries))
     return [
         *lines,
         "",
@@ -277,11 +294,11 @@ def _failures(found: Sequence[Record], runs: Runs) -> list[str]:
     for name in _finished(found, runs):
         for task, given in standings.verdicts(runs, name).items():
             if given in ("dead", "diverged"):
-                lines.append(_row(method(name).label, task, given))
-    return [*_head("Method", "Task", "In some seed"), *lines] if lines else ["None."]
+                lines.append(row(method(name).label, task, given))
+    return [*head("Method", "Task", "In some seed"), *lines] if lines else ["None."]
 
 
-def _beside(runs: Runs, by_loss: Runs, name: str, other: str) -> list[str] | None:
+def beside(runs: Runs, by_loss: Runs, name: str, other: str) -> list[str] | None:
     """One method against another, on the tasks on which both have run; None if there are none."""
     count = Counter(standings.verdicts(runs, name, other).values())
     if not count:
@@ -298,16 +315,16 @@ def _beside(runs: Runs, by_loss: Runs, name: str, other: str) -> list[str] | Non
     ]
 
 
-_BESIDE = ("Tasks", "Wins", "Ties", "Losses", "Accuracy gained (points)", "Test loss, ratio")
+BESIDE = ("Tasks", "Wins", "Ties", "Losses", "Accuracy gained (points)", "Test loss, ratio")
 
 
 def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
     by_loss = standings.contests(found, "test_loss")
-    lines = _head("Method", *_BESIDE)
+    lines = head("Method", *BESIDE)
     for name in standings.names(found):
-        cells = None if "@" in name or name == TUNED else _beside(runs, by_loss, name, TUNED)
+        cells = None if "@" in name or name == TUNED else beside(runs, by_loss, name, TUNED)
         if cells is not None:
-            lines.append(_row(method(name).label, *cells))
+            lines.append(row(method(name).label, *cells))
     if len(lines) == 2:
         return ["It has not run."]
     rates = ", ".join(f"{rate:g}" for rate in method(TUNED).grid or ())
@@ -321,17 +338,17 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
 
 
 def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss, seconds = standings.contests(found, "test_loss"), standings.sgd_seconds(found)
-    lines = _head("Method", *_BESIDE, "Skipped steps", "Time / one SGD run")
+    by_loss, seconds = standings.contests(found, "test_loss"), standings.seconds_of(found)
+    lines = head("Method", *BESIDE, "Skipped steps", "Time / one SGD run")
     for name in (EXACT, *MODES):
         cells = ["", "", "", "", "+0.0", "1.00"] if name == EXACT else None
-        cells = cells or _beside(runs, by_loss, name, EXACT)
+        cells = cells or beside(runs, by_loss, name, EXACT)
         mine = [by_method[name] for by_method in runs.values() if name in by_method]
         cost = standings.cost_ratio(runs, name, seconds)
         if cells is None or cost is None:
             return ["They have not run."]
         skipped = sum(record["skipped"] for record in mine)
-        lines.append(_row(method(name).label, *cells, skipped, f"{cost:.2f}"))
+        lines.append(row(method(name).label, *cells, skipped, f"{cost:.2f}"))
     return [
         *lines,
         "",
@@ -343,12 +360,12 @@ def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
 
 def _variants(found: Sequence[Record], runs: Runs) -> list[str]:
     by_loss = standings.contests(found, "test_loss")
-    lines = _head("Variant", *_BESIDE)
+    lines = head("Variant", *BESIDE)
     for name in standings.names(found):
         base, _, changed = name.partition("@")
-        cells = _beside(runs, by_loss, name, base) if changed else None
+        cells = beside(runs, by_loss, name, base) if changed else None
         if cells is not None:
-            lines.append(_row(f"`{name}`", *cells))
+            lines.append(row(f"`{name}`", *cells))
     return [
         *lines,
         "",
@@ -370,12 +387,12 @@ def _families(found: Sequence[Record], runs: Runs) -> list[str]:
     lines: list[str] = []
     for family, tasks in families.items():
         heads = [f"{t}{' *' if t in held_back else ''}, {score[t]}" for t in tasks]
-        lines += [f"### {family}", "", *_head("Method", *heads)]
+        lines += [f"### {family}", "", *head("Method", *heads)]
         for name in standings.names(found):
             given = standings.verdicts(runs, name) if name != REFERENCE else {}
-            entries = [_cell(runs, task, name, given) for task in tasks]
+            entries = [cell(runs, task, name, given) for task in tasks]
             if any(entries):
-                lines.append(_row(method(name).label, *entries))
+                lines.append(row(method(name).label, *entries))
         lines.append("")
     return [
         *lines,
@@ -385,7 +402,8 @@ def _families(found: Sequence[Record], runs: Runs) -> list[str]:
     ]
 
 
-def _cell(runs: Runs, task: str, name: str, given: Mapping[str, str]) -> str:
+def cell(runs: Runs, task: str, name: str, given: Mapping[str, str]) -> str:
+    """A method's scores on a task, mean ± standard error, and the verdict's mark if it is given."""
     here = [by_method for (t, _), by_method in runs.items() if t == task]
     mine = [by_method[name] for by_method in here if name in by_method]
     finite = [abs(standings.value(r)) for r in mine if not r["diverged"]]
@@ -407,9 +425,11 @@ def _finished(found: Sequence[Record], runs: Runs) -> list[str]:
     return [name for name in standings.names(found) if name in met]
 
 
-def _row(*entries: Any) -> str:
+def row(*entries: Any) -> str:
+    """One line of a table."""
     return f"| {' | '.join(map(str, entries))} |"
 
 
-def _head(*entries: str) -> list[str]:
-    return [_row(*entries), _row(*("---" for _ in entries))]
+def head(*entries: str) -> list[str]:
+    """The two lines that a table begins with."""
+    return [row(*entries), row(*("---" for _ in entries))]

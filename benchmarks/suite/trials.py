@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.methods import METHODS, method
-from benchmarks.suite.tasks import TASKS, Task
+from benchmarks.suite.tasks import LONGER, TASKS, Task
 
 __all__ = ["PRESETS", "Preset", "Record", "Trial", "read"]
 
@@ -84,6 +84,9 @@ class Preset:
         parts: Presets that it consists of, whose records serve it too.
         methods: Run unless others are named.
         synthetic: Whether pictures are made, where the archive is not there.
+        horizons: Multiples of a task's epochs, each a run of its own, in the order in which they
+            are run. A method that need not know the number of steps runs at the longest alone.
+        short: Presets with the suite's short tasks, whose records stand beside these horizons.
     """
 
     wanted: Callable[[Task], bool]
@@ -93,10 +96,19 @@ class Preset:
     methods: tuple[str, ...] = tuple(METHODS)
     synthetic: bool = False
     horizons: tuple[int, ...] = (1,)
+    short: tuple[str, ...] = ()
 
     def tasks(self) -> list[Task]:
         """Its tasks."""
         return [task for task in TASKS.values() if self.wanted(task)]
+
+    def sizes(self, task: Task) -> dict[str, int]:
+        """A task's ``epochs``, ``train_examples`` and ``test_examples`` at horizon one."""
+        limits = self.limits or {}
+        return {
+            name: min(getattr(task, name), limits.get(name, getattr(task, name)))
+            for name in ("epochs", "train_examples", "test_examples")
+        }
 
     def trials(self, methods: Iterable[str] | None = None) -> Iterator[Trial]:
         """Seed by seed, and all methods of a task together.
@@ -107,18 +119,40 @@ class Preset:
         chosen = tuple(self.methods if methods is None else methods)
         for seed in self.seeds:
             for task in self.tasks():
-                sizes = {
-                    name: min(getattr(task, name), (self.limits or {}).get(name, 10**9))
-                    for name in ("epochs", "train_examples", "test_examples")
-                }
+                sizes = self.sizes(task)
                 for horizon in self.horizons:
+                    longer = {**sizes, "epochs": horizon * sizes["epochs"]}
                     for name in chosen:
+                        if horizon < max(self.horizons) and not method(name).needs_steps:
+                            continue
                         for lr in method(name).grid or (None,):
-                            longer = {**sizes, "epochs": horizon * sizes["epochs"]}
                             yield Trial(task.name, name, lr, seed, **longer)
 
 
 _SMOKE = ("cifar10/mlp-relu/b64", "diabetes/mlp-relu/b32", "digits/autoencoder-tanh/b64")
+# What runs for thousands of steps: tuned references, this library, and one peer of each kind.
+_LONG_METHODS = (
+    "adamw-cosine-tuned",
+    "sgd-momentum-cosine-tuned",
+    "muon-cosine-tuned",
+    "adler",
+    "adler-adam",
+    "adler-schedulefree",
+    "adamw",
+    "nadamw-cosine",
+    "ademamix-cosine",
+    "prodigy",
+    "schedulefree-adamw",
+    "schedulefree-plus",
+    "momo-adam",
+    "mechanic-adamw",
+)
+
+
+def _long(wanted: Callable[[Task], bool], **options: Any) -> Preset:
+    """Tasks of thousands of steps; the middle horizon comes first."""
+    return Preset(wanted, seeds=(0,), methods=_LONG_METHODS, horizons=(4, 1, 16), **options)
+
 
 PRESETS = {
     # Without any download, in seconds: does everything run?
@@ -133,11 +167,21 @@ PRESETS = {
     "development": Preset(wanted=lambda task: not task.held_back and not task.long),
     "held-back": Preset(wanted=lambda task: task.held_back and not task.long),
     "full": Preset(wanted=lambda task: not task.long, parts=("development", "held-back")),
-    "horizons": Preset(
-        wanted=lambda task: task.long and not task.held_back, seeds=(0,), horizons=(4, 1, 16)
+    # The same for 800, 3,200 and 12,800 steps.
+    "horizons": _long(lambda task: task.long and not task.held_back, short=("development",)),
+    "long-held-back": _long(lambda task: task.long and task.held_back, short=("held-back",)),
+    "long": _long(
+        lambda task: task.long,
+        parts=("horizons", "long-held-back"),
+        short=("development", "held-back"),
     ),
-    "long-held-back": Preset(
-        wanted=lambda task: task.long and task.held_back, seeds=(0,), horizons=(4, 1, 16)
+    # A third of the short tasks as they are, and eight times as long.
+    "longer": Preset(
+        wanted=lambda task: task.name in LONGER,
+        seeds=(0,),
+        methods=_LONG_METHODS,
+        parts=("development", "held-back"),
+        horizons=(1, 8),
     ),
 }
 

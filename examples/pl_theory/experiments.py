@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import adler
+from adler.curvature import TangentKernel
 from adler.diagnostics.gram import Conditioning, conditioning, gram
-from adler.diagnostics.kernel import TangentKernel
 from adler.diagnostics.theory.infinite_width import eigenvalue_lower_bound, iterated_gram
 from examples.pl_theory import inputs, training
 from examples.pl_theory.config import Experiment

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adler.curvature import ggn_product
+from adler.curvature import Objective, TangentKernel
+from adler.curvature.parameters import flattened
 from adler.diagnostics.descent import accumulated_bound, measured_smoothness, predicted_decrease
 from adler.diagnostics.features import feature_grams
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
 from adler.diagnostics.gram import Conditioning, conditioning, degradation_bound
-from adler.diagnostics.kernel import TangentKernel
 from adler.diagnostics.polyak import kernel_pl_bound, pl_coefficient, weak_pl_bound
 from adler.diagnostics.theory.generalisation import (
     generalisation_bound,
@@ -71,7 +71,7 @@ class Task:
         Cross-entropy has none that holds everywhere: it is the one of its weak form at this loss.
         """
         if self.is_mse:
-            return kernel_pl_bound(smallest, self.criterion, outputs, self.targets)
+            return kernel_pl_bound(smallest, outputs, self.targets, self.criterion)
         losses = self.each(outputs)
         return max(smallest, 0.0) * float(weak_pl_bound(losses, self.classes) / losses.mean()) / 2
 
@@ -154,19 +154,13 @@ def _smoothness(
     Rayleigh and Ritz on a small Krylov space. Power iteration would not see in time that another
     eigenvalue has overtaken.
     """
-    named = dict(model.named_parameters())
-    sizes = [p.numel() for p in named.values()]
-
-    def product(flat: Tensor) -> Tensor:
-        pieces = torch.split(flat, sizes)
-        direction = {n: v.view_as(p) for (n, p), v in zip(named.items(), pieces, strict=True)}
-        image = ggn_product(model, named, x, task.targets, task.criterion, direction)
-        return torch.cat([part.flatten() for part in image.values()])
-
+    objective = Objective(model, x, task.targets, task.criterion)
+    product = flattened(objective.ggn_products(), objective.params)
     dimension = 6
     if start is None:
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(sum(sizes), generator=generator, dtype=x.dtype).to(x.device)
+        size = sum(p.numel() for p in objective.params.values())
+        start = torch.randn(size, generator=generator, dtype=x.dtype).to(x.device)
         dimension = 30
     return largest_eigenpair(product, start, dimension)
 
@@ -272,7 +266,9 @@ class _Measurer:
             self.first_kernel = K
         found = conditioning(K)
         lower, upper = degradation_bound(self.first_kernel, K)
-        ggn = ggn_largest_eigenvalue(self.model, self.x, self.task.targets, self.task.criterion)
+        ggn = ggn_largest_eigenvalue(
+            Objective(self.model, self.x, self.task.targets, self.task.criterion)
+        )
         with torch.no_grad():
             test_losses = self.test.each(self.model(self.test_x))
         row = {

@@ -1,10 +1,11 @@
-"""SGD that measures its own learning rate.
+"""Optimizers that measure their own learning rate.
 
-`Adler` takes the place of ``torch.optim.SGD``, `AdlerAdam` that of ``torch.optim.AdamW``, and
-`wrap` takes the direction of any other optimizer;
-`GaussNewton` is the baseline that ADLER is compared with, and `SpectralSGD` takes the rate that is
-safe in every direction.
-`losses` holds the loss Hessians, `curvature` the pure functions beneath.
+`AdlerScheduleFree` is the one to begin with. `Adler` is the thesis's method on the plain gradient,
+`AdlerAdam` goes along Adam's momentum without an average of the iterates, and `wrap` takes the
+direction of any other optimizer. `GaussNewton` is the baseline that ADLER is compared with, and
+`SpectralSGD` takes the rate that is safe in every direction. `Guard` bounds a step, `Measure` says
+how curvature is measured, `ModelLoss` describes a loss that the model computes itself; `losses`
+holds the loss Hessians, `curvature` the pure functions beneath, `diagnostics` looks at a network.
 """
 
 from adler import curvature, diagnostics, losses
@@ -14,6 +15,7 @@ from adler._optimizers.schedule_free import AdlerScheduleFree
 from adler._optimizers.sgd import Adler, GaussNewton
 from adler._optimizers.spectral import SpectralSGD
 from adler._optimizers.wrapped import Wrapped, wrap
+from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "AdlerAdam",
     "AdlerScheduleFree",
     "GaussNewton",
+    "Guard",
+    "Measure",
     "ModelLoss",
     "SpectralSGD",
     "StepRecord",

@@ -16,17 +16,18 @@ from torch import Tensor
 from adler._distributed import Layout, all_whole, layout, local, whole
 
 __all__ = [
-    "adam_",
     "decay_",
     "descend_",
+    "descend_each_",
     "dot",
-    "momentum_",
-    "on_host",
+    "is_on_host",
+    "lerp_",
+    "local_alike",
     "scale_",
-    "schedule_free_",
     "shifted",
     "squared_norm",
-    "squared_norm_and_reach",
+    "squared_norm_and_unit_change",
+    "widest",
 ]
 
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -34,8 +35,8 @@ _FUSED_DEVICES = ("cpu", "cuda")
 _HOST_DEVICES = ("cpu",)
 
 
-def on_host(device: torch.device) -> bool:
-    """Whether a kernel a tensor costs little, and nobody waits for who looks at a number."""
+def is_on_host(device: torch.device) -> bool:
+    """Whether per-tensor kernels are cheap, and reading a scalar needs no synchronisation."""
     return device.type in _HOST_DEVICES
 
 
@@ -54,9 +55,9 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
         25.0
     """
     home = tensors[0].device if home is None else home
-    total = torch.zeros((), dtype=_widest(home), device=home)
+    total = torch.zeros((), dtype=widest(home), device=home)
     for (device, _, where), (members,) in _alike(tensors).items():
-        norms = torch.stack(_norms(members, where)).to(_widest(device))
+        norms = torch.stack(_norms(members, where)).to(widest(device))
         total = total + norms.square().sum().to(total)
     return total
 
@@ -77,11 +78,11 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = No
         10.0
     """
     home = a[0].device if home is None else home
-    total = torch.zeros((), dtype=_widest(home), device=home)
+    total = torch.zeros((), dtype=widest(home), device=home)
     for (device, _, where), (left, right) in _alike(a, b).items():
-        few = _dots if on_host(device) else _dots_by_few_kernels
+        few = _dots if is_on_host(device) else _dots_by_few_kernels
         sums = few(local(left), local(right))
-        total = total + whole(sums.to(_widest(device)).sum(), where).to(total)
+        total = total + whole(sums.to(widest(device)).sum(), where).to(total)
     return total
 
 
@@ -129,7 +130,7 @@ def shifted(params: Sequence[Tensor], directions: Sequence[Tensor], by: Tensor) 
     return [found[i] for i in range(len(params))]
 
 
-def squared_norm_and_reach(
+def squared_norm_and_unit_change(
     params: Sequence[Tensor], directions: Sequence[Tensor], home: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""`squared_norm` of the directions, and the step length at which a weight tensor has moved
@@ -148,21 +149,21 @@ def squared_norm_and_reach(
         home: Device of the results; default: that of the first parameter.
 
     Returns:
-        Both 0-dim, float64 (float32 where the device has no float64); the reach is infinite without
-        such tensors.
+        Both 0-dim, float64 (float32 where the device has no float64); the second is infinite
+        without such tensors.
 
     Examples:
         >>> weights, along = [torch.full((3, 1), 2.0)], [torch.tensor([[0.0], [3.0], [4.0]])]
-        >>> squared, reach = squared_norm_and_reach(weights, along)
-        >>> float(squared), float(reach)
+        >>> squared, step = squared_norm_and_unit_change(weights, along)
+        >>> float(squared), float(step)
         (25.0, 0.6928203105926514)
     """
     home = params[0].device if home is None else home
-    total = torch.zeros((), dtype=_widest(home), device=home)
+    total = torch.zeros((), dtype=widest(home), device=home)
     least = torch.full_like(total, math.inf)
     for (device, _, where), (p, d) in _alike(params, directions).items():
         lengths = _norms(d, where)
-        total = total + torch.stack(lengths).to(_widest(device)).square().sum().to(total)
+        total = total + torch.stack(lengths).to(widest(device)).square().sum().to(total)
         matrices = [i for i, weight in enumerate(p) if weight.ndim > 1]
         if not matrices:
             continue
@@ -184,8 +185,8 @@ def descend_(
         rate: 0-dim.
         skip: 0-dim bool on the same device as ``rate``: leave every bit of ``params`` alone.
     """
-    for (device, dtype, _), (p, d) in _local_alike(params, directions).items():
-        if on_host(device) and on_host(rate.device):
+    for (device, dtype, _), (p, d) in local_alike(params, directions).items():
+        if is_on_host(device) and is_on_host(rate.device):
             # The faster kernel of the two.
             if not skip.numpy():
                 torch._foreach_add_(p, d, alpha=-float(rate.detach().numpy()))
@@ -195,44 +196,6 @@ def descend_(
             step, veto = rate.to(device), skip.to(device)
             for param, direction in zip(p, d, strict=True):
                 param.copy_(torch.where(veto, param, param - step * direction))
-
-
-def momentum_(
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rate: Tensor,
-    skip: Tensor,
-    *,
-    momentum: float,
-    equal: bool = False,
-) -> None:
-    r"""In place, a step along the bias-corrected average of the gradients, or nothing at all.
-
-    $$
-    m \leftarrow \mu m + (1 - \mu)\, g, \qquad t \leftarrow t + 1, \qquad
-    \theta \leftarrow \theta - \eta\, m / (1 - \mu^t)
-    $$
-
-    Args:
-        params: Tensors to update.
-        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
-        averages: ``m``; updated.
-        steps: ``t`` of each, 0-dim float32; updated.
-        rate: ``η``, 0-dim.
-        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
-        momentum: ``μ``.
-        equal: Whether all steps are known to be equal, which takes fewer kernels.
-    """
-    rows = _local_alike(params, gradients, averages, steps)
-    for (device, _, _), (p, g, m, counts) in rows.items():
-        veto = skip.to(device)
-        torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
-        weights = 1 - momentum ** torch.stack(counts).to(_widest(device))  # 0 before any step
-        news = torch._foreach_sub(m, g)
-        descend_(m, news, torch.full_like(weights[0], 1 - momentum), veto)
-        _descend_each_(p, m, rate.to(device) / weights, veto, equal)
 
 
 def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -260,129 +223,43 @@ def _fused_descend_(
     )
 
 
-def adam_(
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rate: Tensor,
-    skip: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+def lerp_(
+    averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, skip: Tensor
 ) -> None:
-    """In place, a step of Adam with decoupled weight decay, or nothing at all.
+    r"""In place, $m \leftarrow m + w\,(x - m)$, or nothing at all.
 
     Args:
-        params: Tensors to update.
-        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
-        exp_avgs: First moments; updated.
-        exp_avg_sqs: Second moments; updated.
-        steps: Steps so far, 0-dim float32; updated.
-        rate: 0-dim.
-        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
-        betas: Discounts of the moments.
-        eps: Added to the root of the second moment.
-        weight_decay: ``θ ← θ − min(1, rate · weight_decay) · θ``.
+        averages: ``m``; updated.
+        values: ``x``, as many, of the same shapes, dtypes and devices; may be non-finite when
+            skipped.
+        weight: ``w``.
+        skip: 0-dim bool: leave every bit alone.
     """
-    if weight_decay != 0:
-        decay_(params, rate * weight_decay)  # the fused kernel's would flip signs at large rates
-    rows = _local_alike(params, gradients, exp_avgs, exp_avg_sqs, steps)
-    for (device, _, _), (p, g, first, second, counts) in rows.items():
-        veto = skip.to(device, torch.float32)
-        torch._foreach_add_(counts, 1)
-        torch._fused_adamw_(
-            p,
-            g,
-            first,
-            second,
-            [],
-            counts,
-            amsgrad=False,
-            lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=0.0,
-            eps=eps,
-            maximize=False,
-            grad_scale=None,
-            found_inf=veto,
-        )
-        torch._foreach_sub_(counts, [veto] * len(counts))
-
-
-def schedule_free_(
-    params: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    fast: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rate: Tensor,
-    skip: Tensor,
-    *,
-    betas: tuple[float, float],
-    weight_decay: float,
-    equal: bool = False,
-) -> None:
-    r"""In place, a schedule-free step from $y$, or nothing at all.
-
-    With $u = d + \lambda y$ and the average $x$, which is not stored,
-
-    $$
-    z \leftarrow z - \eta\, u, \qquad x \leftarrow x + \tfrac1t (z - x), \qquad
-    y = (1 - \beta_1)\, z + \beta_1 x.
-    $$
-
-    Args:
-        params: ``y``; updated.
-        directions: ``d``, as many, of the same shapes, dtypes and devices; overwritten.
-        gradients: Likewise, for the second moment; may be non-finite when skipped.
-        fast: ``z``; updated.
-        exp_avg_sqs: Second moments; updated.
-        steps: Steps so far, 0-dim float32; updated to ``t``.
-        rate: ``η``, 0-dim.
-        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
-        betas: ``β₁`` and the discount of the second moment.
-        weight_decay: ``λ``.
-        equal: Whether all steps are known to be equal, which takes fewer kernels.
-    """
-    rows = _local_alike(params, directions, gradients, fast, exp_avg_sqs, steps)
-    for (device, _, _), (y, d, g, z, squares, counts) in rows.items():
-        veto = skip.to(device)
-        torch._foreach_add_(counts, [(~veto).to(torch.float32)] * len(counts))
-        shares = torch.stack(counts).to(_widest(device)).clamp(min=1).reciprocal()
-        if weight_decay != 0:
-            torch._foreach_add_(d, y, alpha=weight_decay)
-        # Of y: towards z by the average's new share of it, and its own share of the step.
-        mine = rate.to(device) * (1 - betas[0] * (1 - shares))
-        if equal and on_host(device) and on_host(rate.device):
-            # The same without temporaries, each of which is as dear there as a step of SGD.
-            if not veto.numpy():
-                torch._foreach_mul_(squares, betas[1])
-                torch._foreach_addcmul_(squares, g, g, value=1 - betas[1])
-                torch._foreach_lerp_(y, z, float(shares[0].numpy()))
-                torch._foreach_add_(y, d, alpha=-float(mine[0].detach().numpy()))
-                torch._foreach_add_(z, d, alpha=-float(rate.detach().numpy()))
+    for (device, _, _), (m, x) in local_alike(averages, values).items():
+        if is_on_host(device) and is_on_host(skip.device):
+            if not skip.numpy():
+                torch._foreach_lerp_(m, x, weight)
             continue
-        apart = torch._foreach_sub(y, z)
-        news = torch._foreach_addcmul(squares, g, g, value=-1)
-        descend_(squares, list(news), torch.full_like(shares[0], 1 - betas[1]), veto)
-        _descend_each_(y, apart, shares, veto, equal)
-        _descend_each_(y, d, mine, veto, equal)
-        descend_(z, d, rate, veto)
+        apart = torch._foreach_sub(m, x)
+        descend_(m, apart, torch.full((), weight, dtype=widest(device), device=device), skip)
 
 
-def _descend_each_(
+def descend_each_(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
     rates: Tensor,
     skip: Tensor,
     equal: bool,
 ) -> None:
-    """As `descend_`, with a rate for each; they differ where a parameter has had fewer steps."""
+    """As `descend_`, with a rate for each; they differ where a parameter has had fewer steps.
+
+    Args:
+        params: Tensors to update, of one device and dtype.
+        directions: As many, of the same shapes; unchanged.
+        rates: One for each, or a single one where all are equal, 1-dim.
+        skip: See `descend_`.
+        equal: Whether the first rate is that of all.
+    """
     if equal:
         descend_(params, directions, rates[0], skip)
         return
@@ -397,7 +274,7 @@ def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
 
 def scale_(params: Sequence[Tensor], factor: Tensor) -> None:
     r"""In place, $\theta \leftarrow s\,\theta$; the factor is 0-dim, of any dtype and device."""
-    for (device, _, _), (members,) in _local_alike(params).items():
+    for (device, _, _), (members,) in local_alike(params).items():
         torch._foreach_mul_(members, factor.to(device, _wide(members[0])))
 
 
@@ -411,11 +288,12 @@ def _norms(tensors: list[Tensor], where: Layout | None) -> list[Tensor]:
     norms = list(torch._foreach_norm(local(tensors), 2, torch.float32 if half else None))
     if where is None:
         return norms
-    squares = torch.stack(norms).to(_widest(norms[0].device)).square()
+    squares = torch.stack(norms).to(widest(norms[0].device)).square()
     return list(whole(squares, where).sqrt())
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -438,6 +316,6 @@ def _alike(*lists: Sequence[Tensor]) -> _Groups:
     return groups
 
 
-def _local_alike(*lists: Sequence[Tensor]) -> _Groups:
+def local_alike(*lists: Sequence[Tensor]) -> _Groups:
     """This rank's parts of rows of tensors; what is done to each entry alone needs no other."""
     return _alike(*(local(tensors) for tensors in lists))

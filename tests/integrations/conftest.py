@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from launch import SCRIPTS
+from support.launch import SCRIPTS
 
 sys.path.append(str(SCRIPTS))
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from cases import flat
-from loops import numbers
+from support.cases import flat
+from support.loops import numbers
 from torch import nn
 
 from adler import Adler, AdlerAdam

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import torch._inductor.config
-from cases import batches, flat, network
-from loops import train
+from support.cases import batches, flat, network
+from support.loops import train
 from torch import nn
 
 from adler import Adler, AdlerScheduleFree

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import flat
-from loops import numbers
+from support.cases import flat
+from support.loops import numbers
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from launch import SCRIPTS, torchrun
 from scenes import GUARDS, STEPS, Barrier, joint_batches, network, shares, train, uneven_shares
+from support.launch import SCRIPTS, torchrun
 from torch import nn
 
 import adler

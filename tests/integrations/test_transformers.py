@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import flat
+from support.cases import flat
 from torch import nn
 
 from adler import Adler, AdlerAdam, GaussNewton

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adler import _averaging as averaging
+from adler import _tensors
+from adler._distributed import like, local
 from adler._optimizers.base import MeasuredOptimizer
-from adler._optimizers.direction import Adam, Direction, moments
+from adler._optimizers.direction import Direction, State, gradients_of, moments
+from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
-from adler._recording.recorder import RecordedLoss
 
-__all__ = ["AdlerAdam"]
+__all__ = ["Adam", "AdlerAdam", "Preconditioned", "adam_", "adam_denominators"]
 
 
 class AdlerAdam(MeasuredOptimizer):
@@ -41,18 +44,11 @@ class AdlerAdam(MeasuredOptimizer):
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
         betas: Discounts of Adam's first and second moment, in [0, 1); per group.
         adam_eps: ``ε_A``, added to the root of the second moment; per group.
-        beta: Discount of the average of rates, in [0, 1).
-        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
-        trust_region: A step is at most this many minibatch rates long. ``None``: no guard at all,
-            whatever the next two say.
-        max_kl: A step moves the batch's predictions by at most so many nats an example, as in
-            `Adler`.
-        max_relative_change: No weight tensor moves by more than this fraction of its norm.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
-        jvp: ``"forward"``, ``"finite_difference"`` or ``"double_backward"``; see `Adler`.
-        curvature_every: Measure every so many steps; the steps between use the average.
-        curvature_fraction: Measure on this fraction of the batch; see `Adler`.
-        curvature_warmup: Number of first steps that all measure; see `Adler`.
+        beta: Discount of the average of rates, in [0, 1]; 1 forgets nothing.
+        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
+        guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
+        measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
 
     Raises:
@@ -87,45 +83,217 @@ class AdlerAdam(MeasuredOptimizer):
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
-        beta: float = 0.99,
-        eps: float = 1e-10,
-        trust_region: float | None = 2.0,
-        max_kl: float | None = 0.1,
-        max_relative_change: float | None = 0.1,
         weight_decay: float = 0.0,
-        jvp: str = "forward",
-        curvature_every: int = 1,
-        curvature_fraction: float = 1.0,
-        curvature_warmup: int = 0,
+        beta: float = 0.9999,
+        eps: float = 1e-10,
+        guard: Guard | None = Guard(),
+        measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "adam_eps": adam_eps,
-            "beta": beta,
-            "eps": eps,
-            "trust_region": trust_region,
-            "max_kl": max_kl,
-            "max_relative_change": max_relative_change,
-            "weight_decay": weight_decay,
-            "jvp": jvp,
-            "curvature_every": curvature_every,
-            "curvature_fraction": curvature_fraction,
-            "curvature_warmup": curvature_warmup,
-        }
-        super().__init__(params, model, criterion, options, output_fn)
+        options = {"lr": lr, "betas": betas, "adam_eps": adam_eps, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            model,
+            criterion,
+            options,
+            beta=beta,
+            eps=eps,
+            guard=guard,
+            measure=measure,
+            output_fn=output_fn,
+        )
 
-    def _direction(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        batch: list[RecordedLoss],
-        scale: Tensor | None,
-    ) -> Direction:
-        equal = self._attendance.equal(self.param_groups, self.state)
+    def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
+        equal = self._step_counts.all_equal(self.param_groups, self.state)
         return Adam(self.param_groups, params, gradients, self.state, equal)
 
     def _make_state(self, params: list[Tensor]) -> None:
         for p in params:
-            moments(self.state, p, "exp_avg", "exp_avg_sq")
+            moments(self.state, p, *Adam.moments)
+
+
+class Preconditioned(Direction):
+    r"""$g / (\sqrt{\hat v} + \epsilon_A)$, measured and stepped along.
+
+    The second moment is taken as this gradient would leave it; the state stays until the step.
+
+    Args:
+        groups: With ``betas`` and ``adam_eps``.
+        params: Those with a gradient.
+        gradients: Of this minibatch.
+        state: The optimizer's; holds ``exp_avg_sq`` and ``step``.
+        equal: Whether the counts of a group's parameters are equal, by its id.
+    """
+
+    moments: tuple[str, ...] = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: State,
+        equal: Mapping[int, bool],
+    ) -> None:
+        self._state, self._equal = state, equal
+        of = dict(zip(params, gradients, strict=True))
+        found: dict[Tensor, Tensor] = {}
+        for group in groups:
+            mine = [p for p in group["params"] if p in of]
+            if not mine:
+                continue
+            discount, g = group["betas"][1], local([of[p] for p in mine])
+            states = [moments(state, p, *self.moments) for p in mine]
+            seconds = local([state["exp_avg_sq"] for state in states])
+            squares = list(torch._foreach_mul(seconds, discount))
+            torch._foreach_addcmul_(squares, g, g, 1 - discount)
+            steps = [state["step"] for state in states]
+            if equal[id(group)]:
+                steps = steps[:1]
+            adam_denominators(squares, steps, discount, group["adam_eps"], ahead=1)
+            size = _tensors.squared_norm(squares)
+            # In place: a new tensor costs the host more than a pass over an old one.
+            torch._foreach_reciprocal_(squares)
+            torch._foreach_mul_(squares, g)
+            # A square that overflows would stay in the moment for ever: NaN, and so no step.
+            squares[0].add_((size - size).to(squares[0]))
+            found.update((p, like(part, p)) for p, part in zip(mine, squares, strict=True))
+        super().__init__([found[p] for p in params])
+        self._of = found
+
+    def advance(
+        self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
+    ) -> list[Tensor]:
+        """See `Direction.advance`."""
+        seconds = [moments(self._state, p, *self.moments)["exp_avg_sq"] for p in params]
+        second_moments_(seconds, gradients_of(params), group["betas"][1], skipped)
+        return [self._of[p] for p in params]
+
+
+class Adam(Preconditioned):
+    """Adam's step with decoupled decay; measured along the preconditioned gradient."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """As `Direction.descend`; a step that is skipped leaves the moments as they were."""
+        states = [moments(self._state, p, *self.moments) for p in params]
+        adam_(
+            params,
+            gradients_of(params),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            rate,
+            skipped,
+            betas=group["betas"],
+            eps=group["adam_eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+def second_moments_(
+    squares: Sequence[Tensor], gradients: Sequence[Tensor], discount: float, skip: Tensor
+) -> None:
+    r"""In place, $v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2$, or nothing at all.
+
+    Args:
+        squares: ``v``; updated.
+        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        discount: ``β₂``.
+        skip: 0-dim bool: leave every bit alone.
+    """
+    for (device, _, _), (v, g) in _tensors.local_alike(squares, gradients).items():
+        if _tensors.is_on_host(device) and _tensors.is_on_host(skip.device):
+            if not skip.numpy():
+                torch._foreach_mul_(v, discount)
+                torch._foreach_addcmul_(v, g, g, value=1 - discount)
+            continue
+        apart = torch._foreach_addcmul(v, g, g, value=-1)
+        weight = torch.full((), 1 - discount, dtype=_tensors.widest(device), device=device)
+        _tensors.descend_(v, list(apart), weight, skip)
+
+
+def adam_(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """In place, a step of Adam with decoupled weight decay, or nothing at all.
+
+    Args:
+        params: Tensors to update.
+        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        exp_avgs: First moments; updated.
+        exp_avg_sqs: Second moments; updated.
+        steps: Steps so far, 0-dim float32; updated.
+        rate: 0-dim.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        betas: Discounts of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: ``θ ← θ − min(1, rate · weight_decay) · θ``.
+    """
+    if weight_decay != 0:
+        _tensors.decay_(
+            params, rate * weight_decay
+        )  # the fused kernel's would flip signs at large rates
+    rows = _tensors.local_alike(params, gradients, exp_avgs, exp_avg_sqs, steps)
+    for (device, _, _), (p, g, first, second, counts) in rows.items():
+        veto = skip.to(device, torch.float32)
+        torch._foreach_add_(counts, 1)
+        torch._fused_adamw_(
+            p,
+            g,
+            first,
+            second,
+            [],
+            counts,
+            amsgrad=False,
+            lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+            grad_scale=None,
+            found_inf=veto,
+        )
+        torch._foreach_sub_(counts, [veto] * len(counts))
+
+
+def adam_denominators(
+    squares: list[Tensor],
+    steps: Sequence[Tensor],
+    discount: float,
+    offset: float,
+    ahead: int = 0,
+) -> None:
+    r"""In place, second moments $v$ become $\sqrt{v / (1 - \beta_2^t)} + \epsilon_A$.
+
+    Args:
+        squares: Second moments; overwritten.
+        steps: ``t`` of each, or one of all; 0-dim, less ``ahead``.
+        discount: ``β₂``.
+        offset: ``ε_A``.
+        ahead: Steps to come.
+    """
+    home = squares[0].device
+    # In float64: 1 - 0.999 keeps four digits in float32.
+    corrections = 1 - discount ** (torch.stack([step.to(home) for step in steps]).double() + ahead)
+    if len(corrections) == 1:
+        _tensors.scale_(squares, corrections[0].reciprocal())
+    else:
+        own = [c.to(v.device) for c, v in zip(corrections, squares, strict=True)]
+        torch._foreach_div_(squares, own)
+    torch._foreach_sqrt_(squares)
+    torch._foreach_add_(squares, offset)

@@ -1,63 +1,59 @@
 """What all optimizers of this library share: everything but the direction of the step.
 
-The class is thin: `capture` knows the batch, `measurement` measures, `search` decides, `update`
-moves the parameters. What is kept between steps lives in the param groups.
+`MeasuredOptimizer.step` is five stages: what made the gradient (`adler._recording`), where to go (a
+`Direction`), what the batch says along it (`adler.curvature.measurement`), how far
+(`adler._step_length`), and going there. What is kept between steps is one
+`adler._step_length.SearchState`, which lives in the param groups, and so in checkpoints.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _distributed as distributed
-from adler import _tensors as update
-from adler import losses
+from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
-from adler._carried import CARRIED, Carried, completed
-from adler._optimizers import options as hyperparameters
 from adler._optimizers.direction import Direction
 from adler._optimizers.record import Log, StepRecord
-from adler._optimizers.step_counts import Attendance
+from adler._optimizers.step_counts import StepCounts
+from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss, Recorder
 from adler._recording.replay import is_capturing, unwrap
 from adler._recording.subbatch import part
-from adler._step_length import Guard, Measurement, StepLength, remembered_step_length, step_length
+from adler._step_length import (
+    ENTRIES,
+    Measurement,
+    Rule,
+    SearchState,
+    StepLength,
+    step_length,
+)
 from adler.curvature.measurement import BatchCurvature, batch_curvature
 
-__all__ = ["SHARED", "MeasuredOptimizer"]
+__all__ = ["MeasuredOptimizer"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
 
-# One step length serves all groups, so these have one value.
-SHARED = (
-    "beta",
-    "eps",
-    "trust_region",
-    "max_kl",
-    "max_relative_change",
-    "jvp",
-    "curvature_every",
-    "curvature_fraction",
-    "curvature_warmup",
-)
-# What `MeasuredOptimizer.low_cost` sets.
-LOW_COST = {
-    "jvp": "finite_difference",
-    "curvature_fraction": 0.25,
-    "curvature_every": 8,
-    "curvature_warmup": 100,
-}
 # How far a finite difference may be from the slope that backpropagation found.
 _INCONSISTENCY = 0.2
+
+
+class _Scaling(NamedTuple):
+    """What a GradScaler asks of a step: its scale (NaN: unscaled by the user), and its veto."""
+
+    scale: Tensor | None = None
+    veto: Tensor | None = None
 
 
 class MeasuredOptimizer(Optimizer):
@@ -70,12 +66,20 @@ class MeasuredOptimizer(Optimizer):
         params: Parameters of ``model``, or groups of them, with or without names.
         model: The network whose outputs the loss sees.
         criterion: The loss, reduced to a scalar, or a `ModelLoss`.
-        options: Defaults of the param groups.
+        options: Defaults of the param groups: what may differ from group to group.
+        beta: Discount of the average of rates.
+        eps: Bounds a minibatch's rate by its inverse.
+        guard: How long a step may be.
+        measure: How, and how often, curvature is measured.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
     """
 
     _mean: ClassVar[DiscountedMean]
-    _shared: ClassVar[tuple[str, ...]] = SHARED
+
+    def __new__(cls: type[Self], *_: Any, **options: Any) -> Self:
+        """Refuses unknown options by name, and says where one is that has moved."""
+        _options.check_moved(cls, options)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -83,6 +87,11 @@ class MeasuredOptimizer(Optimizer):
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         options: dict[str, Any],
+        *,
+        beta: float,
+        eps: float,
+        guard: Guard | None,
+        measure: Measure,
         output_fn: Callable[[Any], Tensor] | None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -98,11 +107,16 @@ class MeasuredOptimizer(Optimizer):
             raise TypeError(f"criterion: expected a loss, got {type(criterion).__name__}")
         if output_fn is not None and not callable(output_fn):
             raise TypeError(f"output_fn: expected a function, got {type(output_fn).__name__}")
+        if guard is not None and not isinstance(guard, Guard):
+            raise TypeError(f"guard: expected an adler.Guard or None, got {type(guard).__name__}")
+        if not isinstance(measure, Measure):
+            raise TypeError(f"measure: expected an adler.Measure, got {type(measure).__name__}")
         self.model, self.criterion, self.output_fn = model, criterion, output_fn
+        self.beta, self.eps, self.guard, self.measure = beta, eps, guard, measure
         self._hessian = self._loss_hessian()  # refuses reduction="none"
-        hyperparameters.check(options)
+        _options.check({"beta": beta, "eps": eps, **options})
         self._names = _names_of(model)
-        self._attendance = Attendance()
+        self._step_counts = StepCounts()
         super().__init__(params, options)
         self._attach()
 
@@ -148,7 +162,7 @@ class MeasuredOptimizer(Optimizer):
                 says what to do; parameters and state are unchanged. Also under CUDA-graph capture:
                 a step saves and sets the states of the random number generators and counts its
                 steps, which the host does.
-            ValueError: If explicit targets do not fit the outputs, or ``curvature_fraction`` meets
+            ValueError: If explicit targets do not fit the outputs, or ``Measure.fraction`` meets
                 a batch that it cannot divide.
         """
         if is_capturing():
@@ -162,90 +176,94 @@ class MeasuredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            hyperparameters.check(group)
-            self._check_shared(group)
-        shared = self.param_groups[0]
-        average, _, remembered, steps = Carried.of(shared)
-        every = 1 if steps < shared["curvature_warmup"] else shared["curvature_every"]
-        measures = steps % every == 0
+            _options.check(group)
         params, gradients = self._gradients()
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
+        state = SearchState.of(self.param_groups[0], self._scalar_device)
+        measures = self.measure.is_due(state.steps)
+        # What can be refused is refused before anything changes.
         ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
-        batch = self._batch(inputs, targets) if measures else []  # raises before anything changes
-        untouched = self._recorder.untouched()
-        scale, veto = self._amp_unscale(gradients)
-        course = self._direction(params, gradients, batch, scale)
-        direction = course.along
-        guard = Guard(*(shared[key] for key in Guard._fields))
-        reach: Tensor | None = None
-        if guard.max_relative_change is None:
-            squared_norm = update.squared_norm(direction, self._home)
-        else:
-            squared_norm, reach = update.squared_norm_and_reach(params, direction, self._home)
-        plain = direction is gradients
-        slope = squared_norm if plain else update.dot(gradients, direction, self._home)
-        curvature = consistency = torch.full_like(squared_norm, math.nan)
-        trusted: Tensor | None = None
-        if measures:
-            measured = course.curvature or self._measure(
-                batch, params, direction, slope, squared_norm, scale
+        batch = self._batch(inputs, targets) if measures else None
+        unmodified = self._recorder.gradients_unmodified()
+        scaling = self._amp_unscale(gradients)
+        direction = self._direction(params, gradients)
+        try:
+            seen, consistency = self._look(
+                batch, params, gradients, direction, state, scaling, ranks, unmodified
             )
-            finite = measured.finite if veto is None else measured.finite & ~veto
-            seen, predicted = _of_all_ranks(
-                Measurement(slope, measured.value, squared_norm, measured.nat, reach, finite),
-                measured.slope,
-                ranks,
-            )
-            slope, curvature = seen.slope, seen.curvature
-            if predicted is not None and untouched:
-                consistency = predicted / slope
-                if measured.engine == "finite_difference":
-                    # (A NaN is for the search to find.)
-                    trusted = ~((consistency - 1).abs() > _INCONSISTENCY)
-            found, average = step_length(
-                seen._replace(trusted=trusted),
-                average,
-                self._mean,
-                guard,
-                # The average forgets by steps, not by measurements.
-                beta=shared["beta"] ** every,
-                eps=shared["eps"],
-                remembered=remembered,
-                # As many parts as make one batch.
-                smoothing=1 - shared["curvature_fraction"],
-            )
-        else:
-            if veto is not None:
-                slope = torch.where(veto, math.nan, slope)
-            slope, squared_norm = distributed.mean((slope, squared_norm), ranks)
-            found = remembered_step_length(
-                slope,
-                squared_norm,
-                reach,
-                remembered,
-                average,
-                self._mean,
-                guard,
-                eps=shared["eps"],
-            )
-        self._apply(found, course)
-        carried = Carried(average, found.minibatch_lr, found.remembered, steps + 1)
+        except BaseException:
+            direction.undo()
+            raise
+        found, state = step_length(seen, state, self._rule(state.steps))
+        self._descend(found, direction)
         for group in self.param_groups:
-            group.update(carried.entries())
-        self._log.write(found, slope, curvature, consistency, trusted)
+            group.update(state.entries())
+        self._log.write(found, seen, consistency)
         self._recorder.clear()
         return loss
 
-    def _direction(
+    def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
+        """What this step goes along."""
+        return Direction(gradients)
+
+    def _rule(self, steps: int) -> Rule:
+        """How the step after so many is chosen."""
+        # The average forgets by steps, not by measurements; parts of as many as make one batch.
+        beta, smoothing = self.beta ** self.measure.interval(steps), 1 - self.measure.fraction
+        return Rule(self._mean, beta, self.eps, self.guard, smoothing)
+
+    def _look(
         self,
+        batch: list[RecordedLoss] | None,
         params: list[Tensor],
         gradients: list[Tensor],
-        batch: list[RecordedLoss],
-        scale: Tensor | None,
-    ) -> Direction:
-        """What this step goes along; ``batch`` is empty where the step does not measure."""
-        return Direction(gradients)
+        direction: Direction,
+        state: SearchState,
+        scaling: _Scaling,
+        ranks: list[Any],
+        unmodified: bool,
+    ) -> tuple[Measurement, Tensor]:
+        """What this step knows along its direction, and how well the measurement fits ``g·d``.
+
+        Args:
+            batch: What made the gradient; None: this step does not measure curvature.
+            params: Those with a gradient.
+            gradients: Theirs, unscaled.
+            direction: Of the step.
+            state: After the step before.
+            scaling: Of a GradScaler.
+            ranks: Process groups to agree with.
+            unmodified: Whether the gradients are as the backward pass left them.
+        """
+        along, home = direction.along, self._scalar_device
+        unit_change: Tensor | None = None
+        if self.guard is None or self.guard.max_relative_change is None:
+            squared_norm = _tensors.squared_norm(along, home)
+        else:
+            squared_norm, unit_change = _tensors.squared_norm_and_unit_change(params, along, home)
+        plain = along is gradients
+        slope = squared_norm if plain else _tensors.dot(gradients, along, home)
+        unknown = torch.full_like(slope, math.nan)
+        if batch is None:
+            if scaling.veto is not None:
+                slope = torch.where(scaling.veto, math.nan, slope)
+            slope, squared_norm = distributed.mean((slope, squared_norm), ranks)
+            return Measurement(slope, squared_norm, unit_change=unit_change), unknown
+        measured = self._measure(batch, params, along, slope, squared_norm, state, scaling.scale)
+        finite = measured.finite if scaling.veto is None else measured.finite & ~scaling.veto
+        seen, predicted = _of_all_ranks(
+            Measurement(slope, squared_norm, measured.value, measured.nat, unit_change, finite),
+            measured.slope,
+            ranks,
+        )
+        if predicted is None or not unmodified:
+            return seen, unknown
+        consistency = predicted / seen.slope
+        if measured.engine == "finite_difference":
+            # (A NaN is for the search to find.)
+            seen = seen._replace(trusted=~((consistency - 1).abs() > _INCONSISTENCY))
+        return seen, consistency
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters with a gradient, and the gradients."""
@@ -282,67 +300,69 @@ class MeasuredOptimizer(Optimizer):
             raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
         else:
             batch = self._recorder.losses()
-        return part(batch, self.param_groups[0]["curvature_fraction"], self.criterion)
+        return part(batch, self.measure.fraction, self.criterion)
 
     def _measure(
         self,
         batch: list[RecordedLoss],
         params: list[Tensor],
-        direction: list[Tensor],
+        along: list[Tensor],
         slope: Tensor,
         squared_norm: Tensor,
+        state: SearchState,
         scale: Tensor | None,
-        hessian: losses.LossHessian | None = None,
     ) -> BatchCurvature:
         """The batch's curvature; remembers a fallback from the forward engine."""
-        shared = self.param_groups[0]
-        average, minibatch_lr, _, _ = Carried.of(shared)
-        rate = self._mean.read(average)
+        rate = self._mean.read(state.rates)
         # Even a distrusted measurement tells the next one how far to look.
-        rate = torch.where(rate > 0, rate, minibatch_lr)
+        rate = torch.where(rate > 0, rate, state.minibatch_lr)
         names = [self._names[p] for p in params]
         found = batch_curvature(
             batch,
             dict(zip(names, params, strict=True)),
-            dict(zip(names, direction, strict=True)),
+            dict(zip(names, along, strict=True)),
             self.criterion,
-            self._hessian if hessian is None else hessian,
-            jvp=shared["jvp"],
+            self._hessian,
+            jvp=self.measure.jvp,
             squared_norm=squared_norm,
             slope=slope,
             rate=rate,
-            wants_nat=shared["max_kl"] is not None,
+            wants_nat=self._needs_kl_scale,
             amp_scale=scale,
         )
         self._remember_engine(found.engine)
         return found
 
-    def _remember_engine(self, engine: str) -> None:
-        for group in self.param_groups:
-            group["jvp"] = engine
+    @property
+    def _needs_kl_scale(self) -> bool:
+        return self.guard is not None and self.guard.max_kl is not None
 
-    def _apply(self, found: StepLength, course: Direction) -> None:
+    def _remember_engine(self, engine: str) -> None:
+        if engine != self.measure.jvp:
+            self.measure = dataclasses.replace(self.measure, jvp=engine)
+
+    def _descend(self, found: StepLength, direction: Direction) -> None:
         for group in self.param_groups:
             lr = group["lr"]
             rate = found.rate * (lr.to(found.rate).squeeze() if isinstance(lr, Tensor) else lr)
             group["effective_lr"] = rate
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                course.descend(group, params, rate, found.skipped)
-        course.settle(found.skipped)
+                direction.descend(group, params, rate, found.skipped)
+        direction.finish(found.skipped)
 
-    def _amp_unscale(self, gradients: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Takes over from a GradScaler: its scale (unscales in place), and whether it vetoes."""
+    def _amp_unscale(self, gradients: list[Tensor]) -> _Scaling:
+        """Takes over from a GradScaler: unscales in place, unless the user has."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
-            return None, None
-        scale = getattr(self, "grad_scale", None)
+            return _Scaling()
+        scale, home = getattr(self, "grad_scale", None), self._scalar_device
         if scale is not None:
             for gradient in distributed.local(gradients):
                 gradient.div_(scale.to(gradient.device))
         else:
-            scale = torch.full((), math.nan, device=self._home)  # unscaled by the user
-        return scale.to(self._home), found_inf.to(self._home).bool().squeeze()
+            scale = torch.full((), math.nan, device=home)
+        return _Scaling(scale.to(home), found_inf.to(home).bool().squeeze())
 
     @classmethod
     def low_cost(
@@ -352,30 +372,24 @@ class MeasuredOptimizer(Optimizer):
         criterion: Callable[..., Tensor],
         **overrides: Any,
     ) -> Self:
-        """Measures rarely and on a part of the batch: a few percent above SGD's step.
+        """With ``measure=Measure.low_cost()``: finite differences in place of forward mode.
 
-        ``jvp="finite_difference"``, ``curvature_fraction=1/4``, ``curvature_every=8`` after the
-        first hundred steps, all of which measure: on the plateau where a network starts, a ratio
-        that is eight steps old says nothing of what comes next, and could kill every unit. A part's
-        finite difference runs two forward passes without gradients on it (see
-        `adler._recording.subbatch`): two thirds of a quarter of a step, every eighth step, or 2 %
-        of SGD's. Four parts make one
-        batch, so the curvature is averaged over the last 32 steps, and the rate over the last
-        hundred as always. Between measurements the bounds follow the present gradient.
+        Works for any op, and takes two passes without gradients on a quarter of the batch at every
+        eighth step: 2 % of SGD's time. Under bfloat16 its curvatures are off by up to 30 %.
 
         Args:
             params: See the class.
             model: See the class.
             criterion: See the class.
-            **overrides: Keyword arguments of the class, in place of these.
+            **overrides: Keyword arguments of the class, in place of this.
 
         Examples:
             >>> from adler import Adler
             >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
-            >>> Adler.low_cost(model.parameters(), model, criterion).defaults["curvature_every"]
-            8
+            >>> Adler.low_cost(model.parameters(), model, criterion).measure.jvp
+            'finite_difference'
         """
-        return cls(params, model, criterion, **{**LOW_COST, **overrides})
+        return cls(params, model, criterion, **{"measure": Measure.low_cost(), **overrides})
 
     # --- what a user reads -----------------------------------------------------------------------
 
@@ -430,31 +444,28 @@ class MeasuredOptimizer(Optimizer):
         """Adds a group of parameters of the model, with its own ``lr`` and ``weight_decay``.
 
         Raises:
-            ValueError: If a parameter is not the model's, or a shared option differs.
+            ValueError: If a parameter is not the model's, or an option is not a group's.
         """
         if isinstance(param_group, dict) and "params" in param_group:
             param_group = {**param_group, "params": _as_list(param_group["params"])}
             self._check_group(param_group)
-            if self.param_groups:
-                shared = {key: self.param_groups[0][key] for key in self._shared}
-                param_group = {**shared, **param_group}
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
         if group is first:
-            first.update(Carried.fresh(self._home).entries())
-        group.update({key: first[key] for key in CARRIED})
+            first.update(SearchState.empty(self._scalar_device).entries())
+        group.update({key: first[key] for key in ENTRIES})
         group.setdefault("effective_lr", torch.zeros_like(first["rate_total"]))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         # A scheduler made in the middle of training needs initial_lr.
         known = {"params", "param_names", "effective_lr", "initial_lr"}
-        allowed = {*known, *self.defaults, *CARRIED}
+        allowed = {*known, *self.defaults, *ENTRIES}
         if unknown := sorted(group.keys() - allowed):
             raise ValueError(
-                f"unknown option {unknown[0]!r} in a parameter group: a group may set {self._own}"
+                f"{unknown[0]!r} is no option of a parameter group: one step length serves all "
+                f"groups, and a group may set {', '.join(sorted(self.defaults))}"
             )
-        hyperparameters.check({**self.defaults, **group})
-        self._check_shared(group)
+        _options.check({**self.defaults, **group})
         names = self._names
         for entry in group["params"]:
             parameter = entry[1] if isinstance(entry, tuple) else entry
@@ -471,21 +482,6 @@ class MeasuredOptimizer(Optimizer):
                     f"params: a parameter of shape {tuple(parameter.shape)} is not a parameter of "
                     "the model given to the optimizer; the curvature needs the model that holds it"
                 )
-
-    def _check_shared(self, group: Mapping[str, Any]) -> None:
-        shared = self.param_groups[0] if self.param_groups else self.defaults
-        for key in self._shared:
-            if group.get(key, shared[key]) != shared[key]:
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group: one step length serves all "
-                    f"groups, so {key} is the optimizer's ({shared[key]!r}); only {self._own} may "
-                    "differ"
-                )
-
-    @property
-    def _own(self) -> str:
-        """What a group may set."""
-        return ", ".join(sorted(self.defaults.keys() - set(self._shared)))
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         """A twin on the copied model; a criterion without parameters is shared with the loop."""
@@ -509,9 +505,39 @@ class MeasuredOptimizer(Optimizer):
                 lines.append(f"    {key}: {shown}")
         return "\n".join([*lines, ")"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, and under ``"search"`` the options that all groups share.
+
+        They are plain numbers, strings and dictionaries.
+        """
+        return {**super().state_dict(), "search": self._shared_options()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads state, groups and shared options: what the checkpoint holds is what counts.
+
+        Raises:
+            ValueError: If the groups are others.
+        """
+        own = dict(state_dict)
+        shared = own.pop("search", None)
+        super().load_state_dict(own)
+        if shared is None:  # a tool that saves no more than state and groups
+            return
+        for name, value in shared.items():
+            kind = {"guard": Guard, "measure": Measure}.get(name)
+            setattr(self, name, value if kind is None else _options.from_plain(kind, value))
+
+    def _shared_options(self) -> dict[str, Any]:
+        return {
+            "beta": self.beta,
+            "eps": self.eps,
+            "guard": _options.plain(self.guard),
+            "measure": _options.plain(self.measure),
+        }
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the hooks, which are made anew."""
-        kept = ("model", "criterion", "output_fn", "_model_loss")
+        kept = ("model", "criterion", "output_fn", "_model_loss", *self._shared_options())
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -521,16 +547,15 @@ class MeasuredOptimizer(Optimizer):
             self._hessian = self._loss_hessian()
             self._names = _names_of(self.model)
             self._attach()
-        self._attendance = Attendance()
+        self._step_counts = StepCounts()
         first = self.param_groups[0]
-        carried = completed(first, self._home)
+        search = SearchState.of(first, self._scalar_device)
         for group in self.param_groups:
-            group.pop("rate_bound", None)  # of old checkpoints
             for key, default in self.defaults.items():
                 group.setdefault(key, first.get(key, default))
-            group.update(carried)
+            group.update(search.entries())
             group["effective_lr"] = torch.as_tensor(group.get("effective_lr", 0.0)).to(
-                carried["rate_total"]
+                search.minibatch_lr
             )
 
     def _attach(self) -> None:
@@ -548,7 +573,7 @@ class MeasuredOptimizer(Optimizer):
         self._log = Log()
 
     @property
-    def _home(self) -> torch.device:
+    def _scalar_device(self) -> torch.device:
         """Where the scalars live: with the first parameter."""
         everything = (p for group in self.param_groups for p in group["params"])
         return next((p.device for p in everything), torch.device("cpu"))
@@ -560,11 +585,22 @@ def _of_all_ranks(
     """Means over the ranks: of what this one has measured, and of ``⟨∂h/∂F, v⟩``."""
     if not ranks:
         return seen, predicted
+    assert seen.curvature is not None
+    assert seen.loss_per_nat is not None
+    assert seen.finite is not None
     known = torch.full_like(seen.slope, math.nan) if predicted is None else predicted
-    slope, curvature, squared_norm, nat, finite, known = distributed.mean(
-        (*seen[:4], seen.finite.to(seen.slope), known), ranks
+    slope, squared_norm, curvature, per_nat, finite, known = distributed.mean(
+        (
+            seen.slope,
+            seen.squared_norm,
+            seen.curvature,
+            seen.loss_per_nat,
+            seen.finite.to(seen.slope),
+            known,
+        ),
+        ranks,
     )
-    joint = Measurement(slope, curvature, squared_norm, nat, seen.reach, finite == 1)
+    joint = Measurement(slope, squared_norm, curvature, per_nat, seen.unit_change, finite == 1)
     return joint, None if predicted is None else known
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from adler._optimizers.direction import adam_denominators
+from adler._optimizers.adam import adam_denominators
 
 __all__ = ["FRESH", "Update", "fresh"]
 

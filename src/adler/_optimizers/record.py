@@ -1,14 +1,15 @@
-"""What a step did, for whoever reads it, and warnings of what goes wrong for long."""
+"""Step records, and warnings about failures that last."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adler._optimizers.watch import Watch
-from adler._step_length import StepLength
+from adler._step_length import Measurement, StepLength
 
 __all__ = ["Log", "StepRecord"]
 
@@ -29,7 +30,7 @@ class StepRecord(NamedTuple):
 
     Attributes:
         minibatch_lr: ``η_k``, the minimiser of this minibatch's quadratic model; between
-            measurements (``curvature_every``), with the last measured ratio of ``c`` to ``d·d``.
+            measurements, with the last measured ratio of ``c`` to ``d·d``.
         effective_lr: The rate applied, before a group's ``lr``; 0 where the step was skipped.
         slope: ``g·d``.
         curvature: ``c = vᵀ Q v``; NaN where this step did not measure.
@@ -59,29 +60,20 @@ class Log:
         self.last: StepRecord | None = None
         self._skipped, self._distrusted = Watch(_SKIPPED), Watch(_DISTRUSTED)
 
-    def write(
-        self,
-        found: StepLength,
-        slope: Tensor,
-        curvature: Tensor,
-        consistency: Tensor,
-        trusted: Tensor | None,
-    ) -> None:
+    def write(self, found: StepLength, seen: Measurement, consistency: Tensor) -> None:
         """Takes note of one step.
 
         Args:
             found: What the search found.
-            slope: ``g·d``.
-            curvature: ``c``.
+            seen: What it went by.
             consistency: See `StepRecord`.
-            trusted: Whether the measurement was believed; None if that is not in question.
         """
-        last = self.last
+        last, curvature = self.last, seen.curvature
         self.last = StepRecord(
             found.minibatch_lr,
             found.rate,
-            slope,
-            curvature,
+            seen.slope,
+            torch.full_like(seen.slope, math.nan) if curvature is None else curvature,
             found.clipped,
             found.skipped,
             found.clipped.long() if last is None else last.clipped_total + found.clipped,
@@ -89,5 +81,5 @@ class Log:
             consistency,
         )
         self._skipped.observe(found.skipped)
-        if trusted is not None:
-            self._distrusted.observe(torch.logical_not(trusted))
+        if seen.trusted is not None:
+            self._distrusted.observe(torch.logical_not(seen.trusted))

@@ -1,31 +1,35 @@
-"""`Adler` and `GaussNewton`: what they search along, and how they average."""
+"""`Adler`, SGD with a measured rate, and its baseline `GaussNewton`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adler import _averaging as averaging
-from adler import losses
-from adler._averaging import Average
-from adler._distributed import groups_of
-from adler._optimizers.base import MeasuredOptimizer
-from adler._optimizers.direction import Direction, Momentum, moments
-from adler._optimizers.joint import joint_direction
+from adler import _tensors, losses
+from adler._optimizers.average import AveragedOptimizer
+from adler._optimizers.direction import (
+    Direction,
+    State,
+    count_,
+    decay_,
+    gradients_of,
+    moments,
+)
+from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
-from adler._recording.recorder import RecordedLoss
-from adler.curvature.measurement import BatchCurvature
 
-__all__ = ["Adler", "GaussNewton"]
+__all__ = ["Adler", "GaussNewton", "Momentum"]
 
 Self = TypeVar("Self", bound="Adler")
 
 
-class Adler(MeasuredOptimizer):
-    r"""Stochastic gradient descent with a measured learning rate: nothing to tune.
+class Adler(AveragedOptimizer):
+    r"""Stochastic gradient descent with a measured learning rate and averaged iterates.
 
     Each step minimises the minibatch's generalized Gauss-Newton model along the gradient and
     averages the minimisers, with discount, in log space:
@@ -37,7 +41,9 @@ class Adler(MeasuredOptimizer):
     \quad \theta \leftarrow \theta - \min(\hat\eta_k, \rho_k)\, g,
     $$
 
-    where $\rho_k$ is how far the model is trusted: the rules are in `adler._step_length`.
+    where $\rho_k$ is how far the model is trusted (the rules are in `adler._step_length`), and
+    $\theta$ lies between an iterate and the average of all iterates, which is what is tested and
+    kept: see `adler._optimizers.average`. ``interpolation=None`` keeps the last iterate.
 
     The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
 
@@ -48,29 +54,20 @@ class Adler(MeasuredOptimizer):
             for any other callable the targets go to `step`. A loss that the model computes itself
             is a `ModelLoss`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
-        beta: Discount of the average, in [0, 1).
-        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
-        trust_region: A step is at most this many minibatch rates long: the model is back at its
-            start at 2. ``None``: no guard at all, whatever the next two say.
-        max_kl: A step moves the batch's predictions by at most so many nats an example, for losses
-            that are log-likelihoods; regression losses take the residuals' variance for scale.
-            ``None``: by any number.
-        max_relative_change: No weight tensor moves by more than this fraction of its norm.
-            ``None``: by any fraction.
-        weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         momentum: ``μ`` in [0, 1), per group: the step goes along the bias-corrected average
             $\hat m$ of the gradients, ``m ← μ m + (1 − μ) g``, at the rate measured along ``g``.
-            ``"joint"``: measured with the rate, as the minimiser over the plane of the gradient and
-            the last step (`adler._optimizers.joint`), by one more Jacobian-vector product.
-        jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
-            ``"double_backward"``.
-        curvature_every: Measure every so many steps; the steps between use the average, under the
-            bounds that the last measurement gives along their own direction.
-        curvature_fraction: Measure on this fraction of the batch, its first examples; the parts'
-            curvatures are averaged over as many as make one batch. See `adler._recording.subbatch`.
-        curvature_warmup: Number of first steps that all measure, whatever ``curvature_every``.
+        weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
+        interpolation: ``β`` in (0, 1): gradients are taken between the iterate and its average,
+            which is what is tested and kept; see `adler._optimizers.average`. ``None``: the last
+            iterate is, and a schedule must let the rate fall.
+        beta: Discount of the average of rates, in [0, 1]; 1 forgets nothing.
+        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
+        guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
+        measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
+        follow_mode: Whether a call of the model brings the weights of its mode: the average after
+            ``model.eval()``, without gradients; if not, only `eval` and `train` do.
 
     Every group carries ``effective_lr``, the rate of its last step; `last_step` says more.
 
@@ -105,89 +102,49 @@ class Adler(MeasuredOptimizer):
         criterion: Callable[..., Tensor] | ModelLoss,
         *,
         lr: float | Tensor = 1.0,
-        beta: float = 0.99,
-        eps: float = 1e-10,
-        trust_region: float | None = 2.0,
-        max_kl: float | None = 0.1,
-        max_relative_change: float | None = 0.1,
+        momentum: float = 0.0,
         weight_decay: float = 0.0,
-        momentum: float | str = 0.0,
-        jvp: str = "forward",
-        curvature_every: int = 1,
-        curvature_fraction: float = 1.0,
-        curvature_warmup: int = 0,
+        interpolation: float | None = 0.9,
+        beta: float = 0.9999,
+        eps: float = 1e-10,
+        guard: Guard | None = Guard(),
+        measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
+        follow_mode: bool = True,
     ) -> None:
+        self.follow_mode = follow_mode
         options = {
             "lr": lr,
-            "beta": beta,
-            "eps": eps,
-            "trust_region": trust_region,
-            "max_kl": max_kl,
-            "max_relative_change": max_relative_change,
-            "weight_decay": weight_decay,
             "momentum": momentum,
-            "jvp": jvp,
-            "curvature_every": curvature_every,
-            "curvature_fraction": curvature_fraction,
-            "curvature_warmup": curvature_warmup,
+            "weight_decay": weight_decay,
+            "interpolation": interpolation,
         }
-        super().__init__(params, model, criterion, options, output_fn)
-
-    def _direction(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        batch: list[RecordedLoss],
-        scale: Tensor | None,
-    ) -> Direction:
-        shared = self.param_groups[0]
-        if shared["momentum"] != "joint":
-            plain = all(group["momentum"] == 0 for group in self.param_groups)
-            if plain:
-                return Direction(gradients)
-            equal = self._attendance.equal(self.param_groups, self.state)
-            return Momentum(gradients, self.state, equal)
-
-        if groups_of(self._recorder.ddp, params):
-            raise RuntimeError(
-                "step(): momentum='joint' does not run on several processes: each would find a "
-                "momentum of its own; pass a number"
-            )
-
-        def measure(
-            direction: list[Tensor], squared_norm: Tensor, hessian: losses.LossHessian
-        ) -> BatchCurvature:
-            return self._measure(
-                batch, params, direction, squared_norm, squared_norm, scale, hessian
-            )
-
-        return joint_direction(
+        super().__init__(
             params,
-            gradients,
-            self.state,
-            shared,
-            Average(shared["rate_total"], shared["rate_weight"]),
-            self._mean,
-            measure if batch else None,
-            self._hessian,
+            model,
+            criterion,
+            options,
+            beta=beta,
+            eps=eps,
+            guard=guard,
+            measure=measure,
+            output_fn=output_fn,
         )
 
-    def _make_state(self, params: list[Tensor]) -> None:
-        momentum = {p: group["momentum"] for group in self.param_groups for p in group["params"]}
-        for p in params:
-            if momentum[p] not in (0, "joint"):
-                moments(self.state, p, "exp_avg")
+    def _interpolation(self, group: Mapping[str, Any]) -> float | None:
+        value: float | None = group["interpolation"]
+        return value
 
-    def _check_shared(self, group: Mapping[str, Any]) -> None:
-        super()._check_shared(group)
-        shared = self.param_groups[0] if self.param_groups else self.defaults
-        kinds = [which.get("momentum", shared["momentum"]) for which in (group, shared)]
-        if (kinds[0] == "joint") != (kinds[1] == "joint"):
-            raise ValueError(
-                f"momentum={kinds[0]!r} in a parameter group, {kinds[1]!r} in another: the joint "
-                "minimiser is one for all groups, so momentum='joint' is the optimizer's"
-            )
+    def _inner_direction(
+        self, params: list[Tensor], gradients: list[Tensor], equal: Mapping[int, bool]
+    ) -> Direction:
+        if all(group["momentum"] == 0 for group in self.param_groups):
+            return Direction(gradients)
+        return Momentum(gradients, self.state, equal)
+
+    def _make_inner_state(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        if group["momentum"] != 0:
+            moments(self.state, p, "exp_avg")
 
     @classmethod
     def as_published(
@@ -199,8 +156,9 @@ class Adler(MeasuredOptimizer):
     ) -> Self:
         """Algorithm 1 to the letter, whatever the defaults become.
 
-        ``lr=1``, ``beta=0.99``, ``eps=1e-10``, an exact Jacobian-vector product at every step, no
-        guard, no momentum. On networks without normalisation it can diverge; see the documentation.
+        ``lr=1``, ``beta=0.99``, ``eps=1e-10``, an exact Jacobian-vector product on the whole batch
+        at every step, no guard, no momentum, no average of iterates. On networks without
+        normalisation it can diverge; see the documentation.
 
         Args:
             params: See the class.
@@ -210,23 +168,19 @@ class Adler(MeasuredOptimizer):
         """
         published: dict[str, Any] = {
             "lr": 1.0,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+            "interpolation": None,
             "beta": 0.99,
             "eps": 1e-10,
-            "trust_region": None,
-            "max_kl": None,
-            "max_relative_change": None,
-            "weight_decay": 0.0,
-            "momentum": 0.0,
-            "jvp": "forward",
-            "curvature_every": 1,
-            "curvature_fraction": 1.0,
-            "curvature_warmup": 0,
+            "guard": None,
+            "measure": Measure.every_step(),
         }
         return cls(params, model, criterion, **{**published, **overrides})
 
 
 class GaussNewton(Adler):
-    r"""The baseline that ADLER is compared with: outer products of output gradients.
+    r"""The empirical-Fisher baseline that ADLER is compared with: the thesis's Gauss-Newton.
 
     Everything is as in `Adler` but two pieces. The loss Hessian is replaced by the outer products
     of the per-example output gradients (in the field's terms the empirical Fisher of the outputs,
@@ -251,3 +205,58 @@ class GaussNewton(Adler):
 
     def _loss_hessian(self) -> losses.LossHessian:
         return losses.EmpiricalFisher(self.criterion)
+
+
+class Momentum(Direction):
+    """The bias-corrected exponential average of the gradients; measured along the gradient.
+
+    Args:
+        gradients: Of this minibatch.
+        state: The optimizer's; holds ``exp_avg`` and ``step`` where a group has momentum.
+        equal: Whether the counts of a group's parameters are equal, by its id.
+    """
+
+    def __init__(self, gradients: list[Tensor], state: State, equal: Mapping[int, bool]) -> None:
+        super().__init__(gradients)
+        self._state, self._equal = state, equal
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """As `Direction.descend`; a step that is skipped leaves the average as it was."""
+        momentum = group["momentum"]
+        if momentum == 0:
+            super().descend(group, params, rate, skipped)
+            return
+        decay_(group, params, rate)
+        averages, steps = self._averages(params)
+        count_(steps, skipped)
+        _tensors.lerp_(averages, gradients_of(params), 1 - momentum, skipped)
+        rows = _tensors.local_alike(params, averages, steps)
+        for (device, _, _), (p, m, counts) in rows.items():
+            rates = rate.to(device) / _corrections(counts, momentum, device)
+            _tensors.descend_each_(p, m, rates, skipped.to(device), self._equal[id(group)])
+
+    def advance(
+        self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
+    ) -> list[Tensor]:
+        """See `Direction.advance`."""
+        momentum = group["momentum"]
+        if momentum == 0:
+            return super().advance(group, params, skipped)
+        averages, steps = self._averages(params)
+        _tensors.lerp_(averages, gradients_of(params), 1 - momentum, skipped)
+        corrections = [
+            _corrections([step], momentum, m.device)[0]
+            for m, step in zip(averages, steps, strict=True)
+        ]
+        return list(torch._foreach_div(averages, corrections))
+
+    def _averages(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        states = [moments(self._state, p, "exp_avg") for p in params]
+        return [mine["exp_avg"] for mine in states], [mine["step"] for mine in states]
+
+
+def _corrections(steps: Sequence[Tensor], momentum: float, device: torch.device) -> Tensor:
+    """``1 - μ^t`` of each; 0 before any step, which is skipped."""
+    return 1 - momentum ** torch.stack(list(steps)).to(_tensors.widest(device))

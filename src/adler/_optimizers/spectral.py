@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adler import _averaging as averaging
+from adler import _options
 from adler._distributed import groups_of
-from adler._optimizers.base import SHARED, MeasuredOptimizer
+from adler._optimizers.base import MeasuredOptimizer
+from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss
+from adler._step_length import SearchState
 from adler.curvature.measurement import BatchCurvature
 from adler.curvature.spectral import batch_gershgorin_curvature, batch_spectral_curvature
-from adler.losses import LossHessian
 
 __all__ = ["SpectralSGD"]
 
@@ -51,16 +53,11 @@ class SpectralSGD(MeasuredOptimizer):
         lr: Multiplies the rate, so that learning-rate schedulers work; per group.
         power_iterations: Of each measurement; the first takes thirty times as many.
         gershgorin_columns: Of each measurement, in place of power iteration; ``None``: none.
-        beta: Discount of the geometric mean of the rates, in [0, 1); 0: the last one.
-        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
-        trust_region: A step is at most this many minibatch rates long; ``None``: no guard at all.
-        max_kl: See `Adler`.
-        max_relative_change: See `Adler`.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
-        jvp: See `Adler`.
-        curvature_every: Measure every so many steps; the steps between use the average.
-        curvature_fraction: Measure on this fraction of the batch; see `Adler`.
-        curvature_warmup: Number of first steps that all measure; see `Adler`.
+        beta: Discount of the geometric mean of the rates, in [0, 1]; 0: the last one.
+        eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
+        guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
+        measure: How, and how often, the eigenvalue is measured. See `Measure`.
         output_fn: See `Adler`.
 
     Raises:
@@ -81,7 +78,6 @@ class SpectralSGD(MeasuredOptimizer):
     """
 
     _mean = averaging.geometric
-    _shared = (*SHARED, "power_iterations", "gershgorin_columns")
 
     def __init__(
         self,
@@ -92,44 +88,45 @@ class SpectralSGD(MeasuredOptimizer):
         lr: float | Tensor = 1.0,
         power_iterations: int = 1,
         gershgorin_columns: int | None = None,
+        weight_decay: float = 0.0,
         beta: float = 0.99,
         eps: float = 1e-10,
-        trust_region: float | None = 2.0,
-        max_kl: float | None = None,
-        max_relative_change: float | None = None,
-        weight_decay: float = 0.0,
-        jvp: str = "forward",
-        curvature_every: int = 1,
-        curvature_fraction: float = 1.0,
-        curvature_warmup: int = 0,
+        guard: Guard | None = Guard(max_relative_change=None),
+        measure: Measure = Measure.every_step(),
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        options = {
-            "lr": lr,
-            "power_iterations": power_iterations,
-            "gershgorin_columns": gershgorin_columns,
-            "beta": beta,
-            "eps": eps,
-            "trust_region": trust_region,
-            "max_kl": max_kl,
-            "max_relative_change": max_relative_change,
-            "weight_decay": weight_decay,
-            "jvp": jvp,
-            "curvature_every": curvature_every,
-            "curvature_fraction": curvature_fraction,
-            "curvature_warmup": curvature_warmup,
+        own = {"power_iterations": power_iterations, "gershgorin_columns": gershgorin_columns}
+        _options.check(own)
+        self.power_iterations, self.gershgorin_columns = power_iterations, gershgorin_columns
+        options = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            model,
+            criterion,
+            options,
+            beta=beta,
+            eps=eps,
+            guard=guard,
+            measure=measure,
+            output_fn=output_fn,
+        )
+
+    def _shared_options(self) -> dict[str, Any]:
+        return {
+            **super()._shared_options(),
+            "power_iterations": self.power_iterations,
+            "gershgorin_columns": self.gershgorin_columns,
         }
-        super().__init__(params, model, criterion, options, output_fn)
 
     def _measure(
         self,
         batch: list[RecordedLoss],
         params: list[Tensor],
-        direction: list[Tensor],
+        along: list[Tensor],
         slope: Tensor,
         squared_norm: Tensor,
+        state: SearchState,
         scale: Tensor | None,
-        hessian: LossHessian | None = None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
         if groups_of(self._recorder.ddp, params):
@@ -137,37 +134,35 @@ class SpectralSGD(MeasuredOptimizer):
                 "step(): SpectralSGD does not run on several processes: the largest eigenvalue of "
                 "a mean of kernels is not the mean of theirs; use Adler"
             )
-        shared = self.param_groups[0]
-        hessian = self._hessian if hessian is None else hessian
         named = {self._names[p]: p for p in params}
         options: dict[str, Any] = {
-            "jvp": shared["jvp"],
+            "jvp": self.measure.jvp,
             "squared_norm": squared_norm,
-            "wants_nat": shared["max_kl"] is not None,
+            "wants_nat": self._needs_kl_scale,
             "amp_scale": scale,
         }
-        if shared["gershgorin_columns"] is not None:
+        if self.gershgorin_columns is not None:
             found = batch_gershgorin_curvature(
                 batch,
                 named,
                 self.criterion,
-                hessian,
-                columns=shared["gershgorin_columns"],
-                seed=shared["steps"],
+                self._hessian,
+                columns=self.gershgorin_columns,
+                seed=state.steps,
                 **options,
             )
             self._remember_engine(found.engine)
             return found._replace(value=2 * found.value * squared_norm)
         known = all("eigenvector" in self.state[p] for p in params)
         # The gradient lies in the range of Jᵀ.
-        start = [self.state[p]["eigenvector"] for p in params] if known else direction
+        start = [self.state[p]["eigenvector"] for p in params] if known else along
         found, vector = batch_spectral_curvature(
             batch,
             named,
             dict(zip(named, start, strict=True)),
             self.criterion,
-            hessian,
-            iterations=shared["power_iterations"] * (1 if known else _FIRST),
+            self._hessian,
+            iterations=self.power_iterations * (1 if known else _FIRST),
             **options,
         )
         # A batch that is not finite must not spoil the next one's start.

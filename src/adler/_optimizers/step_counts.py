@@ -1,8 +1,8 @@
 """Which parameters have had equally many steps.
 
 Their counts are tensors, because the host does not know which steps were skipped. But parameters
-that have been at the same steps have the same count, whatever it is, and one factor then serves all
-of them: as many kernels, whatever their number.
+that had gradients at the same steps have the same count, whatever it is, and one factor then serves
+all of them: as many kernels, whatever their number.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Attendance"]
+__all__ = ["StepCounts"]
 
 
-class Attendance:
+class StepCounts:
     """Knows of each group whether all that step now have stepped together until now.
 
     Only the first step after state was loaded looks at the counts, and waits for the device.
@@ -23,19 +23,19 @@ class Attendance:
     Examples:
         >>> import torch
         >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-        >>> group, attendance = {"params": [a, b]}, Attendance()
+        >>> group, counts = {"params": [a, b]}, StepCounts()
         >>> a.grad = torch.ones(2)
-        >>> attendance.equal([group], {})[id(group)]
+        >>> counts.all_equal([group], {})[id(group)]
         True
         >>> b.grad = torch.ones(2)  # it was not there before
-        >>> attendance.equal([group], {})[id(group)]
+        >>> counts.all_equal([group], {})[id(group)]
         False
     """
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[frozenset[int], bool]] = {}
 
-    def equal(
+    def all_equal(
         self, groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]
     ) -> dict[int, bool]:
         """Whether the counts of a group's parameters are known to be equal, by ``id(group)``.

@@ -16,7 +16,7 @@ from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction, State
 from adler._optimizers.fresh_directions import FRESH, Update, fresh
 from adler._optimizers.state_backup import SavedState
-from adler._recording.recorder import RecordedLoss
+from adler._options import Guard, Measure
 from adler._warning import warn
 
 __all__ = ["Displacement", "Wrapped", "wrap"]
@@ -37,9 +37,10 @@ def wrap(
         **options: Keyword arguments of `Wrapped`.
 
     Examples:
+        >>> import adler
         >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
         >>> base = torch.optim.NAdam(model.parameters())
-        >>> optimizer = wrap(base, model, criterion, max_kl=0.05)
+        >>> optimizer = wrap(base, model, criterion, guard=adler.Guard(max_kl=0.05))
         >>> optimizer.zero_grad()
         >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
         >>> optimizer.step()
@@ -88,17 +89,11 @@ class Wrapped(MeasuredOptimizer):
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
-        beta: Discount of the average of rates, in [0, 1).
+        beta: Discount of the average of rates, in [0, 1]; 1 forgets nothing.
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
-        trust_region: A step is at most this many minibatch rates long. ``None``: no guard at all,
-            whatever the next two say.
-        max_kl: See `Adler`.
-        max_relative_change: See `Adler`.
-        jvp: See `Adler`.
-        curvature_every: Measure every so many steps; the steps between use the average.
-        curvature_fraction: Measure on this fraction of the batch; see `Adler`.
-        curvature_warmup: Number of first steps that all measure; see `Adler`.
-        output_fn: See `Adler`.
+        guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
+        measure: How, and how often, curvature is measured. See `Measure`.
+        output_fn: Maps what the model returns to the tensor that the criterion receives.
 
     Attributes:
         base: The optimizer that gives the direction.
@@ -122,32 +117,25 @@ class Wrapped(MeasuredOptimizer):
         criterion: Callable[..., Tensor],
         *,
         lr: float | Tensor = 1.0,
-        beta: float = 0.99,
+        beta: float = 0.9999,
         eps: float = 1e-10,
-        trust_region: float | None = 2.0,
-        max_kl: float | None = 0.1,
-        max_relative_change: float | None = 0.1,
-        jvp: str = "forward",
-        curvature_every: int = 1,
-        curvature_fraction: float = 1.0,
-        curvature_warmup: int = 0,
+        guard: Guard | None = Guard(),
+        measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         _check_base(base)
-        options = {
-            "lr": lr,
-            "beta": beta,
-            "eps": eps,
-            "trust_region": trust_region,
-            "max_kl": max_kl,
-            "max_relative_change": max_relative_change,
-            "jvp": jvp,
-            "curvature_every": curvature_every,
-            "curvature_fraction": curvature_fraction,
-            "curvature_warmup": curvature_warmup,
-        }
         groups = [{"params": _params_of(group)} for group in base.param_groups]
-        super().__init__(groups, model, criterion, options, output_fn)
+        super().__init__(
+            groups,
+            model,
+            criterion,
+            {"lr": lr},
+            beta=beta,
+            eps=eps,
+            guard=guard,
+            measure=measure,
+            output_fn=output_fn,
+        )
         self.base = base
         if type(base) not in FRESH:
             warn(
@@ -156,13 +144,7 @@ class Wrapped(MeasuredOptimizer):
                 "found by stepping twice, with and without the gradient"
             )
 
-    def _direction(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        batch: list[RecordedLoss],
-        scale: Tensor | None,
-    ) -> Direction:
+    def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
         theirs = [p for group in self.base.param_groups for p in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
         if len(theirs) != len(mine) or any(p is not q for p, q in zip(theirs, mine, strict=True)):
@@ -170,18 +152,7 @@ class Wrapped(MeasuredOptimizer):
                 "step(): the base has other parameters than its wrapper: add groups with "
                 "add_param_group of the wrapper, which passes them on"
             )
-        course = Displacement(self.base, params, gradients, self.state)
-        if batch:
-            try:
-                squared_norm = update.squared_norm(course.along, self._home)
-                slope = update.dot(gradients, course.along, self._home)
-                course.curvature = self._measure(
-                    batch, params, course.along, slope, squared_norm, scale
-                )
-            except BaseException:
-                course.undo()
-                raise
-        return course
+        return Displacement(self.base, params, gradients, self.state)
 
     # --- the contract of torch.optim.Optimizer ---------------------------------------------------
 
@@ -299,7 +270,7 @@ class Displacement(Direction):
         """As `Direction.descend`; a decoupled decay is part of the base's step."""
         update.descend_(params, [self._step[p] for p in params], rate, skipped)
 
-    def settle(self, skipped: Tensor) -> None:
+    def finish(self, skipped: Tensor) -> None:
         """In a step that is skipped, the base's state goes back to what it was."""
         self._saved.restore_where(skipped)
         for p, kept in self._kept.items():

@@ -256,7 +256,7 @@ class Recorder:
         self._refused: str | None = None
         self._left = None
 
-    def untouched(self) -> bool:
+    def gradients_unmodified(self) -> bool:
         """Whether the gradients are known to be as the backward pass left them.
 
         They are not once the loop has clipped, unscaled or exchanged them.

@@ -7,7 +7,7 @@ $$
 v = J_F(\theta)\, d, \qquad c = v^\top \nabla^2 L(F)\, v = d^\top (J^\top Q J)\, d.
 $$
 
-`adler.curvature.jacobian` computes ``v``; its names are here too.
+For several questions about one batch, `adler.curvature.Objective` binds the arguments once.
 
 Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola
 Normale Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
@@ -15,39 +15,18 @@ Normale Superiore, 2025, ch. 7; D. Balboni, D. Bacciu, arXiv 2305.16396.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from adler._recording.replay import Call, replaying, unwrap
-from adler.curvature.jacobian import (
-    ENGINES,
-    ForwardModeUnsupportedError,
-    Parameters,
-    directional_derivative,
-    double_backward,
-    finite_difference,
-    forward,
-    transpose,
-)
-from adler.losses import LossHessian, loss_hessian
+from adler._recording.replay import Call
+from adler.curvature.jacobian import Parameters, directional_derivative
+from adler.curvature.objective import Objective
+from adler.curvature.parameters import named_direction, named_parameters
+from adler.losses import LossHessian
 
-__all__ = [
-    "ENGINES",
-    "ForwardModeUnsupportedError",
-    "directional_derivative",
-    "double_backward",
-    "finite_difference",
-    "forward",
-    "ggn_product",
-    "jvp",
-    "learning_rate",
-    "named_direction",
-    "named_parameters",
-    "quadratic_form",
-    "transpose",
-]
+__all__ = ["ggn_product", "jvp", "learning_rate", "quadratic_form"]
 
 
 def jvp(
@@ -131,13 +110,8 @@ def quadratic_form(
         >>> float(quadratic_form(model, model.parameters(), x, y, torch.nn.MSELoss(), direction))
         288.0
     """
-    hessian = loss_hessian(criterion)
-    named = named_parameters(model, params)
-    along = named_direction(named, direction)
-    call = Call.of(model, inputs, output_fn)
-    outputs, tangents, _ = directional_derivative(call, named, along, jvp)
-    with replaying():
-        return hessian.quadratic_form(outputs, targets, tangents)
+    objective = Objective(model, inputs, targets, criterion, params, output_fn=output_fn)
+    return objective.quadratic_form(direction, jvp)
 
 
 def ggn_product(
@@ -178,15 +152,8 @@ def ggn_product(
         >>> product["weight"]
         tensor([[24., 48.]])
     """
-    hessian = loss_hessian(criterion)
-    named = named_parameters(model, params)
-    along = named_direction(named, direction)
-    call = Call.of(model, inputs, output_fn)
-    outputs, tangents, _ = directional_derivative(call, named, along, jvp)
-    _, pull = transpose(call, named)
-    with replaying():
-        curved = hessian.product(outputs, targets, tangents)
-    return dict(pull(curved.to(outputs)))
+    objective = Objective(model, inputs, targets, criterion, params, output_fn=output_fn)
+    return objective.ggn(direction, jvp)
 
 
 def learning_rate(
@@ -207,56 +174,3 @@ def learning_rate(
         2.0
     """
     return slope / (curvature.to(slope) + eps * squared_norm)
-
-
-def named_parameters(model: nn.Module, params: Parameters | Iterable[Tensor]) -> dict[str, Tensor]:
-    """Parameters by name.
-
-    Args:
-        model: The network.
-        params: By name already, or a sequence of parameters of the model.
-
-    Raises:
-        ValueError: If one of the sequence is not the model's.
-    """
-    if isinstance(params, Mapping):
-        return dict(params)
-    names: dict[Tensor, str] = {p: name for name, p in unwrap(model).named_parameters()}
-    params = list(params)
-    missing = [i for i, p in enumerate(params) if p not in names]
-    if missing:
-        raise ValueError(f"params: entries {missing} are not parameters of the model")
-    return {names[p]: p for p in params}
-
-
-def named_direction(
-    params: Parameters, direction: Parameters | Iterable[Tensor]
-) -> dict[str, Tensor]:
-    """A direction by name, in the order of the parameters.
-
-    Args:
-        params: By name, as `named_parameters` returns them.
-        direction: By name too, or a sequence of the same length.
-
-    Raises:
-        ValueError: If names, lengths or shapes differ from those of the parameters.
-    """
-    if isinstance(direction, Mapping):
-        along = {name: direction[name] for name in params if name in direction}
-        if direction.keys() != params.keys():
-            difference = sorted(direction.keys() ^ params.keys())
-            raise ValueError(f"direction: its names differ from those of params: {difference}")
-    else:
-        direction = list(direction)
-        if len(direction) != len(params):
-            raise ValueError(
-                f"direction: {len(direction)} tensors for {len(params)} parameters; pass one each"
-            )
-        along = dict(zip(params, direction, strict=True))
-    for name, d in along.items():
-        if d.shape != params[name].shape:
-            raise ValueError(
-                f"direction: {name!r} has shape {tuple(d.shape)}, its parameter "
-                f"{tuple(params[name].shape)}"
-            )
-    return along

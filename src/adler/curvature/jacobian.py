@@ -355,7 +355,7 @@ def _compiled(
 def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor) -> Parameters:
     """``θ + by · d``, in new tensors."""
     one_by_one = isinstance(f, Call) and f.compiled is None
-    if one_by_one and all(update.on_host(d.device) for d in direction.values()):
+    if one_by_one and all(update.is_on_host(d.device) for d in direction.values()):
         steps = {dtype: by.to(dtype) for dtype in {d.dtype for d in direction.values()}}
 
         def moved_one(name: str) -> Tensor:

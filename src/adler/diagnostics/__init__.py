@@ -9,15 +9,17 @@ One call looks at a network on its data, another at its training:
 >>> found = diagnostics.report(model, criterion, loader)  # found.table(), found.plot()
 >>> monitor = diagnostics.Monitor(model, criterion, every=100)  # monitor(x, y) in the loop
 
-Beneath are pure functions, one module a subject. The instruments look at a network:
+Beneath are pure functions, one module a subject. Those that look at a loss take it as an
+`adler.curvature.Objective`, which binds network, batch and criterion once. The instruments look at
+a network:
 
 | module | what it holds |
 |---|---|
-| `kernel` | the tangent kernel $J J^\top$, matrix-free or dense |
+| `adler.curvature.kernel` | the tangent kernel $J J^\top$, matrix-free or dense |
+| `adler.curvature.spectrum` | extreme eigenvalues: Lanczos, power iteration, Gershgorin |
 | `ggn`, `hessian` | the GGN's largest eigenvalue; how much of the Hessian the GGN is |
 | `polyak` | PL coefficients |
 | `descent` | what they and smoothness predict of gradient descent |
-| `spectrum` | extreme eigenvalues: Lanczos, power iteration, Gershgorin |
 | `features` | Gram matrices of a network's features |
 | `gram` | the conditioning of a Gram matrix |
 
@@ -36,7 +38,8 @@ Extreme eigenvalues beyond a thousand outputs need SciPy, the picture needs matp
 ``pip install 'torch-adler[diagnostics]'``.
 """
 
-from adler.diagnostics import descent, features, ggn, gram, hessian, kernel, polyak, spectrum
+from adler.curvature import TangentKernel, kernel, spectrum
+from adler.diagnostics import descent, features, ggn, gram, hessian, polyak
 from adler.diagnostics.descent import (
     accumulated_bound,
     measured_smoothness,
@@ -45,12 +48,7 @@ from adler.diagnostics.descent import (
 from adler.diagnostics.features import feature_grams
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
 from adler.diagnostics.gram import conditioning, correlation, degradation_bound
-from adler.diagnostics.hessian import (
-    hessian_split,
-    hessian_vector_product,
-    output_hessian_norm,
-)
-from adler.diagnostics.kernel import TangentKernel
+from adler.diagnostics.hessian import hessian_split, output_hessian_norm
 from adler.diagnostics.polyak import (
     kernel_pl_bound,
     pl_coefficient,
@@ -105,7 +103,6 @@ __all__ = [
     "gram",
     "hessian",
     "hessian_split",
-    "hessian_vector_product",
     "infinite_width",
     "iterated_gram",
     "kernel",

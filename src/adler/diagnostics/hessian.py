@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from adler._recording.replay import Call, replaying
-from adler.curvature import named_direction, named_parameters
-from adler.curvature.jacobian import Function, Parameters, double_backward, transpose
-from adler.diagnostics.spectrum import lanczos
-from adler.losses import AutogradHessian, LossHessian, loss_hessian
+from adler.curvature.jacobian import Parameters
+from adler.curvature.objective import Objective, hessian_products
+from adler.curvature.parameters import flattened, named_direction, named_parameters
+from adler.curvature.spectrum import lanczos
+from adler.losses import AutogradHessian
 from adler.losses.generic import output_gradient
 
-__all__ = ["HessianSplit", "hessian_split", "hessian_vector_product", "output_hessian_norm"]
+__all__ = ["HessianSplit", "hessian_split", "output_hessian_norm"]
 
 
 class HessianSplit(NamedTuple):
@@ -62,16 +63,7 @@ class HessianSplit(NamedTuple):
         return torch.where(dropped == 0, torch.ones_like(kept), kept / (kept + dropped))
 
 
-def hessian_split(
-    model: nn.Module,
-    params: Parameters | Iterable[Tensor],
-    inputs: Any,
-    targets: Any,
-    criterion: Callable[..., Tensor] | LossHessian,
-    direction: Parameters | Iterable[Tensor],
-    *,
-    output_fn: Callable[[Any], Tensor] | None = None,
-) -> HessianSplit:
+def hessian_split(objective: Objective, direction: Parameters | Iterable[Tensor]) -> HessianSplit:
     r"""Second derivative of one batch's loss along a direction, split as in the module's formula.
 
     By double backward: $\langle u, D^2 F[d, d] \rangle = d^\top \nabla^2 \langle u, F \rangle\, d$
@@ -80,19 +72,14 @@ def hessian_split(
     its kinks.
 
     Args:
-        model: The network.
-        params: By name, or a sequence of parameters of the model. Those left out are constants.
-        inputs: One argument, a tuple of positional arguments, or a mapping of keyword arguments.
-        targets: What the criterion receives after the outputs; a tuple where it receives several.
-        criterion: The loss, reduced to a scalar, or a `LossHessian`.
-        direction: As ``params``: a mapping with the same names, or a sequence of the same length.
-        output_fn: Picks the tensor of interest from what the model returns.
+        objective: The loss of the batch.
+        direction: By name, or a sequence as long as the objective's parameters.
 
     Returns:
         0-dim tensors, float32 or wider. Model, gradients and generators are as before.
 
     Raises:
-        ValueError: If names, lengths or shapes do not fit, or the criterion does not reduce.
+        ValueError: If names, lengths or shapes do not fit.
         RuntimeError: If the outputs do not depend on the parameters.
 
     Examples:
@@ -102,86 +89,31 @@ def hessian_split(
         ...         self.a, self.b = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
         ...     def forward(self, x):
         ...         return self.a * self.b * x
-        >>> model, x, y = Product(), torch.ones(1), torch.zeros(1)
+        >>> h = Objective(Product(), torch.ones(1), torch.zeros(1), torch.nn.MSELoss())
         >>> direction = [torch.tensor(1.0), torch.tensor(1.0)]  # (1 + t)⁴ along it
-        >>> split = hessian_split(model, model.parameters(), x, y, torch.nn.MSELoss(), direction)
-        >>> [float(part) for part in split]
+        >>> [float(part) for part in hessian_split(h, direction)]
         [8.0, 4.0, 12.0]
     """
-    provider = loss_hessian(criterion)
-    named = named_parameters(model, params)
-    along = named_direction(named, direction)
-    call = Call.of(model, inputs, output_fn)
-    # Not by nested forward mode, which is silently wrong through batch and layer normalisation:
-    # PyTorch's forward derivatives read saved statistics that carry no tangent of their own.
-    outputs, tangents = double_backward(call, named, along)
+    provider, along = objective.loss_hessian, named_direction(objective.params, direction)
+    # Not by forward mode: see `hessian_products`.
+    outputs, tangents = objective.jvp(along, "double_backward")
     with replaying(), torch.enable_grad():
-        _, u = output_gradient(provider.criterion, outputs, targets)
-    product = _hessian(lambda p: (u * call(p)).sum(), named)(along)
-    bent = torch.stack([(along[name] * product[name]).sum().to(u) for name in along]).sum()
+        _, u = output_gradient(provider.criterion, outputs, objective.targets)
+    bend = hessian_products(lambda p: (u * objective.outputs(p)).sum(), objective.params)(along)
+    bent = torch.stack([(along[name] * bend[name]).sum().to(u) for name in along]).sum()
     with replaying():
-        kept = provider.quadratic_form(outputs, targets, tangents)
-        own = AutogradHessian(provider.criterion).quadratic_form(outputs, targets, tangents)
-    total = own + bent
+        kept = provider.quadratic_form(outputs, objective.targets, tangents)
+        own = AutogradHessian(provider.criterion)
+        total = own.quadratic_form(outputs, objective.targets, tangents) + bent
     return HessianSplit(kept, total - kept, total)
-
-
-def hessian_vector_product(
-    model: nn.Module,
-    params: Parameters | Iterable[Tensor],
-    inputs: Any,
-    targets: Any,
-    criterion: Callable[..., Tensor] | LossHessian,
-    direction: Parameters | Iterable[Tensor],
-    *,
-    output_fn: Callable[[Any], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    r"""The loss's whole Hessian times a direction, $\nabla^2 h(\theta)\, d$, by double backward.
-
-    `adler.curvature.ggn_product` is its GGN part.
-
-    Args:
-        model: See `hessian_split`.
-        params: See `hessian_split`.
-        inputs: See `hessian_split`.
-        targets: See `hessian_split`.
-        criterion: See `hessian_split`.
-        direction: See `hessian_split`.
-        output_fn: See `hessian_split`.
-
-    Returns:
-        Names and shapes of ``params``.
-
-    Raises:
-        ValueError: As `hessian_split`.
-        RuntimeError: If the loss does not depend on the parameters.
-
-    Examples:
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> x, y, d = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1), [torch.tensor([[10.0, 1.0]])]
-        >>> hessian_vector_product(model, model.parameters(), x, y, torch.nn.MSELoss(), d)
-        {'weight': tensor([[24., 48.]])}
-    """
-    loss = loss_hessian(criterion).criterion
-    named = named_parameters(model, params)
-    along = named_direction(named, direction)
-    call = Call.of(model, inputs, output_fn)
-    several = targets if isinstance(targets, tuple) else (targets,)
-
-    def value(p: Parameters) -> Tensor:
-        outputs = call(p)
-        with replaying():
-            return loss(outputs, *several)
-
-    return _hessian(value, named)(along)
 
 
 def output_hessian_norm(
     model: nn.Module,
-    params: Parameters | Iterable[Tensor],
     inputs: Any,
-    output: int = 0,
+    params: Parameters | Iterable[Tensor] | None = None,
     *,
+    output: int = 0,
     output_fn: Callable[[Any], Tensor] | None = None,
     tolerance: float = 1e-6,
     seed: int = 0,
@@ -191,12 +123,12 @@ def output_hessian_norm(
     By Lanczos on Hessian-vector products; the graph of the gradient is built once.
 
     Args:
-        model: See `hessian_split`.
-        params: See `hessian_split`.
-        inputs: See `hessian_split`; one example is enough.
+        model: See `adler.curvature.Objective`.
+        inputs: See there; one example is enough.
+        params: See there.
         output: Which entry of the outputs, flattened row by row: ``i C + c`` is output ``c`` of
             example ``i``.
-        output_fn: See `hessian_split`.
+        output_fn: See there.
         tolerance: Relative accuracy.
         seed: Of the vector that Lanczos starts from.
 
@@ -207,7 +139,7 @@ def output_hessian_norm(
 
     Examples:
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(1, 1, bias=False) for _ in range(2)))
-        >>> output_hessian_norm(model, model.parameters(), torch.tensor([[3.0]]))  # of 3 w₁ w₂
+        >>> output_hessian_norm(model, torch.tensor([[3.0]]))  # of 3 w₁ w₂
         3.0
     """
     named = named_parameters(model, params)
@@ -219,25 +151,14 @@ def output_hessian_norm(
             raise ValueError(f"output={output!r}: expected 0 to {outputs.numel() - 1}")
         return outputs[output]
 
-    product = _hessian(entry, named)
-    sizes = [p.numel() for p in named.values()]
-    first = next(iter(named.values()))
-
-    def flat_product(v: Tensor) -> Tensor:
-        parts = v.split_with_sizes(sizes)
-        d = {
-            name: part.view_as(p).to(p)
-            for (name, p), part in zip(named.items(), parts, strict=True)
-        }
-        return torch.cat([t.flatten().to(v) for t in product(d).values()])
-
-    generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(sum(sizes), generator=generator).to(first)
-    if not flat_product(probe).any():  # linear in its parameters: ARPACK refuses the zero matrix
+    size, first = sum(p.numel() for p in named.values()), next(iter(named.values()))
+    product = flattened(hessian_products(entry, named), named)
+    probe = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(first)
+    if not product(probe).any():  # linear in its parameters: ARPACK refuses the zero matrix
         return 0.0
     extreme = lanczos(
-        flat_product,
-        sum(sizes),
+        product,
+        size,
         dtype=first.dtype,
         device=first.device,
         which="LM",
@@ -245,28 +166,3 @@ def output_hessian_norm(
         seed=seed,
     )
     return math.fabs(float(extreme))
-
-
-# --- helpers -------------------------------------------------------------------------------------
-
-
-def _hessian(f: Function, params: Parameters) -> Callable[[Parameters], dict[str, Tensor]]:
-    """Products with the Hessian of a scalar function, from one graph of its gradient."""
-
-    def gradient(p: Parameters) -> Tensor:
-        value = f(p)
-        if not value.requires_grad:
-            raise RuntimeError("nothing to differentiate: the value does not depend on params")
-        parts = torch.autograd.grad(
-            value, list(p.values()), create_graph=True, materialize_grads=True
-        )
-        # The zero keeps a graph where f is linear.
-        return torch.cat([part.flatten().to(value.device) for part in parts]) + 0 * value
-
-    at, pull = transpose(gradient, params)
-
-    def product(direction: Parameters) -> dict[str, Tensor]:
-        # Symmetric, so the transposed product is the product.
-        return dict(pull(torch.cat([d.flatten().to(at) for d in direction.values()])))
-
-    return product

@@ -112,7 +112,7 @@ def satisfies_pl_star(
 
 
 def loss_pl_coefficient(
-    criterion: Callable[..., Tensor] | LossHessian, outputs: Tensor, targets: Any
+    outputs: Tensor, targets: Any, criterion: Callable[..., Tensor] | LossHessian
 ) -> float:
     r"""The PL coefficient $\alpha$ of a loss as a function of the outputs.
 
@@ -120,16 +120,16 @@ def loss_pl_coefficient(
     so $\alpha = 2/n$, with equality everywhere; for the sum, 2.
 
     Args:
-        criterion: `torch.nn.MSELoss` or `torch.nn.functional.mse_loss`.
         outputs: ``F``.
         targets: Broadcast to the outputs.
+        criterion: `torch.nn.MSELoss` or `torch.nn.functional.mse_loss`.
 
     Raises:
         ValueError: If the criterion has no such coefficient, or the targets are larger than the
             outputs.
 
     Examples:
-        >>> loss_pl_coefficient(torch.nn.MSELoss(), torch.zeros(5, 2), torch.ones(5, 2))
+        >>> loss_pl_coefficient(torch.zeros(5, 2), torch.ones(5, 2), torch.nn.MSELoss())
         0.2
     """
     hessian = loss_hessian(criterion)
@@ -152,9 +152,9 @@ def loss_pl_coefficient(
 
 def kernel_pl_bound(
     smallest_eigenvalue: float | Tensor,
-    criterion: Callable[..., Tensor] | LossHessian,
     outputs: Tensor,
     targets: Any,
+    criterion: Callable[..., Tensor] | LossHessian,
 ) -> float:
     r"""A lower bound of the PL coefficient: $\mu(\theta) \ge \alpha\, \lambda_{\min}(K(\theta))$.
 
@@ -165,21 +165,21 @@ def kernel_pl_bound(
     Args:
         smallest_eigenvalue: Of the tangent kernel ``K = J Jᵀ`` of all outputs of the batch.
             Rounding may have made it negative: it counts as 0.
-        criterion: See `loss_pl_coefficient`.
         outputs: See `loss_pl_coefficient`.
         targets: See `loss_pl_coefficient`.
+        criterion: See `loss_pl_coefficient`.
 
     Raises:
         ValueError: As `loss_pl_coefficient`; or if the eigenvalue is not finite.
 
     Examples:
-        >>> kernel_pl_bound(3.0, torch.nn.MSELoss(reduction="sum"), torch.zeros(2), torch.ones(2))
+        >>> kernel_pl_bound(3.0, torch.zeros(2), torch.ones(2), torch.nn.MSELoss(reduction="sum"))
         6.0
     """
     eigenvalue = float(smallest_eigenvalue)
     if not math.isfinite(eigenvalue):
         raise ValueError(f"smallest_eigenvalue={eigenvalue!r}: expected a finite number")
-    return loss_pl_coefficient(criterion, outputs, targets) * max(eigenvalue, 0.0)
+    return loss_pl_coefficient(outputs, targets, criterion) * max(eigenvalue, 0.0)
 
 
 # --- cross-entropy -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adler.curvature.objective import Objective
 from adler.diagnostics.snapshots import Snapshot, snapshot
 
 __all__ = ["Monitor", "Report", "report"]
@@ -78,7 +79,7 @@ def report(
         criterion: The loss, reduced to a scalar.
         loader: Of pairs of inputs and targets.
         batches: How many to look at; fewer where the loader ends.
-        output_fn: See `snapshot`.
+        output_fn: Picks the tensor that the criterion receives from what the model returns.
         max_bytes: See `snapshot`.
         progress: Whether to show a bar; needs tqdm.
         seed: See `snapshot`.
@@ -104,8 +105,8 @@ def report(
         raise ValueError("loader: it is empty")
     found = []
     for step, (inputs, targets) in enumerate(_shown(pairs) if progress else pairs):
-        options: dict[str, Any] = {"output_fn": output_fn, "max_bytes": max_bytes, "seed": seed}
-        found.append(snapshot(model, criterion, inputs, targets, step=step, **options))
+        objective = Objective(model, inputs, targets, criterion, output_fn=output_fn)
+        found.append(snapshot(objective, step=step, max_bytes=max_bytes, seed=seed))
     return Report(tuple(found))
 
 
@@ -116,7 +117,7 @@ class Monitor:
         model: The network.
         criterion: The loss, reduced to a scalar.
         every: Minibatches between snapshots.
-        output_fn: See `snapshot`.
+        output_fn: Picks the tensor that the criterion receives from what the model returns.
         max_bytes: See `snapshot`.
         seed: See `snapshot`.
 
@@ -150,22 +151,18 @@ class Monitor:
         if every < 1:
             raise ValueError(f"every={every!r}: expected at least 1")
         self.model, self.criterion, self.every = model, criterion, every
+        self.output_fn, self.max_bytes, self.seed = output_fn, max_bytes, seed
         self.snapshots: list[Snapshot] = []
-        self._options: dict[str, Any] = {
-            "output_fn": output_fn,
-            "max_bytes": max_bytes,
-            "seed": seed,
-        }
         self._seen = 0
 
     def __call__(self, inputs: Any, targets: Any) -> None:
         """Counts a minibatch, and looks at it when it is its turn."""
         if self._seen % self.every == 0:
-            self.snapshots.append(
-                snapshot(
-                    self.model, self.criterion, inputs, targets, step=self._seen, **self._options
-                )
+            objective = Objective(
+                self.model, inputs, targets, self.criterion, output_fn=self.output_fn
             )
+            found = snapshot(objective, step=self._seen, max_bytes=self.max_bytes, seed=self.seed)
+            self.snapshots.append(found)
         self._seen += 1
 
     def report(self) -> Report:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from adler._recording.replay import Call, replaying
-from adler.curvature import learning_rate, named_parameters, quadratic_form
-from adler.curvature.jacobian import Parameters
+from adler.curvature import TangentKernel, learning_rate
+from adler.curvature.objective import Objective
 from adler.diagnostics.descent import predicted_decrease
 from adler.diagnostics.ggn import ggn_largest_eigenvalue
 from adler.diagnostics.hessian import hessian_split
-from adler.diagnostics.kernel import TangentKernel
 from adler.diagnostics.polyak import pl_coefficient
-from adler.losses import loss_hessian
 
 __all__ = ["Snapshot", "snapshot"]
 
@@ -70,54 +66,45 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(
-    model: nn.Module,
-    criterion: Callable[..., Tensor],
-    inputs: Any,
-    targets: Any,
-    *,
-    step: int = 0,
-    output_fn: Callable[[Any], Tensor] | None = None,
-    max_bytes: int = 2**28,
-    seed: int = 0,
+    objective: Objective, *, step: int = 0, max_bytes: int = 2**28, seed: int = 0
 ) -> Snapshot:
     """What one minibatch says of the network. Parameters, gradients and buffers stay as they are.
 
     Args:
-        model: The network, in the mode (train or eval) it is in.
-        criterion: The loss, reduced to a scalar.
-        inputs: One argument, a tuple of positional arguments, or a mapping of keyword arguments.
-        targets: What the criterion receives after the outputs; a tuple where it receives several.
+        objective: The loss of the minibatch.
         step: Kept in the result.
-        output_fn: Picks the tensor that the criterion receives from what the model returns.
         max_bytes: The largest temporary beyond a forward and a backward pass. The tangent kernel
             takes as many of the first examples as fit, at most a thousand outputs.
         seed: Of the random direction.
 
     Raises:
         ValueError: If the loss or a parameter is not finite, or the criterion does not reduce.
+
+    Examples:
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> found = snapshot(Objective(model, x, y, torch.nn.CrossEntropyLoss()))
+        >>> found.examples, len(found.spectrum), round(found.trust_gradient, 3)  # linear
+        (8, 24, 1.0)
     """
-    params = named_parameters(model, [p for p in model.parameters() if p.requires_grad])
-    loss, gradient, outputs = _loss_and_gradient(
-        model, criterion, params, inputs, targets, output_fn
-    )
+    loss, gradient = objective.loss_and_gradient()
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss of this minibatch is {float(loss)}, not finite")
     squared_norm = torch.stack([g.double().square().sum() for g in gradient.values()]).sum()
-    shared = (model, params, inputs, targets, criterion)
-    curvature = quadratic_form(*shared, gradient, output_fn=output_fn).double()
-    smoothness = ggn_largest_eigenvalue(
-        model, inputs, targets, criterion, params, output_fn=output_fn, max_bytes=max_bytes
-    )
+    curvature = objective.quadratic_form(gradient).double()
+    smoothness = ggn_largest_eigenvalue(objective, max_bytes=max_bytes)
     rate = learning_rate(squared_norm, curvature, squared_norm)
     pl = pl_coefficient(loss.clamp(min=0), gradient)
     generator = torch.Generator().manual_seed(seed)
+    params = objective.params
     random = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in params.items()}
-    along_gradient = hessian_split(*shared, gradient, output_fn=output_fn)
-    along_random = hessian_split(*shared, random, output_fn=output_fn)
 
-    def height(length: Tensor | float) -> float:
-        moved = {n: p.detach() - float(length) * gradient[n] for n, p in params.items()}
-        with torch.no_grad():
-            return float(_loss(model, criterion, moved, inputs, targets, output_fn)[0])
+    @torch.no_grad()
+    def loss_at(length: float) -> float:
+        """At so long a step along the negative gradient."""
+        return float(objective.loss({n: p - length * gradient[n] for n, p in params.items()}))
 
+    with torch.no_grad():
+        outputs = objective.outputs()
     lengths = [float(s * rate) for s in _FRACTIONS]
     return Snapshot(
         step=step,
@@ -129,65 +116,30 @@ def snapshot(
         minibatch_lr=float(rate),
         decrease=float(predicted_decrease(pl, smoothness)) if smoothness > 0 else math.nan,
         measured_decrease=(
-            height(1 / smoothness) / float(loss) if smoothness > 0 and loss > 0 else math.nan
+            loss_at(1 / smoothness) / float(loss) if smoothness > 0 and loss > 0 else math.nan
         ),
-        trust_gradient=float(along_gradient.trust),
-        trust_random=float(along_random.trust),
-        curve=[height(length) for length in lengths],
+        trust_gradient=float(hessian_split(objective, gradient).trust),
+        trust_random=float(hessian_split(objective, random).trust),
+        curve=[loss_at(length) for length in lengths],
         model=[float(loss - t * squared_norm + t * t * curvature / 2) for t in lengths],
-        spectrum=_spectrum(model, params, inputs, outputs, output_fn, max_bytes),
+        spectrum=_spectrum(objective, outputs, max_bytes),
     )
 
 
-# --- pieces --------------------------------------------------------------------------------------
-
-
-def _loss(
-    model: nn.Module,
-    criterion: Callable[..., Tensor],
-    params: Parameters,
-    inputs: Any,
-    targets: Any,
-    output_fn: Callable[[Any], Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    outputs = Call.of(model, inputs, output_fn)(params)
-    several = targets if isinstance(targets, tuple) else (targets,)
-    with replaying():
-        return criterion(outputs, *several), outputs
-
-
-def _loss_and_gradient(
-    model: nn.Module,
-    criterion: Callable[..., Tensor],
-    params: Parameters,
-    inputs: Any,
-    targets: Any,
-    output_fn: Callable[[Any], Tensor] | None,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    loss_hessian(criterion)  # refuses reduction="none"
-    with torch.enable_grad():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        loss, outputs = _loss(model, criterion, leaves, inputs, targets, output_fn)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss of this minibatch is {float(loss.detach())}, not finite")
-    return loss.detach(), dict(zip(leaves, gradients, strict=True)), outputs.detach()
-
-
-def _spectrum(
-    model: nn.Module,
-    params: Parameters,
-    inputs: Any,
-    outputs: Tensor,
-    output_fn: Callable[[Any], Tensor] | None,
-    max_bytes: int,
-) -> list[float]:
+def _spectrum(objective: Objective, outputs: Tensor, max_bytes: int) -> list[float]:
+    """Of the tangent kernel of the first examples that fit."""
     b = len(outputs)
     most = min(1000, math.isqrt(max_bytes // 8))
     kept = max(1, min(b, most // max(1, outputs.numel() // b)))
     few = pytree.tree_map_only(
-        Tensor, lambda t: t[:kept] if t.ndim and t.shape[0] == b else t, inputs
+        Tensor, lambda t: t[:kept] if t.ndim and t.shape[0] == b else t, objective.inputs
     )
-    kernel = TangentKernel(model, few, params, output_fn=output_fn, max_bytes=max_bytes)
+    kernel = TangentKernel(
+        objective.model,
+        few,
+        objective.params,
+        output_fn=objective.output_fn,
+        max_bytes=max_bytes,
+    )
     values: list[float] = kernel.eigenvalues().tolist()
     return values

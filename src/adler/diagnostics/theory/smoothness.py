@@ -11,13 +11,13 @@ Networks*, PhD thesis, SNS 2025.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from adler._recording.replay import replaying
+from adler.curvature.objective import Objective
 from adler.diagnostics.theory.composition import (
     ENTRYWISE,
     ActivationConstants,
@@ -28,7 +28,7 @@ from adler.diagnostics.theory.composition import (
     entrywise,
     linear,
 )
-from adler.losses import CrossEntropyHessian, LossHessian, MSEHessian, loss_hessian
+from adler.losses import CrossEntropyHessian, MSEHessian
 from adler.losses.generic import output_gradient
 
 __all__ = ["loss_bounds", "loss_smoothness", "network_bounds"]
@@ -70,10 +70,7 @@ def network_bounds(
 
 
 def loss_bounds(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Any,
-    criterion: Callable[..., Tensor] | LossHessian,
+    objective: Objective,
     radius: float = 0.0,
     *,
     activations: Activations | None = None,
@@ -96,10 +93,9 @@ def loss_bounds(
     With ``radius=0``, $\beta$ is that of the outputs of now.
 
     Args:
-        model: See `network_bounds`.
-        inputs: See `network_bounds`.
-        targets: What the criterion receives after the outputs.
-        criterion: `torch.nn.MSELoss` or `torch.nn.CrossEntropyLoss`, or their functions.
+        objective: The loss of the batch: its network and inputs as for `network_bounds`, its
+            criterion `torch.nn.MSELoss` or `torch.nn.CrossEntropyLoss`, or their functions. The
+            bounds are those of all parameters of the network, whichever the objective has.
         radius: See `network_bounds`.
         activations: See `network_bounds`.
 
@@ -108,20 +104,20 @@ def loss_bounds(
 
     Examples:
         >>> model, x = torch.nn.Linear(1, 1, bias=False), torch.tensor([[3.0]])
-        >>> loss_bounds(model, x, torch.zeros(1, 1), torch.nn.MSELoss()).smoothness  # of 9 w²
+        >>> h = Objective(model, x, torch.zeros(1, 1), torch.nn.MSELoss())
+        >>> loss_bounds(h).smoothness  # of 9 w²
         18.0
     """
-    hessian = loss_hessian(criterion)
+    hessian, targets = objective.loss_hessian, objective.targets
     # Not NLLHessian, whose form is that of the logits before the outputs.
     if not isinstance(hessian, MSEHessian) and type(hessian) is not CrossEntropyHessian:
         raise ValueError(
-            f"criterion={criterion!r}: bounds are known for MSELoss and CrossEntropyLoss; for "
-            "another, compose(Bounds(value, gradient norm, Hessian norm), network_bounds(...))"
+            f"criterion={hessian.criterion!r}: bounds are known for MSELoss and CrossEntropyLoss; "
+            "for another, compose(Bounds(value, gradient norm, Hessian norm), network_bounds(...))"
         )
-    network, outputs = _walk(model, inputs, radius, activations or {})
-    several = targets if isinstance(targets, tuple) else (targets,)
+    network, outputs = _walk(objective.model, objective.inputs, radius, activations or {})
+    loss = float(objective.loss_of(outputs))
     with replaying():
-        loss = float(hessian.criterion(outputs, *several))
         _, gradient = output_gradient(hessian.criterion, outputs, targets)
         beta = float(hessian.spectral_norm(outputs, targets))
     steep, largest = _norm(gradient), math.inf
@@ -136,10 +132,7 @@ def loss_bounds(
 
 
 def loss_smoothness(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Any,
-    criterion: Callable[..., Tensor] | LossHessian,
+    objective: Objective,
     radius: float = 0.0,
     *,
     activations: Activations | None = None,
@@ -150,19 +143,14 @@ def loss_smoothness(
     $h(\theta - \eta \nabla h) \le h - \eta (1 - L \eta / 2) \|\nabla h\|^2$.
 
     Args:
-        model: See `loss_bounds`.
-        inputs: See `loss_bounds`.
-        targets: See `loss_bounds`.
-        criterion: See `loss_bounds`.
+        objective: See `loss_bounds`.
         radius: See `loss_bounds`.
         activations: See `loss_bounds`.
 
     Raises:
         ValueError: As `loss_bounds`.
     """
-    return loss_bounds(
-        model, inputs, targets, criterion, radius, activations=activations
-    ).smoothness
+    return loss_bounds(objective, radius, activations=activations).smoothness
 
 
 # --- helpers -------------------------------------------------------------------------------------

@@ -1,0 +1,200 @@
+"""The tables of runs of several lengths: ranks, scores and ratios by horizon."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from benchmarks.suite import horizons, standings
+from benchmarks.suite.methods import method
+from benchmarks.suite.standings import REFERENCE, TUNED, Runs
+from benchmarks.suite.tables import BESIDE, MODES, beside, cell, document, head, row
+from benchmarks.suite.trials import Preset, Record
+
+__all__ = ["SHORT", "markdown"]
+
+# The suite's short tasks, beside the horizons of others.
+SHORT = "200 steps"
+
+
+def markdown(
+    found: Sequence[Record], preset: Preset, name: str, short: Sequence[Record] = ()
+) -> str:
+    """All tables of a preset with several horizons.
+
+    Args:
+        found: Records, in any order; those of other presets are left out.
+        preset: The preset.
+        name: The preset's name, for the heading.
+        short: Records of the suite's short tasks, which are the horizon of 200 steps.
+    """
+    there = horizons.found_horizons(found, preset)
+    by_horizon = {horizons.title(h, preset): horizons.at(found, preset, h) for h in there}
+    mine = [r for r in found if horizons.horizon(r, preset) is not None]
+    sections = {
+        "horizons": ("Rank by horizon", _ranks(by_horizon, short)),
+        "ratios": ("Beside AdamW with a cosine and its best rate", _ratios(by_horizon)),
+        "tuned": ("Horizon by horizon", _details(by_horizon)),
+        "failures": ("Runs that failed", _failures(by_horizon)),
+        "scores": ("Task by task", _scores(by_horizon)),
+    }
+    return document(mine, name, sections)
+
+
+def _names(found: Sequence[Record]) -> list[str]:
+    """What is ranked: all untuned methods but variants and near copies."""
+    return [
+        name
+        for name in standings.names(found)
+        if standings.is_compared(name) and name not in (REFERENCE, *MODES)
+    ]
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+def _ranks(by_horizon: Mapping[str, Sequence[Record]], short: Sequence[Record]) -> list[str]:
+    # The same methods in all columns: more of them would make the ranks there larger.
+    names = _names(list(by_horizon.values())[-1] if by_horizon else [])
+    columns = {**({SHORT: short} if short else {}), **by_horizon}
+    ranks: dict[str, dict[str, float]] = {}
+    heads = []
+    failed: Counter[str] = Counter()
+    for title, found in columns.items():
+        runs = standings.contests(found)
+        here = [name for name in _names(found) if name in names]
+        ranks[title], count = standings.mean_ranks(runs, here)
+        heads.append(f"{title} ({count} tasks)")
+        if title != SHORT:
+            for name in here:
+                given = standings.verdicts(runs, name, TUNED).values()
+                failed[name] += sum(verdict in ("dead", "diverged") for verdict in given)
+    lines = head("Untuned", *heads, "Dead or diverged")
+
+    def mean(name: str) -> float:
+        told = [by_name[name] for by_name in ranks.values() if name in by_name]
+        return sum(told) / len(told) if told else float("inf")
+
+    for name in sorted(names, key=mean):
+        entries = [f"{r[name]:.1f}" if name in r else "–" for r in ranks.values()]
+        lines.append(row(method(name).label, *entries, failed[name]))
+    told = [
+        "Mean rank, 1 the best, among the untuned methods that have run at the longest horizon, "
+        "over the tasks on which all of them have, of a task the mean over its seeds. Dead or "
+        "diverged: tasks, of all these horizons, where AdamW with a cosine and its best rate is "
+        "neither.",
+    ]
+    if SHORT in columns:
+        told.append(
+            f"{SHORT}: the suite's short tasks, which are others than those of the other columns."
+        )
+    return [*lines, "", " ".join(told)]
+
+
+# --- against tuned AdamW -------------------------------------------------------------------------
+
+
+def _ratios(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    everything = [r for found in by_horizon.values() for r in found]
+    by_loss = {t: standings.contests(f, "test_loss") for t, f in by_horizon.items()}
+    heads = [entry for title in by_horizon for entry in (title, "at most", "on")]
+    lines = head("Method", *heads)
+    for name in standings.names(everything):
+        if name == TUNED:
+            continue
+        entries = []
+        for runs in by_loss.values():
+            ratios = standings.loss_ratios(runs, name, TUNED)
+            mean = standings.loss_ratio(runs, name, TUNED)
+            if mean is None:
+                entries += ["–", "", ""]
+            else:
+                worst = max(ratios, key=lambda task: ratios[task])
+                entries += [f"{mean:.3f}", f"{ratios[worst]:.2f}", worst]
+        if any(entry not in ("–", "") for entry in entries):
+            lines.append(row(_label(name), *entries))
+    if len(lines) == 2:
+        return ["It has not run."]
+    rates = ", ".join(f"{rate:g}" for rate in method(TUNED).grid or ())
+    return [
+        *lines,
+        "",
+        "Test loss at the end over that of AdamW with 5 % of warm-up, a cosine to zero over this "
+        f"very horizon, and the best of the rates {rates} by the test set: geometric mean over "
+        "tasks, the largest ratio, and the task that has it. Of another grid too the best rate.",
+    ]
+
+
+def _details(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    lines: list[str] = []
+    for title, found in by_horizon.items():
+        runs = standings.contests(found)
+        by_loss = standings.contests(found, "test_loss")
+        by_train = standings.contests(found, "train_loss")
+        seconds = standings.seconds_of(found, TUNED)
+        rows = []
+        for name in standings.names(found):
+            cells = None if name == TUNED else beside(runs, by_loss, name, TUNED)
+            if cells is not None:
+                trained = standings.loss_ratio(by_train, name, TUNED, "train_loss")
+                cost = standings.cost_ratio(runs, name, seconds)
+                told = ("–" if x is None else f"{x:.2f}" for x in (trained, cost))
+                rows.append(row(_label(name), *cells, *told))
+        if rows:
+            heads = head("Method", *BESIDE, "Training loss, ratio", "Time / one AdamW run")
+            lines += [f"### {title}", "", *heads, *rows, ""]
+    if not lines:
+        return ["It has not run."]
+    return [
+        *lines,
+        "Against AdamW with a cosine over the same horizon and its best rate. Wins, ties and "
+        "losses, dead and diverged runs among them, by test accuracy where there are classes to "
+        "name, by test loss elsewhere. Time of training, without evaluation.",
+    ]
+
+
+def _failures(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    lines = []
+    for title, found in by_horizon.items():
+        runs = standings.contests(found)
+        for name in standings.names(found):
+            for task, given in standings.verdicts(runs, name, TUNED).items():
+                if given in ("dead", "diverged"):
+                    lines.append(row(_label(name), title, task, given))
+    return [*head("Method", "Horizon", "Task", "In some seed"), *lines] if lines else ["None."]
+
+
+# --- task by task --------------------------------------------------------------------------------
+
+
+def _scores(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    everything = [r for found in by_horizon.values() for r in found]
+    runs: dict[str, Runs] = {t: standings.contests(f) for t, f in by_horizon.items()}
+    score = {r["task"]: r["score"] for r in everything}
+    held_back = {r["task"] for r in everything if r["held_back"]}
+    lines: list[str] = []
+    for task in sorted(score):
+        lines += [f"### {task}{' *' if task in held_back else ''}, {score[task]}", ""]
+        lines += head("Method", *by_horizon)
+        for name in standings.names(everything):
+            entries = [
+                cell(at, task, name, {} if name == TUNED else _against(at, name))
+                for at in runs.values()
+            ]
+            if any(entries):
+                lines.append(row(_label(name), *entries))
+        lines.append("")
+    return [
+        *lines,
+        "Mean over seeds ± its standard error at the end of the horizon; of a grid the best rate "
+        "of each seed. Against AdamW with a cosine: + better, = within the standard error of the "
+        "difference, − worse, † dead, ‡ diverged. * Held back.",
+    ]
+
+
+def _against(runs: Runs, name: str) -> Mapping[str, str]:
+    return standings.verdicts(runs, name, TUNED)
+
+
+def _label(name: str) -> str:
+    return f"`{name}`" if "@" in name else method(name).label

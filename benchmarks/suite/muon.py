@@ -1,0 +1,90 @@
+"""Muon on a network's hidden matrices, AdamW on everything else, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+__all__ = ["MuonAdamW", "hidden_matrices"]
+
+_MATRICES = (nn.Linear, nn.Conv2d, nn.GRU, nn.Embedding)
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of linear, convolutional and recurrent layers but the first and the last.
+
+    Muon's authors leave inputs, outputs, embeddings, biases, gains and other vectors to AdamW. The
+    first and the last layer are those by the order in which the model lists its modules, which in
+    this suite's networks is the order of the computation; an embedding counts as a first layer.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> [tuple(weight.shape) for weight in hidden_matrices(model)]
+        [(3, 4)]
+    """
+    layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
+    return [
+        weight
+        for layer in layers[1:-1]
+        if not isinstance(layer, nn.Embedding)
+        for weight in layer.parameters(recurse=False)
+        if weight.dim() > 1
+    ]
+
+
+class MuonAdamW(Optimizer):
+    """PyTorch's Muon and PyTorch's AdamW under one learning rate.
+
+    Muon's step is scaled to the root mean square of AdamW's (``match_rms_adamw``: 0.2 times the
+    root of the matrix's larger side), so that one rate and one weight decay serve both; its other
+    options, and AdamW's, are PyTorch's defaults. The kernel of a convolution is the matrix
+    ``[out, in * height * width]``. Where there is no hidden matrix this is AdamW.
+
+    Args:
+        model: Its parameters are trained.
+        lr: The rate of both. Of the groups, the first is AdamW's.
+        weight_decay: Of both; AdamW's default.
+
+    Raises:
+        RuntimeError: For a hidden matrix under a PyTorch older than 2.9, which has no Muon.
+
+    Source: K. Jordan, github.com/KellerJordan/Muon, README, for what is whose; J. Liu et al.,
+    arXiv 2502.16982, section 2.2, for the scale.
+    """
+
+    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 1e-2) -> None:
+        matrices = hidden_matrices(model)
+        known = {id(weight) for weight in matrices}
+        others = [p for p in model.parameters() if id(p) not in known]
+        groups = [{"params": part} for part in (others, matrices) if part]
+        super().__init__(groups, {"lr": lr})
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        self._parts: list[Optimizer] = [AdamW(others, **options)]
+        # Muon takes matrices alone: it is given views of the same numbers.
+        self._views = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in matrices]
+        if matrices:
+            if not hasattr(torch.optim, "Muon"):
+                raise RuntimeError(
+                    f"PyTorch {torch.__version__} has no Muon: 2.9 or newer is needed"
+                )
+            views = [view for _, view in self._views]
+            muon = torch.optim.Muon(views, adjust_lr_fn="match_rms_adamw", **options)
+            self._parts.append(muon)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes both steps."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for weight, view in self._views:
+            view.grad = None if weight.grad is None else weight.grad.flatten(1)
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            part.param_groups[0]["lr"] = group["lr"]
+            part.step()
+        return loss

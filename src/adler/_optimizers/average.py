@@ -1,0 +1,267 @@
+r"""The average of the iterates, for any direction: what `AveragedOptimizer` tests and keeps.
+
+Three points take the place of one. Gradient, slope and curvature are taken at $y$, between the fast
+iterate $z$, which makes the steps, and the average $x$ of all $z$ so far:
+
+$$
+z \leftarrow z - \frac{\eta}{s_t}\, u, \qquad x \leftarrow x + \tfrac1t (z - x), \qquad
+y = (1 - \beta)\, z + \beta x, \qquad s_t = 1 - \beta\,(1 - \tfrac1t).
+$$
+
+Of a step of $z$ only the share $s_t$ arrives at once at $y$, where its length was measured. Divided
+by it, the step moves $y$ by $\eta\, u$: the measured length is that of the move where it was
+measured. The share falls from 1 to $1 - \beta$, which is a warm-up of $z$ for nothing.
+
+While training, the parameters are $y$; of the others only $z$ is stored. They follow the model's
+mode: a call of the model after ``model.eval()``, without gradients, finds $x$ in their place, and
+the next call in training mode, with gradients, finds $y$.
+
+Source of the points: A. Defazio et al., *The Road Less Scheduled*, arXiv 2405.15682.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adler import _distributed as distributed
+from adler import _tensors
+from adler._optimizers.base import MeasuredOptimizer
+from adler._optimizers.direction import Direction, State, count_, moments, shares
+from adler._recording.recorder import remove_all
+from adler._recording.replay import is_replaying
+
+__all__ = ["AveragedOptimizer", "Interpolation", "interpolate_"]
+
+
+class AveragedOptimizer(MeasuredOptimizer):
+    """A measured optimizer that may test and keep the average of its iterates.
+
+    Subclasses give the direction (`_inner_direction`) and say how near to the average the gradient
+    is taken (`_interpolation`).
+
+    Attributes:
+        follow_mode: Whether a call of the model brings the weights of its mode; if not, only `eval`
+            and `train` do.
+    """
+
+    follow_mode: bool = True
+
+    def eval(self) -> None:
+        """Puts the averages in place of the parameters. Without effect when they are there."""
+        # A tensor made under inference_mode could not be used in training.
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                interpolation = self._interpolation(group)
+                for p in group["params"]:
+                    mine = self.state.get(p, {})
+                    if interpolation is not None and "z" in mine and "y" not in mine:
+                        mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
+                        p.lerp_(mine["z"], 1 - 1 / interpolation)
+            distributed.let_go(self.model)
+
+    def train(self) -> None:
+        """Puts the parameters back, bit for bit. Without effect when they are there."""
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p in self.state and "y" in self.state[p]:
+                        p.copy_(self.state[p].pop("y"))
+            distributed.let_go(self.model)
+
+    def remove_hooks(self) -> None:
+        """As for the other optimizers; the parameters no longer follow the model's mode either."""
+        super().remove_hooks()
+        self._unfollow()
+
+    def _interpolation(self, group: Mapping[str, Any]) -> float | None:
+        """``β`` of a group; None: the last iterate is kept, and there is no average."""
+        raise NotImplementedError
+
+    def _inner_direction(
+        self, params: list[Tensor], gradients: list[Tensor], equal: Mapping[int, bool]
+    ) -> Direction:
+        """What the iterate moves along.
+
+        Args:
+            params: Those with a gradient.
+            gradients: Theirs.
+            equal: Whether the counts of a group's parameters are equal, by its id.
+        """
+        raise NotImplementedError
+
+    def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
+        if any("y" in self.state[p] for p in params if p in self.state):
+            raise RuntimeError(
+                "step(): the parameters are the averages, for testing: call optimizer.train() "
+                "before the forward pass of a training step"
+            )
+        equal = self._step_counts.all_equal(self.param_groups, self.state)
+        inner = self._inner_direction(params, gradients, equal)
+        if all(self._interpolation(group) is None for group in self.param_groups):
+            return inner
+        return Interpolation(inner, self.state, equal, self._interpolation)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        others = [self.defaults, *self.param_groups]
+        averaged = [self._interpolation({**self.defaults, **g}) is not None for g in others]
+        if (self._interpolation({**self.defaults, **group}) is not None) not in averaged:
+            raise ValueError(
+                "interpolation: either all groups keep an average, or none does; pass it to the "
+                "constructor"
+            )
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for p in params:
+            self._make_inner_state(p, groups[p])
+            if self._interpolation(groups[p]) is not None:
+                _fast_state(self.state, p)
+
+    def _make_inner_state(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Creates what the direction would create at a parameter's first step."""
+
+    def _attach(self) -> None:
+        super()._attach()
+        handles = [self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)]
+        self._unfollow = weakref.finalize(self, remove_all, handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As for the other optimizers."""
+        return {**super().__getstate__(), "follow_mode": self.follow_mode}
+
+
+class _Follow:
+    """A hook before the model's forward; its copies and pickles do nothing, as a recorder's."""
+
+    def __init__(self, optimizer: AveragedOptimizer | None, model: nn.Module | None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._model = None if model is None else weakref.ref(model)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None or self._model is None or self._model() is not model:
+            return
+        if not optimizer.follow_mode or is_replaying():
+            return
+        # Mixed modes (fine-tuning in eval mode, `update_bn`) leave the weights unchanged.
+        if model.training and torch.is_grad_enabled():
+            optimizer.train()
+        elif not model.training and not torch.is_grad_enabled():
+            optimizer.eval()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Follow, (None, None)
+
+
+class Interpolation(Direction):
+    """Another direction's step of the fast iterate, and with it of the average and of ``y``.
+
+    Args:
+        inner: What the fast iterate moves along.
+        state: The optimizer's; holds ``z`` and ``step``.
+        equal: Whether the counts of a group's parameters are equal, by its id.
+        interpolation: From a group to ``β``.
+    """
+
+    def __init__(
+        self,
+        inner: Direction,
+        state: State,
+        equal: Mapping[int, bool],
+        interpolation: Callable[[Mapping[str, Any]], float | None],
+    ) -> None:
+        super().__init__(inner.along)
+        self._inner, self._state, self._equal = inner, state, equal
+        self._interpolation = interpolation
+
+    def descend(
+        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
+    ) -> None:
+        """As `Direction.descend`; a step that is skipped leaves the state as it was."""
+        states = [_fast_state(self._state, p) for p in params]
+        steps, fast = [mine["step"] for mine in states], [mine["z"] for mine in states]
+        count_(steps, skipped)
+        directions = self._inner.advance(group, params, skipped)
+        if group["weight_decay"] != 0:  # decoupled, at y
+            directions = list(torch._foreach_add(directions, params, alpha=group["weight_decay"]))
+        interpolation = self._interpolation(group)
+        assert interpolation is not None
+        interpolate_(
+            params,
+            directions,
+            fast,
+            steps,
+            rate,
+            skipped,
+            interpolation=interpolation,
+            equal=self._equal[id(group)],
+        )
+
+    def finish(self, skipped: Tensor) -> None:
+        """The inner direction's."""
+        self._inner.finish(skipped)
+
+    def undo(self) -> None:
+        """The inner direction's."""
+        self._inner.undo()
+
+
+def _fast_state(state: State, p: Tensor) -> dict[str, Tensor]:
+    mine = moments(state, p)
+    if "z" not in mine:
+        mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+    return mine
+
+
+def interpolate_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    fast: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rate: Tensor,
+    skip: Tensor,
+    *,
+    interpolation: float,
+    equal: bool = False,
+) -> None:
+    r"""In place, a step of $y$ and $z$, or nothing at all; the average $x$ is not stored.
+
+    $$
+    y \leftarrow y + \tfrac1t (z - y) - \eta\, u, \qquad z \leftarrow z - \frac{\eta}{s_t}\, u
+    $$
+
+    Args:
+        params: ``y``; updated.
+        directions: ``u``, as many, of the same shapes, dtypes and devices; may be non-finite when
+            skipped.
+        fast: ``z``; updated.
+        steps: ``t`` of each, with this step; 0-dim float32.
+        rate: ``η``, 0-dim: how far ``y`` moves.
+        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
+        interpolation: ``β``.
+        equal: Whether all steps are known to be equal, which takes fewer kernels.
+    """
+    for (device, _, _), (y, u, z, counts) in _tensors.local_alike(
+        params, directions, fast, steps
+    ).items():
+        veto, mine = skip.to(device), rate.to(device)
+        new = shares(counts, equal, device)
+        of_z = mine / (1 - interpolation * (1 - new))
+        if equal and _tensors.is_on_host(device) and _tensors.is_on_host(rate.device):
+            # The same without temporaries, each of which is as dear there as a step of SGD.
+            if not veto.numpy():
+                torch._foreach_lerp_(y, z, float(new[0].numpy()))
+                torch._foreach_add_(y, u, alpha=-float(mine.detach().numpy()))
+                torch._foreach_add_(z, u, alpha=-float(of_z[0].detach().numpy()))
+            continue
+        apart = torch._foreach_sub(y, z)
+        _tensors.descend_each_(y, list(apart), new, veto, equal)
+        _tensors.descend_(y, u, mine, veto)
+        _tensors.descend_each_(z, u, of_z, veto, equal)

@@ -1,0 +1,129 @@
+"""What the README and the site show runs, and their numbers are the measured ones."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "docs"))
+
+PAGES = [
+    "README.md",
+    *(
+        f"docs/pages/{name}.md"
+        for name in ("index", "use", "training-loops", "directions", "cost", "diagnostics")
+    ),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_run_in_order(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert snippets
+    torch.manual_seed(0)
+    namespace = {"__name__": page}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"{page}[{number}]", "exec"), namespace)
+    optimizer = namespace["optimizer"]
+    assert optimizer.last_step is not None
+    assert not optimizer.last_step.skipped
+
+
+def test_the_readme_shows_the_measured_tables():
+    from readme import BLOCK, render
+
+    text = (ROOT / "README.md").read_text()
+    assert len(BLOCK.findall(text)) == 3
+    assert render(text) == text, "run make readme"
+
+
+def test_the_matrix_of_integrations_is_that_of_the_committed_runs():
+    from matrix import DATA, PAGE, render
+
+    rows = json.loads(DATA.read_text())
+    assert rows
+    assert all(row["passed"] and not row["failed"] for row in rows.values())
+    text = PAGE.read_text()
+    assert render(text, rows) == text, "run make matrix"
+    assert render(render(text, {}), rows) == text
+
+
+def test_the_demo_runs_and_redraws(tmp_path):
+    command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path)]
+    subprocess.run([*command, "--epochs", "1", "--seeds", "1"], cwd=ROOT, check=True)
+    table = (tmp_path / "table.md").read_text()
+    assert "**Adler**, untuned" in table
+    assert "best of ten" in table
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    subprocess.run([*command, "--redraw"], cwd=ROOT, check=True)
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_the_committed_digits_table_is_that_of_the_committed_results():
+    from examples.digits import table
+
+    folder = ROOT / "docs/pages/assets/digits"
+    assert (
+        table(json.loads((folder / "results.json").read_text()))
+        == (folder / "table.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["step_cost", "step_cost-cuda", "memory", "memory-cuda", "scaling", "tangent_kernel"],
+)
+def test_the_committed_benchmarks_are_those_of_the_committed_results(name):
+    table = importlib.import_module(f"benchmarks.{name.removesuffix('-cuda')}").table
+    folder = ROOT / "benchmarks/results"
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert table(results) == (folder / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["step_cost", "memory", "scaling"])
+def test_the_benchmarks_of_cost_run(name, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
+    peers = ["--no-peers"] * (name != "scaling")  # they are not installed with the tests
+    subprocess.run([*command, *peers], cwd=ROOT, check=True)
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    text = (tmp_path / f"{name}.md").read_text()
+    assert importlib.import_module(f"benchmarks.{name}").table(results) == text
+    assert "| `low_cost` |" in text
+    assert "fails" not in text
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_peers_that_need_no_package_find_the_curvature():
+    from benchmarks.networks import QUICK
+    from benchmarks.steppers import line_search, pearlmutter
+
+    for make in (pearlmutter, line_search):
+        task = QUICK["MLP, small"]
+        model, criterion = task.network(), torch.nn.CrossEntropyLoss()
+        step, (x, y) = make(model, criterion), task.batch()
+        before = criterion(model(x), y).item()
+        for _ in range(5):
+            step(x, y)
+        assert criterion(model(x), y).item() < before
+
+
+def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
+    from examples.diagnose import table
+
+    folder = ROOT / "docs/pages/assets/diagnostics"
+    results = json.loads((folder / "results.json").read_text())
+    assert table(results) == (folder / "table.md").read_text()
+
+
+def test_the_diagnosis_runs(tmp_path):
+    command = [sys.executable, "-m", "examples.diagnose", "--out", str(tmp_path), "--steps", "3"]
+    subprocess.run([*command, "--every", "2"], cwd=ROOT, check=True)
+    assert "| tangent kernel λ_max |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "report.png").stat().st_size > 20_000

@@ -1,0 +1,444 @@
+"""What the hooks see, which call they link to which loss, and that they leave nothing behind."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from support.cases import flat
+from support.loops import train
+from torch import nn
+from torch.nn import functional as F
+
+from adler import Adler
+
+
+def setting(seed=0, n=12):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    return model, nn.CrossEntropyLoss(), torch.randn(n, 4).double(), torch.randint(3, (n,))
+
+
+def hooks(module):
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def plain_step():
+    """Parameters after one step of the ordinary loop."""
+    model, criterion, x, y = setting()
+    train(model, criterion, Adler(model.parameters(), model, criterion), [(x, y)])
+    return flat(model)
+
+
+# --- loops that hooks cannot see ------------------------------------------------------------------
+
+
+def test_a_functional_loss_with_explicit_targets():
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step(targets=y)
+    torch.testing.assert_close(flat(model), plain_step(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_criterion_that_is_a_function():
+    model, _, x, y = setting()
+    optimizer = Adler(model.parameters(), model, F.cross_entropy)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step(targets=y)
+    torch.testing.assert_close(flat(model), plain_step(), rtol=1e-9, atol=1e-12)
+
+
+def test_explicit_inputs_and_targets_without_any_hook():
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer.remove_hooks()
+    criterion(model(x), y).backward()
+    optimizer.step(inputs=x, targets=y)
+    torch.testing.assert_close(flat(model), plain_step(), rtol=1e-12, atol=1e-12)
+    assert hooks(model) == hooks(criterion) == 0
+
+
+def test_a_loss_computed_inside_the_model():
+    class WithLoss(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x, labels=None):
+            logits = self.body(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    body, criterion, x, y = setting()
+    model = WithLoss(body)
+    optimizer = Adler(
+        model.parameters(), model, criterion, output_fn=lambda output: output["logits"]
+    )
+    model(x, labels=y)["loss"].backward()
+    optimizer.step(targets=y)
+    torch.testing.assert_close(flat(model), plain_step(), rtol=1e-12, atol=1e-12)
+
+
+def test_outputs_reshaped_before_the_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double()
+    twin, criterion = copy.deepcopy(model), nn.CrossEntropyLoss()
+    tokens = torch.randint(7, (5, 6))
+    shift = lambda out: out[:, :-1].reshape(-1, 7)  # noqa: E731
+    optimizer = Adler(model.parameters(), model, criterion, output_fn=shift)
+    criterion(shift(model(tokens)), tokens[:, 1:].reshape(-1)).backward()
+    optimizer.step()
+    criterion(twin(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:]).backward()
+    expected = Adler(
+        twin.parameters(), twin, criterion, output_fn=lambda out: out[:, :-1].transpose(1, 2)
+    )
+    expected.step(inputs=tokens, targets=tokens[:, 1:])
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-12)
+
+
+def test_explicit_inputs_that_were_recorded_bring_their_dropout_mask():
+    def step(explicit):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.8), nn.Linear(50, 3)).double()
+        criterion = nn.CrossEntropyLoss()
+        x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+        optimizer = Adler(model.parameters(), model, criterion)
+        criterion(model(x), y).backward()
+        torch.randn(100)
+        optimizer.step(**({"inputs": x, "targets": y} if explicit else {}))
+        return flat(model)
+
+    torch.testing.assert_close(step(True), step(False), rtol=1e-12, atol=1e-12)
+
+
+def test_several_inputs_targets_and_keyword_criterion():
+    class Bilinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+        def forward(self, a, *, b):
+            return self.left(a) * self.right(b)
+
+    torch.manual_seed(0)
+    model, criterion = Bilinear(), nn.GaussianNLLLoss()
+    a, b = torch.randn(2, 5, 3).double()
+    y, var = torch.randn(5, 2).double(), torch.rand(5, 2).double()
+    twin = copy.deepcopy(model)
+    optimizer = Adler(model.parameters(), model, criterion)
+    criterion(target=y, input=model(a, b=b), var=var).backward()
+    optimizer.step()
+    other = Adler(twin.parameters(), twin, criterion)
+    criterion(twin(a, b=b), y, var).backward()
+    other.step()
+    assert flat(model).equal(flat(twin))
+    assert float(optimizer.last_step.curvature) == float(other.last_step.curvature)
+
+
+# --- which record --------------------------------------------------------------------------------
+
+
+def test_two_networks_in_one_loop():
+    """A GAN: two optimizers, a shared criterion, one network inside the other's loss."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    critic = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    both, criterion = nn.Sequential(generator, critic), nn.BCEWithLogitsLoss()
+    for_critic = Adler(critic.parameters(), critic, criterion)
+    for_generator = Adler(generator.parameters(), both, criterion)
+    one, zero = torch.ones(16, 1).double(), torch.zeros(16, 1).double()
+    for _ in range(5):
+        real, noise = torch.randn(16, 2).double() + 3, torch.randn(16, 2).double()
+        for_critic.zero_grad()
+        loss = criterion(critic(real), one) + criterion(critic(generator(noise).detach()), zero)
+        loss.backward()
+        size = sum(p.grad.square().sum() for p in critic.parameters())
+        before = flat(generator)
+        for_critic.step()
+        assert float(for_critic.last_step.slope) == pytest.approx(float(size))
+        assert flat(generator).equal(before)
+
+        for_generator.zero_grad()
+        criterion(both(noise), one).backward()
+        before = flat(critic)
+        for_generator.step()
+        assert flat(critic).equal(before)
+        assert not for_generator.last_step.skipped
+    assert for_critic.last_step.skipped_total == for_generator.last_step.skipped_total == 0
+
+
+def test_two_optimizers_on_one_model():
+    model, criterion, x, y = setting()
+    first = Adler(model[0].parameters(), model, criterion)
+    second = Adler(model[2].parameters(), model, criterion)
+    for _ in range(3):
+        first.zero_grad()
+        second.zero_grad()
+        criterion(model(x), y).backward()
+        before = flat(model[2])
+        first.step()
+        assert flat(model[2]).equal(before)
+        second.step()
+        assert not flat(model[2]).equal(before)
+    assert not first.last_step.skipped
+    assert not second.last_step.skipped
+
+
+def test_a_retained_graph_counts_twice_and_after_the_step_anew():
+    model, criterion, x, y = setting()
+    twin, _, _, _ = setting()
+    optimizer, other = (Adler(m.parameters(), m, criterion) for m in (model, twin))
+    loss = criterion(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    (2 * criterion(twin(x), y)).backward()
+    other.step()
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_called_by_another_in_grad_mode_does_not_disturb():
+    model, criterion, x, y = setting()
+    copied = copy.deepcopy(model)
+    optimizer = Adler(model.parameters(), model, criterion)
+    ema = copy.deepcopy(model)  # carries the hooks' inert copies
+    criterion(model(x), y).backward()
+    criterion(ema(x), y).backward()
+    criterion(copied(x), y).backward()
+    optimizer.step()
+    assert flat(model).equal(plain_step())
+
+
+# --- errors that say what to do -------------------------------------------------------------------
+
+
+def refuses(match, act, error=RuntimeError, **options):
+    """``act`` raises, and neither parameters nor state have changed."""
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion, **options)
+    train_options = options.get("output_fn")
+    if train_options is None:
+        train(model, criterion, optimizer, [(x, y)])
+    optimizer.zero_grad()
+    before, state = flat(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=match):
+        act(model, criterion, optimizer, x, y)
+    assert flat(model).equal(before)
+    assert str(optimizer.state_dict()) == str(state)
+
+
+def test_step_before_any_forward():
+    def act(model, criterion, optimizer, x, y):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    refuses("the model was not called with gradients enabled", act)
+
+
+def test_step_twice():
+    def act(model, criterion, optimizer, x, y):
+        optimizer.step()
+
+    refuses("no parameter has a gradient", act)
+
+
+def test_backward_not_called():
+    def act(model, criterion, optimizer, x, y):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        loss = criterion(model(x), y)
+        optimizer.step()
+        del loss
+
+    refuses("backward\\(\\) has not reached the recorded loss", act)
+
+
+def test_criterion_not_called():
+    def act(model, criterion, optimizer, x, y):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    refuses(r"pass step\(targets=...\)", act)
+
+
+def test_outputs_changed_on_the_way():
+    def act(model, criterion, optimizer, x, y):
+        criterion(model(x) / 2, y).backward()
+        optimizer.step()
+
+    refuses("not the one that the model returned.*output_fn=", act)
+
+
+def test_outputs_that_do_not_depend_on_the_parameters():
+    def act(model, criterion, optimizer, x, y):
+        criterion(model(x).detach().requires_grad_(), y).backward()
+        optimizer.step()
+
+    refuses("on a loss that depends on the parameters", act)
+
+
+def test_targets_that_depend_on_the_parameters():
+    def act(model, criterion, optimizer, x, y):
+        criterion(model(x), model(x).softmax(1)).backward()
+        optimizer.step()
+
+    refuses("targets require grad.*detach", act)
+
+
+def test_a_criterion_that_does_not_reduce():
+    class Vector(nn.Module):
+        def forward(self, outputs, targets):
+            return F.cross_entropy(outputs, targets, reduction="none")
+
+    model, _, x, y = setting()
+    criterion = Vector()
+    optimizer = Adler(model.parameters(), model, criterion)
+    criterion(model(x), y).mean().backward()
+    with pytest.raises(RuntimeError, match=r"returned shape \(12,\), not a scalar"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_model_that_returns_no_tensor(kind):
+    class Wrapped(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            out = self.body(x)
+            return {"logits": out} if kind is dict else (out,)
+
+    body, criterion, x, y = setting()
+    model = Wrapped(body)
+    optimizer = Adler(model.parameters(), model, criterion)
+    output = model(x)
+    criterion(output["logits"] if kind is dict else output[0], y).backward()
+    before = flat(model)
+    with pytest.raises(RuntimeError, match=f"returned {kind.__name__}.*output_fn="):
+        optimizer.step()
+    assert flat(model).equal(before)
+
+
+def test_an_output_fn_that_does_something_else_than_the_loop():
+    def act(model, criterion, optimizer, x, y):
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+    refuses("do in output_fn what the loop does", act, output_fn=lambda out: out[:, :2])
+
+
+def test_with_output_fn_an_ambiguous_call_is_refused():
+    def act(model, criterion, optimizer, x, y):
+        first, _ = model(x), model(x[:3])
+        criterion(first, y).backward()
+        optimizer.step()
+
+    refuses("called 2 times before the criterion", act, output_fn=lambda out: out)
+
+
+def test_explicit_targets_are_refused_when_it_is_not_certain_which_call():
+    def act(model, criterion, optimizer, x, y):
+        model(x[:3])
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step(targets=y)
+
+    refuses("called 2 times.*pass inputs=", act)
+
+
+def test_explicit_targets_that_do_not_fit():
+    def act(model, criterion, optimizer, x, y):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step(inputs=x, targets=y[:5])
+
+    refuses(r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]", act, ValueError)
+
+
+def test_explicit_targets_that_would_broadcast():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 1), nn.MSELoss()
+    x, y = torch.randn(6, 4), torch.randn(6)
+    optimizer = Adler(model.parameters(), model, criterion)
+    (model(x).squeeze(1) - y).square().mean().backward()
+    with pytest.raises(ValueError, match=r"\(6, 1\).*\(6,\)"):
+        optimizer.step(targets=y)
+
+
+def test_inputs_without_targets():
+    def act(model, criterion, optimizer, x, y):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step(inputs=x)
+
+    refuses("needs targets=", act, ValueError)
+
+
+# --- nothing left behind --------------------------------------------------------------------------
+
+
+def test_hooks_go_with_the_optimizer():
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    assert hooks(model) == 2
+    assert hooks(criterion) == 1
+    train(model, criterion, optimizer, [(x, y)] * 2)
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    assert hooks(model) == hooks(criterion) == 0
+
+
+def test_the_batch_is_freed_after_the_step_and_the_graph_never_held():
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    batch, loss = x.clone(), None
+    alive = weakref.ref(batch)
+    outputs = model(batch)
+    node = weakref.ref(outputs.grad_fn) if hasattr(outputs.grad_fn, "__weakref__") else None
+    loss = criterion(outputs, y)
+    loss.backward()
+    optimizer.step()
+    del batch, outputs, loss
+    gc.collect()
+    assert alive() is None
+    assert node is None or node() is None
+
+
+def test_a_forward_that_nobody_differentiates_leaves_nothing():
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    seen = []
+    for _ in range(5):
+        batch = x.clone()
+        seen.append(weakref.ref(batch))
+        criterion(model(batch), y)
+        del batch
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) <= 1  # the last call, until the next one
+    del optimizer
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_models_copy_and_pickle_with_their_hooks_inert(copier):
+    model, criterion, x, y = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    twin = copier(model)
+    criterion(twin(x), y).backward()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="the model was not called"):
+        optimizer.step()
+
+
+def test_models_save_whole():
+    model, criterion, x, _ = setting()
+    optimizer = Adler(model.parameters(), model, criterion)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=False)(x).equal(model(x))
+    del optimizer

@@ -1,0 +1,202 @@
+"""Curvature on a part of the batch: of the same function, on its first examples."""
+
+import math
+
+import pytest
+import torch
+from support.cases import CRITERIA, NETWORKS, batches, network
+from support.loops import train, unchanged
+from torch import nn
+
+from adler import Adler, AdlerAdam, GaussNewton, curvature
+from adler._recording.recorder import RecordedLoss
+from adler._recording.replay import Call
+from adler._recording.subbatch import part
+
+
+def first_step(model, criterion, x, y, kind=Adler, **options):
+    """The gradient and the record of one step."""
+    optimizer = kind(model.parameters(), model, criterion, **options)
+    criterion(model(x), y).backward()
+    gradient = [p.grad.clone() for p in model.parameters()]
+    with unchanged(model):
+        optimizer.step()
+    return gradient, optimizer.last_step
+
+
+@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+@pytest.mark.parametrize("criterion_name", CRITERIA)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_curvature_is_that_of_the_first_examples_along_the_whole_gradient(
+    name, criterion_name, jvp
+):
+    model, twin, criterion = network(name), network(name), CRITERIA[criterion_name]()
+    ((x, y),) = batches(name, criterion, 1, size=10)
+    gradient, last = first_step(model, criterion, x, y, jvp=jvp, curvature_fraction=0.25)
+    c = curvature.quadratic_form(twin, twin.parameters(), x[:3], y[:3], criterion, gradient)
+    factor = 10 / 3 if criterion.reduction == "sum" else 1.0
+    exact = jvp != "finite_difference"
+    assert float(last.curvature) == pytest.approx(factor * float(c), rel=1e-9 if exact else 1e-3)
+    size = sum(float(g.square().sum()) for g in gradient)
+    assert float(last.slope) == pytest.approx(size)
+    assert float(last.minibatch_lr) == pytest.approx(size / float(last.curvature), rel=1e-6)
+    assert math.isnan(float(last.consistency))  # the slope is the whole batch's
+
+
+@pytest.mark.parametrize("criterion_name", CRITERIA)
+@pytest.mark.parametrize("kind", [Adler, GaussNewton])
+def test_parts_that_make_up_the_batch_average_to_its_curvature(kind, criterion_name):
+    criterion = CRITERIA[criterion_name]()
+    ((x, y),) = batches("mlp-tanh", criterion, 1, size=12)
+
+    def measured(shift, fraction):
+        rolled = x.roll(shift, 0), y.roll(shift, 0)
+        options = {"kind": kind, "curvature_fraction": fraction}
+        return float(first_step(network("mlp-tanh"), criterion, *rolled, **options)[1].curvature)
+
+    parts = [measured(shift, 0.25) for shift in (0, 3, 6, 9)]
+    assert sum(parts) / 4 == pytest.approx(measured(0, 1.0), rel=1e-9)
+    assert max(parts) > 1.01 * min(parts)
+
+
+def test_both_forwards_of_a_finite_difference_draw_the_same_mask():
+    criterion = nn.CrossEntropyLoss()
+
+    def measured(jvp):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Tanh(), nn.Linear(32, 3))
+        x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
+        options = {"jvp": jvp, "curvature_fraction": 0.5}
+        return float(first_step(model.double(), criterion, x, y, **options)[1].curvature)
+
+    assert measured("finite_difference") == pytest.approx(measured("forward"), rel=1e-3)
+
+
+def test_flattened_outputs_keep_each_examples_rows_together():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 5)
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.embed(tokens)))
+
+    torch.manual_seed(0)
+    model, criterion = Tagger().double(), nn.CrossEntropyLoss(ignore_index=0)
+    tokens, tags = torch.randint(11, (6, 7)), torch.randint(5, (6, 7))
+    options = {"output_fn": lambda out: out.flatten(0, 1), "curvature_fraction": 0.5}
+    optimizer = Adler(model.parameters(), model, criterion, **options)
+    criterion(model(tokens).flatten(0, 1), tags.flatten()).backward()
+    gradient = [p.grad.clone() for p in model.parameters()]
+    reference = curvature.quadratic_form(
+        model,
+        model.parameters(),
+        tokens[:3],
+        tags[:3].flatten(),
+        criterion,
+        gradient,
+        output_fn=options["output_fn"],
+    )
+    optimizer.step()
+    assert float(optimizer.last_step.curvature) == pytest.approx(float(reference), rel=1e-9)
+
+
+def test_losses_of_one_call_share_their_part():
+    model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    call, criterion = Call.of(model, {"input": x}), nn.CrossEntropyLoss()
+    losses = [RecordedLoss(call, (torch.full((8,), label),)) for label in (0, 1)]
+    first, second = part(losses, 0.5, criterion)
+    assert first.call is second.call is not call
+    assert first.call.kwargs["input"].equal(x[:4])
+    assert part(losses, 1.0, criterion) is losses
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(1e-9, 2), (0.26, 3), (0.5, 4), (0.99, 8)])
+def test_a_part_is_rounded_up_and_never_a_single_example(fraction, rows):
+    loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(8, 4)), (torch.zeros(8),))
+    (found,) = part([loss], fraction, nn.MSELoss())
+    assert len(found.call.args[0]) == len(found.targets[0]) == rows
+
+
+def test_amp_scale_and_sum_do_not_disturb_each_other():
+    def measured(unscale):
+        model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss(reduction="sum")
+        ((x, y),) = batches("mlp-tanh", criterion, 1, size=8)
+        optimizer = Adler(model.parameters(), model, criterion, curvature_fraction=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=unscale is not None)
+        scaler.scale(criterion(model(x), y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        return float(optimizer.last_step.curvature)
+
+    assert measured(False) == pytest.approx(measured(None), rel=1e-9)
+    assert measured(True) == pytest.approx(measured(None), rel=1e-9)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, mask=None, scale=None):
+        x = x if mask is None else x * mask
+        return self.linear(x if scale is None else x * scale)
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self):
+        return self.bias
+
+
+BAD = {
+    "a mask of another size": (Masked(), (torch.randn(8, 4), torch.ones(4)), r"\(4,\).*8 rows"),
+    "no batch": (Constant(), (), "no tensor with a batch dimension"),
+    "scalars only": (Constant(), {}, "no tensor with a batch dimension"),
+    "rows": (nn.Flatten(0, 1), (torch.randn(3, 8, 3).requires_grad_(),), "targets|rows"),
+}
+
+
+@pytest.mark.parametrize(("model", "args", "match"), BAD.values(), ids=BAD)
+def test_a_batch_that_cannot_be_divided_is_refused_with_advice(model, args, match):
+    targets = (torch.zeros(8, dtype=torch.long),)
+    loss = RecordedLoss(Call.of(model, args), targets)
+    with pytest.raises(ValueError, match=match) as caught:
+        part([loss], 0.5, nn.CrossEntropyLoss())
+    assert "use curvature_fraction=1.0" in str(caught.value)
+
+
+def test_numbers_and_scalars_beside_the_batch_stay():
+    loss = RecordedLoss(Call.of(Masked(), (torch.randn(8, 4), None, torch.tensor(2.0))), ())
+    (found,) = part([loss], 0.5, nn.MSELoss())
+    assert found.call.args[1] is None
+    assert float(found.call.args[2]) == 2.0
+
+
+def test_a_refusal_changes_nothing():
+    model, criterion = Masked(), nn.CrossEntropyLoss()
+    optimizer = Adler(model.parameters(), model, criterion, curvature_fraction=0.5)
+    criterion(model(torch.randn(8, 4), torch.ones(4)), torch.randint(3, (8,))).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with unchanged(model), pytest.raises(ValueError, match="curvature_fraction"):
+        optimizer.step()
+    assert all(p.equal(b) for p, b in zip(model.parameters(), before))
+    assert optimizer.param_groups[0]["steps"] == 0
+
+
+@pytest.mark.parametrize("kind", [Adler, AdlerAdam])
+def test_parts_lead_to_the_rates_of_the_whole(kind):
+    criterion = nn.CrossEntropyLoss()
+    data = batches("mlp-tanh", criterion, 60, size=32)
+
+    def rate(fraction):
+        model = network("mlp-tanh")
+        optimizer = kind(model.parameters(), model, criterion, curvature_fraction=fraction)
+        train(model, criterion, optimizer, data)
+        return float(optimizer.last_step.effective_lr)
+
+    assert rate(0.25) == pytest.approx(rate(1.0), rel=0.15)
