@@ -127,6 +127,7 @@ class SpectralSGD(MeasuredOptimizer):
         squared_norm: Tensor,
         state: SearchState,
         scale: Tensor | None,
+        expected: Tensor | None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
         if groups_of(self._recorder.ddp, params):

@@ -61,6 +61,7 @@ class BatchCurvature(NamedTuple):
             None where the loop did not show it.
         trusted: Whether all checks hold, 0-dim bool; see `adler.curvature.trust`.
         checks: Each of them, by name, 0-dim bool.
+        within: How far ``slope`` may be from ``g·d``, relative to it.
     """
 
     value: Tensor
@@ -118,22 +119,15 @@ def batch_curvature(
         RuntimeError: If a replay makes another shape than the criterion received.
         ValueError: If explicit targets do not fit the outputs.
     """
-    whole = [loss if loss.whole is None else loss.whole for loss in batch]
-    part = any(loss.whole is not None for loss in batch)
-    if part and memory is not None:
-        # What a part cannot tell, the whole batch can.
-        memory.full -= 1
-        if memory.full < 0:
-            part, memory.full = False, _PARTS
     one = _Measurement(
-        batch=batch if part else whole,
+        batch=batch,
         params=params,
         direction=direction,
         criterion=criterion,
         hessian=hessian,
         squared_norm=squared_norm,
         slope=squared_norm if slope is None else slope,
-        expected=None if part else expected,
+        expected=expected,
         rate=rate,
         wants_nat=wants_nat,
         amp_scale=amp_scale,
@@ -141,12 +135,32 @@ def batch_curvature(
         memory=Memory() if memory is None else memory,
     )
     with replaying():
-        found = _best(one, jvp, alone)
-        if part and memory is not None and memory.distrusts(found.trusted):
-            memory.full = 0  # examples may depend on each other
-            found = _best(replace(one, batch=whole, expected=expected), jvp, alone)
+        if any(loss.whole is not None for loss in batch):
+            found = _of_a_part(one, jvp, alone, checks=memory is not None)
+        else:
+            found = _best(one, jvp, alone)
     one.memory.measurements += 1
     return found
+
+
+def _of_a_part(one: _Measurement, jvp: str, alone: bool, checks: bool) -> BatchCurvature:
+    """A part's; what it cannot tell of the training pass, the whole batch can, now and then."""
+    memory, batch = one.memory, [loss if loss.whole is None else loss.whole for loss in one.batch]
+    whole, part = replace(one, batch=batch), replace(one, expected=None)
+    sure: BatchCurvature | None = None
+    memory.full -= checks
+    if memory.full < 0:
+        sure = _best(whole, jvp, alone)
+        jvp = sure.engine
+        memory.full = 0 if alone and memory.distrusts(sure.trusted) else _PARTS
+    found = part.run(jvp) if sure is not None else _best(part, jvp, alone)
+    if alone and memory.distrusts(found.trusted):
+        # Its examples depend on the others, or it is not repeated.
+        return _best(whole, jvp, alone) if sure is None else sure
+    if sure is None or sure.trusted is None:
+        return found
+    trusted = sure.trusted if found.trusted is None else sure.trusted & found.trusted
+    return found._replace(trusted=trusted, checks={**found.checks, **sure.checks})
 
 
 # Measurements of a part for one of the whole batch.
@@ -375,7 +389,7 @@ class _Measurement:
         trusted = None
         if checks:
             trusted = functools.reduce(torch.logical_and, (c.to(device) for c in checks.values()))
-        return BatchCurvature(value, nat, total.finite, jvp, slope, trusted, checks)
+        return BatchCurvature(value, nat, total.finite, jvp, slope, trusted, checks, within)
 
     def _arrived(
         self, replays: Mapping[Call, tuple[Tensor, Tensor]]
