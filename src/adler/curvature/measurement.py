@@ -71,6 +71,7 @@ class BatchCurvature(NamedTuple):
     slope: Tensor | None = None
     trusted: Tensor | None = None
     checks: Mapping[str, Tensor] = {}
+    within: float = 0.2
 
 
 def batch_curvature(
