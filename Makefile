@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-LOOPS  := tests/integrations tests/optimizers/test_loops.py tests/optimizers/test_wrapped.py
+LOOPS  := -m "row or not long" tests/integrations tests/optimizers/test_loops.py tests/optimizers/test_wrapped.py
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: demo test test-integrations lint format types pytest docs readme matrix clean
+.PHONY: demo test test-long test-integrations lint format types pytest docs readme matrix clean
 .DEFAULT_GOAL := test
 
 # A stamp per extra, so that the demo does not wait for the test tools.
@@ -20,7 +20,7 @@ $(VENV)/.%: pyproject.toml .ci/constraints.txt | $(VENV)/.created
 demo: $(VENV)/.examples  ## untuned Adler against ten SGD learning rates on handwritten digits
 	$(BIN)/python -m examples.digits
 
-test: lint types pytest  ## everything CI runs
+test: lint types pytest  ## what a change waits for: under three minutes on two cores
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -34,7 +34,10 @@ types: $(VENV)/.test $(VENV)/.examples
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test $(VENV)/.examples $(VENV)/.diagnostics
-	$(BIN)/python -m pytest -n 2 src tests
+	$(BIN)/python -m pytest -n 2 -m "not long" src tests
+
+test-long: $(VENV)/.test $(VENV)/.examples $(VENV)/.diagnostics  ## whole experiments, killed runs, timings
+	$(BIN)/python -m pytest -n 2 -m long src tests
 
 # What the table of loops and frameworks counts. tests/integrations is not part of make test, which needs none of these packages.
 test-integrations: $(VENV)/.test $(VENV)/.examples $(VENV)/.integrations  ## real processes, other packages

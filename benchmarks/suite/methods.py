@@ -260,7 +260,7 @@ METHODS: dict[str, Method] = {
     "muon-cosine-tuned": Method(
         "Muon + AdamW + cosine, grid", _rates(-3.5), 2, _muon, needs_steps=True
     ),
-    "adler": Method("Adler", None, 3, _measured(adler.Adler)),
+    "adler": Method("Adler", None, 3, _interpolated(adler.Adler)),
     "adler-cap": Method("Adler (cap only)", None, 3, _measured(adler.Adler, **_CAP_ONLY)),
     "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
     "adler-adam": Method("AdlerAdam", None, 3, _measured(adler.AdlerAdam)),

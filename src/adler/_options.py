@@ -29,20 +29,21 @@ class Guard:
         max_kl: By how many nats an example a step may move the batch's predictions, for losses
             that are log-likelihoods; regression losses take the residuals' variance for scale.
             ``None``: by any number.
-        max_relative_change: By what fraction of its norm a weight tensor may move where the
-            gradient is taken. ``None``: by any.
+        max_relative_change: By what fraction of its initial norm a parameter tensor may move in a
+            step, where the gradient is taken; one that would move further is shortened alone. See
+            `adler._optimizers.direction.Reach`. ``None``: by any.
 
     Raises:
         ValueError: If a bound is not a positive number or None.
 
     Examples:
         >>> Guard(max_kl=0.1)
-        Guard(trust_region=2.0, max_kl=0.1, max_relative_change=0.05)
+        Guard(trust_region=2.0, max_kl=0.1, max_relative_change=0.02)
     """
 
     trust_region: float | None = 2.0
     max_kl: float | None = None
-    max_relative_change: float | None = 0.05
+    max_relative_change: float | None = 0.02
 
     def __post_init__(self) -> None:
         for name, bound in dataclasses.asdict(self).items():

@@ -11,18 +11,16 @@ With $\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)$ the rules are
    no minimiser, or a measurement that contradicts the gradient: the average is unchanged and its
    present value is used (*clipped*), or the step is skipped while there is none.
 3. Otherwise $\eta_k$ enters the average $\hat\eta$.
-4. The step is $\sqrt{\min(1, 2\rho)}$ times the average, where the *signal fraction* $\rho$ is
-   measured (below), and
-5. no longer than (*clipped*)
+4. The step is as long as $\hat\eta$ says, but no longer than (*clipped*)
     - ``trust_region`` times $\eta_k$: along ``d`` the model is back at its start at $2\eta_k$;
     - $\sqrt{2\, \mathtt{max\_kl} \cdot \mathrm{loss\ per\ nat} / c}$: the batch's predictions move
       by at most ``max_kl`` nats an example. One batch is weak evidence for more;
-    - ``max_relative_change`` times `adler._tensors.squared_norm_and_unit_change`: no weight tensor
-      moves by more than that fraction of its norm. Further away the network is not linear, whatever
-      the model says: on the plateau where a deep network starts, $c \approx 0$ and one step could
-      kill every unit;
     - $10^{18} / \max(1, \sqrt{\texttt{slope}})$, so that no number of steps overflows float32: a
       flat batch has rates up to $1/\epsilon$, and the average hands them on.
+
+Of such a step, each tensor goes no further than ``max_relative_change`` of its initial norm
+(`adler._optimizers.direction.Reach`). Further away the network is not linear, whatever the model
+says: on the plateau where a deep network starts, $c \approx 0$ and one step could kill every unit.
 
 ``guard=None`` is Algorithm 1 to the letter: of the bounds, only rule 1 remains.
 
@@ -63,8 +61,6 @@ class Measurement(NamedTuple):
         squared_norm: ``d·d``.
         curvature: ``c = vᵀ Q v``, with ``v = J d``; None: this step does not measure it.
         loss_per_nat: What one nat an example is worth in units of the loss; infinite: not asked.
-        unit_change: Step length at which some weight tensor has moved by its own norm; None: not
-            asked.
         finite: Whether the loss, where known, is finite; None: not known.
         trusted: Whether the measurement fits the gradient; None: not known.
     """
@@ -73,7 +69,6 @@ class Measurement(NamedTuple):
     squared_norm: Tensor
     curvature: Tensor | None = None
     loss_per_nat: Tensor | None = None
-    unit_change: Tensor | None = None
     finite: Tensor | None = None
     trusted: Tensor | None = None
 
@@ -207,8 +202,6 @@ def step_length(
     rate = rule.mean.read(state.rates)
     if rule.guard is not None:
         bound = torch.minimum(bound, _LONGEST * seen.slope.clamp(min=1).rsqrt())
-        if rule.guard.max_relative_change is not None and seen.unit_change is not None:
-            bound = torch.minimum(bound, rule.guard.max_relative_change * seen.unit_change)
     clipped = unmeasured | (rate > bound)
     rate = torch.minimum(rate, bound)
     # Whatever the reason, a rate that is no number reaches no parameter.

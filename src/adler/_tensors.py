@@ -5,7 +5,6 @@ Of sharded tensors (DTensors), sums are those of the whole, and updates act on t
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from operator import attrgetter
@@ -21,12 +20,13 @@ __all__ = [
     "descend_each_",
     "dot",
     "is_on_host",
+    "lengths",
     "lerp_",
     "local_alike",
     "scale_",
     "shifted",
     "squared_norm",
-    "squared_norm_and_unit_change",
+    "squared_norm_and_lengths",
     "widest",
 ]
 
@@ -130,48 +130,37 @@ def shifted(params: Sequence[Tensor], directions: Sequence[Tensor], by: Tensor) 
     return [found[i] for i in range(len(params))]
 
 
-def squared_norm_and_unit_change(
-    params: Sequence[Tensor], directions: Sequence[Tensor], home: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""`squared_norm` of the directions, and the step length at which a weight tensor has moved
-    by its own norm, from one look at each tensor.
-
-    $$
-    \min_W \; \max(\|W\|, \sqrt{n_W / 3}) \,/\, \|d_W\|
-    $$
-
-    over tensors of at least two dimensions, of $n_W$ rows. The floor is the norm that PyTorch's
-    default initialisation gives, so that weights that start at zero can leave it.
+def squared_norm_and_lengths(
+    tensors: Sequence[Tensor], home: torch.device | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`squared_norm`, and the norm of each tensor, from one look at each.
 
     Args:
-        params: Any shapes, floating dtypes and devices, at least one.
-        directions: As many, of the same shapes, dtypes and devices.
-        home: Device of the results; default: that of the first parameter.
+        tensors: Any shapes, floating dtypes and devices, at least one.
+        home: Device of the sum; default: that of the first tensor.
 
     Returns:
-        Both 0-dim, float64 (float32 where the device has no float64); the second is infinite
-        without such tensors.
+        0-dim, float64 (float32 where the device has no float64), and 0-dim tensors on the devices
+        of their own.
 
     Examples:
-        >>> weights, along = [torch.full((3, 1), 2.0)], [torch.tensor([[0.0], [3.0], [4.0]])]
-        >>> squared, step = squared_norm_and_unit_change(weights, along)
-        >>> float(squared), float(step)
-        (25.0, 0.6928203105926514)
+        >>> squared, lengths = squared_norm_and_lengths([torch.tensor([3.0]), torch.tensor([4.0])])
+        >>> float(squared), [float(length) for length in lengths]
+        (25.0, [3.0, 4.0])
     """
-    home = params[0].device if home is None else home
+    home = tensors[0].device if home is None else home
     total = torch.zeros((), dtype=widest(home), device=home)
-    least = torch.full_like(total, math.inf)
-    for (device, _, where), (p, d) in _alike(params, directions).items():
-        lengths = _norms(d, where)
-        total = total + torch.stack(lengths).to(widest(device)).square().sum().to(total)
-        matrices = [i for i, weight in enumerate(p) if weight.ndim > 1]
-        if not matrices:
-            continue
-        floors = [math.sqrt(p[i].shape[0] / 3) for i in matrices]
-        sizes = torch._foreach_clamp_min(_norms([p[i] for i in matrices], where), floors)
-        ratios = torch.stack(torch._foreach_div(sizes, [lengths[i] for i in matrices]))
-        least = torch.minimum(least, ratios.min().to(least))
-    return total, least
+    found: dict[int, Tensor] = {}
+    for (device, _, where), (members,) in _alike(tensors).items():
+        norms = _norms(members, where)
+        total = total + torch.stack(norms).to(widest(device)).square().sum().to(total)
+        found.update(zip(map(id, members), norms, strict=True))
+    return total, [found[id(tensor)] for tensor in tensors]
+
+
+def lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor; 0-dim, on its device."""
+    return squared_norm_and_lengths(tensors)[1]
 
 
 def descend_(

@@ -421,11 +421,49 @@ def test_networks_in_half_precision_throughout_are_left_alone():
     assert float(optimizer.last_step.consistency) == pytest.approx(1, rel=0.05)
 
 
-def test_other_pairs_of_precisions_are_no_error_of_the_loop():
+# PyTorch words the refusal differently for each, and for a convolution on different processors.
+CONSUMERS = {
+    "convolution": lambda y: F.conv2d(y, torch.ones(1, 4, 2, 2).bfloat16()),
+    "batch of matrices": lambda y: y[0].bmm(torch.ones(4, 3, 3).bfloat16()),
+    "matrix": lambda y: y[0, 0] @ torch.ones(3, 3).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_a_tangent_of_another_precision_is_no_error_of_the_loop(consumer):
     def f(params):
-        x = torch.ones(1, 1, 3, 3, dtype=torch.bfloat16)
-        return F.conv2d(x, params["w"]).sum()
+        x = torch.linspace(-1, 1, 36).view(1, 4, 3, 3).bfloat16()
+        # Its output is in bfloat16, its tangent is not. (The functions of modules are repaired.)
+        normalised = torch.native_group_norm(x, params["w"], torch.zeros(4), 1, 4, 9, 2, 1e-5)[0]
+        return CONSUMERS[consumer](normalised)
+
+    w = {"w": torch.ones(4)}
+    assert f(w).dtype == torch.bfloat16
+    with pytest.raises(ForwardModeUnsupportedError, match=r"alone \(.*Float"):
+        forward(f, w, w)
+
+
+def test_an_operand_of_another_precision_is_an_error_of_the_loop():
+    def f(params):
+        return F.conv2d(torch.ones(1, 1, 3, 3, dtype=torch.bfloat16), params["w"])
 
     w = {"w": torch.ones(1, 1, 2, 2)}
-    with pytest.raises(ForwardModeUnsupportedError, match="another precision"):
+    with pytest.raises(RuntimeError) as plain:
+        f(w)
+    with pytest.raises(RuntimeError) as caught:
+        forward(f, w, w)
+    assert type(caught.value) is type(plain.value)
+
+
+def test_too_little_memory_for_tangents_is_no_unsupported_op():
+    calls = []
+
+    def f(params):
+        calls.append(params)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("not enough")
+        return params["w"]
+
+    w = {"w": torch.ones(2)}
+    with pytest.raises(torch.OutOfMemoryError, match="not enough"):
         forward(f, w, w)

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from support.cases import CRITERIA, NETWORKS, batches, network
+from support.cases import CRITERIA, NETWORKS, Square, drawn_direction, problem
 from support.loops import unchanged
 from support.reference import Dense
 from torch import nn
@@ -16,14 +16,8 @@ EXACT = ["forward", "double_backward"]
 
 
 def setting(name, criterion_name="ce-mean", seed=0):
-    model, criterion = network(name, seed), CRITERIA[criterion_name]()
-    ((x, y),) = batches(name, criterion, 1)
-    generator = torch.Generator().manual_seed(7)
-    direction = {
-        n: torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for n, p in model.named_parameters()
-    }
-    return model, criterion, x, y, direction
+    model, criterion, x, y = problem(name, criterion_name, seed)
+    return model, criterion, x, y, drawn_direction(model)
 
 
 def flatten(direction):
@@ -171,18 +165,6 @@ def test_several_and_keyword_inputs_and_an_output_fn():
 
 
 # --- where forward mode cannot go -----------------------------------------------------------------
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad
 
 
 class SetupSquare(torch.autograd.Function):

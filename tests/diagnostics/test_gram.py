@@ -4,18 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import symmetric
 from torch import nn
 
 from adler.diagnostics.gram import conditioning, correlation, degradation_bound, gram
 
 examples = settings(deadline=None, max_examples=50, derandomize=True)
 seeds = st.integers(0, 10**6)
-
-
-def symmetric(n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(n, n, generator=generator, dtype=torch.float64)
-    return matrix + matrix.T
 
 
 # --- conditioning ---------------------------------------------------------------------------------

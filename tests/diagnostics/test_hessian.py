@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.cases import CRITERIA, NETWORKS, batches, network
+from support.cases import CRITERIA, NETWORKS, drawn_direction, problem
 from support.loops import unchanged
 from support.reference import Dense
 from torch import nn
@@ -25,14 +25,8 @@ def _attention_that_can_be_differentiated_twice():
 
 
 def setting(name, criterion_name="ce-mean", seed=0):
-    model, criterion = network(name, seed), CRITERIA[criterion_name]()
-    ((x, y),) = batches(name, criterion, 1)
-    generator = torch.Generator().manual_seed(7)
-    direction = {
-        n: torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for n, p in model.named_parameters()
-    }
-    return model, criterion, x, y, direction
+    model, criterion, x, y = problem(name, criterion_name, seed)
+    return model, criterion, x, y, drawn_direction(model)
 
 
 def flatten(direction):

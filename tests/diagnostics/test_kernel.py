@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import CRITERIA, NETWORKS, batches, network
+from support.cases import CRITERIA, NETWORKS, Square, batches, network
 from support.loops import unchanged
 from support.reference import Dense
 from torch import nn
@@ -212,17 +212,6 @@ def test_gershgorin_brackets_the_spectrum_and_samples_lie_within():
 
 
 def test_ops_without_forward_mode_are_transposed_twice():
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * x
-
-        @staticmethod
-        def backward(ctx, gradient):
-            (x,) = ctx.saved_tensors
-            return 2 * x * gradient
-
     class Squared(nn.Module):
         def __init__(self):
             super().__init__()

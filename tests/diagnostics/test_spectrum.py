@@ -5,15 +5,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.cases import symmetric
 
 from adler.curvature.spectrum import gershgorin, lanczos, power_iteration
-
-
-def symmetric(n, seed, positive=False):
-    generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(n, n, generator=generator, dtype=torch.float64)
-    return A @ A.T / n if positive else (A + A.T) / 2
-
 
 sizes, seeds = st.integers(1, 60), st.integers(0, 10**6)
 few = settings(deadline=None, max_examples=25)

@@ -12,11 +12,11 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.launch import ROOT
 from torch import nn
 
 import adler
@@ -25,7 +25,6 @@ from examples.cifar.config import Run
 from examples.cifar.presets import GRID, PRESETS, Preset
 from examples.cifar.train import minibatches, train
 
-ROOT = Path(__file__).parents[2]
 CIFAR10 = data.ARCHIVES["cifar10"]
 RUN = Run("cifar10", "cnn", "relu", "none", 4, 2, "adler", None, 32, 2, 160, 100, 0)
 
@@ -35,14 +34,6 @@ def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     data.synthetic(directory)
     return directory
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- archives ------------------------------------------------------------------------------------
@@ -303,7 +294,7 @@ def load(run, root):
     return data.load(run.dataset, root, "cpu", run.train_examples, run.test_examples)
 
 
-def test_a_run_learns_and_says_what_it_did(root, one_thread):
+def test_a_run_learns_and_says_what_it_did(root):
     run = replace(RUN, model="resnet", normalisation="batch", activation="tanh", epochs=6)
     record = train(run, load(run, root))
     assert Run.of(record) == run
@@ -362,7 +353,7 @@ def start_and_kill(command, path, count):
     return process
 
 
-def test_killed_training_resumes_bit_for_bit(root, tmp_path, one_thread):
+def test_killed_training_resumes_bit_for_bit(root, tmp_path):
     run = replace(RUN, model="resnet", normalisation="batch", activation="tanh", epochs=20)
     log = tmp_path / "log.jsonl"
     flags = {"data": root, "log": log, "threads": 1, "device": "cpu"}
@@ -412,7 +403,7 @@ def gone(group):
     return False
 
 
-def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path, one_thread):
+def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path):
     results = tmp_path / "results"
     arguments = ["--data", str(root), "--preset", "smoke", "--results", str(results)]
     arguments += ["--device", "cpu"]

@@ -1,15 +1,15 @@
 """The committed CIFAR tables are those of the committed records."""
 
 import json
-from pathlib import Path
 
 import pytest
+from support.launch import ROOT
 
 from examples.cifar import choices, data, rates, records, table, thesis
 from examples.cifar.config import Run
 from examples.cifar.presets import PRESETS
 
-RESULTS = Path(__file__).resolve().parents[2] / "examples/cifar/results"
+RESULTS = ROOT / "examples/cifar/results"
 COMMITTED = [name for name in PRESETS if list((RESULTS / name).glob("*.jsonl"))]
 
 

@@ -5,13 +5,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.launch import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "docs"))
 
 PAGES = [
     "README.md",
@@ -36,6 +34,12 @@ def test_snippets_run_in_order(page, capsys, tmp_path, monkeypatch):
     assert not optimizer.last_step.skipped
 
 
+@pytest.fixture
+def _pages_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+
+
+@pytest.mark.usefixtures("_pages_scripts")
 def test_the_readme_shows_the_measured_tables():
     from readme import BLOCK, render
 
@@ -44,6 +48,7 @@ def test_the_readme_shows_the_measured_tables():
     assert render(text) == text, "run make readme"
 
 
+@pytest.mark.usefixtures("_pages_scripts")
 def test_the_matrix_of_integrations_is_that_of_the_committed_runs():
     from matrix import DATA, PAGE, render
 
@@ -53,6 +58,16 @@ def test_the_matrix_of_integrations_is_that_of_the_committed_runs():
     text = PAGE.read_text()
     assert render(text, rows) == text, "run make matrix"
     assert render(render(text, {}), rows) == text
+
+
+def test_the_examples_are_all_listed_with_commands_that_exist():
+    listed = set(re.findall(r"-m (examples\.[\w.]+)", (ROOT / "examples/README.md").read_text()))
+    runnable = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for path in (ROOT / "examples").rglob("*.py")
+        if path.name == "__main__.py" or '__name__ == "__main__"' in path.read_text()
+    }
+    assert listed == runnable
 
 
 def test_the_demo_runs_and_redraws(tmp_path):
@@ -67,7 +82,7 @@ def test_the_demo_runs_and_redraws(tmp_path):
 
 
 def test_the_committed_digits_table_is_that_of_the_committed_results():
-    from examples.digits import table
+    from examples.digits.__main__ import table
 
     folder = ROOT / "docs/pages/assets/digits"
     assert (
@@ -115,7 +130,7 @@ def test_the_peers_that_need_no_package_find_the_curvature():
 
 
 def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
-    from examples.diagnose import table
+    from examples.programs.diagnose import table
 
     folder = ROOT / "docs/pages/assets/diagnostics"
     results = json.loads((folder / "results.json").read_text())
@@ -123,7 +138,7 @@ def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
 
 
 def test_the_diagnosis_runs(tmp_path):
-    command = [sys.executable, "-m", "examples.diagnose", "--out", str(tmp_path), "--steps", "3"]
-    subprocess.run([*command, "--every", "2"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "examples.programs.diagnose", "--out", str(tmp_path)]
+    subprocess.run([*command, "--steps", "3", "--every", "2"], cwd=ROOT, check=True)
     assert "| tangent kernel λ_max |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "report.png").stat().st_size > 20_000

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.launch import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +25,6 @@ from examples.pl_theory.config import Experiment
 from examples.pl_theory.networks import activation_of, features, fully_connected, mean_square
 from examples.pl_theory.presets import FIGURES, PRESETS
 
-ROOT = Path(__file__).parents[2]
 TRAINING = Experiment(
     "training", "digits", "tanh", False, 12, 2, (6,), "mse", 6, 3, 20
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.cases import batches, flat, network
-from support.loops import train
+from support.loops import same, train
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -58,17 +58,6 @@ class Run(NamedTuple):
 def start(make, params=halves, seed=0, **options):
     model, criterion = network("mlp-tanh", seed), nn.CrossEntropyLoss()
     return Run(model, make(params(model), model, criterion, **options), criterion)
-
-
-def same(a, b):
-    """Bit for bit, for nested dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 # --- state: save, load, copy, pickle --------------------------------------------------------------

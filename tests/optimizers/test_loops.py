@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.cases import classification as setting
 from support.cases import flat
 from support.launch import ROOT, torchrun
 from support.loops import train
@@ -17,13 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from adler import Adler, AdlerAdam
 from adler import _distributed as distributed
 from adler.curvature import quadratic_form
-from examples import loop, mixed_precision
-
-
-def setting(n=24, seed=0):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    return model, nn.CrossEntropyLoss(), torch.randn(n, 4).double(), torch.randint(3, (n,))
+from examples.programs import loop, mixed_precision
 
 
 def gradients(model):
@@ -418,7 +413,7 @@ def test_the_distributed_example_gives_both_ranks_the_same_rate(mode, tmp_path):
     options = ["--epochs", "2", "--mode", mode]
     if mode == "fsdp":
         options += ["--checkpoint", str(tmp_path / "checkpoint")]
-    said = torchrun(ROOT / "examples/ddp.py", *options)
+    said = torchrun(ROOT / "examples/programs/ddp.py", *options)
     # Lines of two processes may run into each other.
     rates = re.findall(r"rank (\d), epoch (\d): loss [\d.]+, rate ([\d.]+(?:e-?\d+)?)", said)
     assert len(rates) == 4

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from support import loops
-from support.cases import CRITERIA, NETWORKS, batches, flat, network
+from support.cases import CRITERIA, NETWORKS, batches, classification, flat, network
 from support.loops import NoSynchronisation, train, unchanged
 from support.reference import run
 from torch import nn
@@ -155,15 +155,9 @@ def test_nothing_in_a_step_waits_for_the_device():
 # --- several losses in one gradient ---------------------------------------------------------------
 
 
-def classification(seed=0, n=24):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    return model, nn.CrossEntropyLoss(), torch.randn(n, 4).double(), torch.randint(3, (n,))
-
-
 def measured(backward, seed=0, **options):
     """The record of one step after ``backward(model, criterion, x, y)``."""
-    model, criterion, x, y = classification(seed)
+    model, criterion, x, y = classification(seed=seed)
     optimizer = Adler(model.parameters(), model, criterion, **options)
     backward(model, criterion, x, y)
     optimizer.step()

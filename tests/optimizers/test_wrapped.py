@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from support.cases import batches, draw, flat, network
-from support.loops import NoSynchronisation, train, unchanged
+from support.loops import NoSynchronisation, same, train, unchanged
 from torch import nn, optim
 
 from adler import Adler, AdlerAdam, Wrapped, curvature, wrap
@@ -81,16 +81,6 @@ def setting(make=optim.AdamW, name="mlp-tanh", steps=10, dtype=torch.float64, **
 
 def values(optimizer):
     return copy.deepcopy(optimizer.state_dict())
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # --- what is measured along what ------------------------------------------------------------------

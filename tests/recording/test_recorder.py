@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from support.cases import flat
+from support.cases import classification, flat
 from support.loops import train
 from torch import nn
 from torch.nn import functional as F
@@ -16,10 +16,8 @@ from torch.nn import functional as F
 from adler import Adler
 
 
-def setting(seed=0, n=12):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    return model, nn.CrossEntropyLoss(), torch.randn(n, 4).double(), torch.randint(3, (n,))
+def setting():
+    return classification(n=12)
 
 
 def hooks(module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,6 +122,30 @@ def batches(
     return made
 
 
+def problem(
+    name: str, criterion_name: str = "ce-mean", seed: int = 0
+) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A network, a criterion and a batch."""
+    model, criterion = network(name, seed), CRITERIA[criterion_name]()
+    ((x, y),) = batches(name, criterion, 1)
+    return model, criterion, x, y
+
+
+def classification(n: int = 24, seed: int = 0) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """As `problem`, of as many examples as are wanted."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    return model, nn.CrossEntropyLoss(), torch.randn(n, 4).double(), torch.randint(3, (n,))
+
+
+def drawn_direction(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for name, p in model.named_parameters()
+    }
+
+
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -127,6 +153,25 @@ def flat(model: nn.Module) -> Tensor:
 def draw(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def symmetric(n: int, seed: int, positive: bool = False) -> Tensor:
+    matrix = draw(n, n, seed=seed)
+    return matrix @ matrix.T / n if positive else (matrix + matrix.T) / 2
+
+
+class Square(torch.autograd.Function):
+    """Has no forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
 
 
 class Quadratic:

@@ -55,6 +55,17 @@ def unchanged(model: nn.Module, gradients: bool = True) -> Iterator[None]:
     assert modes == [m.training for m in model.modules()]
 
 
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit, types and dtypes too, through dicts, lists and tuples."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
 def numbers(optimizer: Any) -> dict[str, float]:
     """The last step's, but for the one that tells whether the loop has touched the gradients."""
     return {key: value for key, value in optimizer.scalars().items() if key != "consistency"}

@@ -13,11 +13,11 @@ from adler import _averaging as averaging
 from adler import _tensors
 from adler._distributed import like, local
 from adler._optimizers.base import MeasuredOptimizer
-from adler._optimizers.direction import Direction, State, gradients_of, moments
+from adler._optimizers.direction import Direction, State, count_, gradients_of, moments
 from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 
-__all__ = ["Adam", "AdlerAdam", "Preconditioned", "adam_", "adam_denominators"]
+__all__ = ["Adam", "AdlerAdam", "Preconditioned", "adam_denominators"]
 
 
 class AdlerAdam(MeasuredOptimizer):
@@ -179,19 +179,27 @@ class Adam(Preconditioned):
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:
         """As `Direction.descend`; a step that is skipped leaves the moments as they were."""
+        count_([moments(self._state, p, *self.moments)["step"] for p in params], skipped)
+        super().descend(group, params, rate, skipped)
+
+    def advance(
+        self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
+    ) -> list[Tensor]:
+        r"""$\hat m / (\sqrt{\hat v} + \epsilon_A)$; see `Direction.advance`."""
+        super().advance(group, params, skipped)
         states = [moments(self._state, p, *self.moments) for p in params]
-        adam_(
-            params,
-            gradients_of(params),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            rate,
-            skipped,
-            betas=group["betas"],
-            eps=group["adam_eps"],
-            weight_decay=group["weight_decay"],
-        )
+        firsts = [mine["exp_avg"] for mine in states]
+        _tensors.lerp_(firsts, gradients_of(params), 1 - group["betas"][0], skipped)
+        steps = [mine["step"] for mine in states]
+        if self._equal[id(group)]:
+            steps = steps[:1]
+        squares = [mine.clone() for mine in local([mine["exp_avg_sq"] for mine in states])]
+        adam_denominators(squares, steps, group["betas"][1], group["adam_eps"])
+        counts = torch.stack([step.to(squares[0].device) for step in steps]).double()
+        corrections = 1 - group["betas"][0] ** counts
+        directions = list(torch._foreach_div(local(firsts), squares))
+        _divide_(directions, torch.where(corrections == 0, 1.0, corrections))
+        return directions
 
 
 def second_moments_(
@@ -216,61 +224,6 @@ def second_moments_(
         _tensors.descend_(v, list(apart), weight, skip)
 
 
-def adam_(
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rate: Tensor,
-    skip: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """In place, a step of Adam with decoupled weight decay, or nothing at all.
-
-    Args:
-        params: Tensors to update.
-        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
-        exp_avgs: First moments; updated.
-        exp_avg_sqs: Second moments; updated.
-        steps: Steps so far, 0-dim float32; updated.
-        rate: 0-dim.
-        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
-        betas: Discounts of the moments.
-        eps: Added to the root of the second moment.
-        weight_decay: ``θ ← θ − min(1, rate · weight_decay) · θ``.
-    """
-    if weight_decay != 0:
-        _tensors.decay_(
-            params, rate * weight_decay
-        )  # the fused kernel's would flip signs at large rates
-    rows = _tensors.local_alike(params, gradients, exp_avgs, exp_avg_sqs, steps)
-    for (device, _, _), (p, g, first, second, counts) in rows.items():
-        veto = skip.to(device, torch.float32)
-        torch._foreach_add_(counts, 1)
-        torch._fused_adamw_(
-            p,
-            g,
-            first,
-            second,
-            [],
-            counts,
-            amsgrad=False,
-            lr=rate.to(device, torch.float64 if device.type == "cpu" else torch.float32),
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=0.0,
-            eps=eps,
-            maximize=False,
-            grad_scale=None,
-            found_inf=veto,
-        )
-        torch._foreach_sub_(counts, [veto] * len(counts))
-
-
 def adam_denominators(
     squares: list[Tensor],
     steps: Sequence[Tensor],
@@ -290,10 +243,15 @@ def adam_denominators(
     home = squares[0].device
     # In float64: 1 - 0.999 keeps four digits in float32.
     corrections = 1 - discount ** (torch.stack([step.to(home) for step in steps]).double() + ahead)
-    if len(corrections) == 1:
-        _tensors.scale_(squares, corrections[0].reciprocal())
-    else:
-        own = [c.to(v.device) for c, v in zip(corrections, squares, strict=True)]
-        torch._foreach_div_(squares, own)
+    _divide_(squares, corrections)
     torch._foreach_sqrt_(squares)
     torch._foreach_add_(squares, offset)
+
+
+def _divide_(tensors: list[Tensor], by: Tensor) -> None:
+    """In place, each by an entry of a vector, or all by its only one."""
+    if len(by) == 1:
+        _tensors.scale_(tensors, by[0].reciprocal())
+    else:
+        own = [x.to(t.device) for x, t in zip(by, tensors, strict=True)]
+        torch._foreach_div_(tensors, own)

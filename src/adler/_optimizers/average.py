@@ -189,6 +189,7 @@ class Interpolation(Direction):
         steps, fast = [mine["step"] for mine in states], [mine["z"] for mine in states]
         count_(steps, skipped)
         directions = self._inner.advance(group, params, skipped)
+        directions = self.within_reach(params, directions, rate)
         if group["weight_decay"] != 0:  # decoupled, at y
             directions = list(torch._foreach_add(directions, params, alpha=group["weight_decay"]))
         interpolation = self._interpolation(group)

@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
-from adler._optimizers.direction import Direction
+from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
 from adler._optimizers.record import Log, StepRecord
 from adler._optimizers.step_counts import StepCounts
 from adler._options import Guard, Measure
@@ -236,11 +236,10 @@ class MeasuredOptimizer(Optimizer):
             unmodified: Whether the gradients are as the backward pass left them.
         """
         along, home = direction.along, self._scalar_device
-        unit_change: Tensor | None = None
-        if self.guard is None or self.guard.max_relative_change is None:
-            squared_norm = _tensors.squared_norm(along, home)
-        else:
-            squared_norm, unit_change = _tensors.squared_norm_and_unit_change(params, along, home)
+        squared_norm, lengths = _tensors.squared_norm_and_lengths(along, home)
+        if self.guard is not None and self.guard.max_relative_change is not None:
+            fraction = self.guard.max_relative_change
+            direction.reach = Reach(params, along, lengths, fraction, self.state)
         plain = along is gradients
         slope = squared_norm if plain else _tensors.dot(gradients, along, home)
         unknown = torch.full_like(slope, math.nan)
@@ -248,7 +247,7 @@ class MeasuredOptimizer(Optimizer):
             if scaling.veto is not None:
                 slope = torch.where(scaling.veto, math.nan, slope)
             slope, squared_norm = distributed.mean((slope, squared_norm), ranks)
-            return Measurement(slope, squared_norm, unit_change=unit_change), unknown
+            return Measurement(slope, squared_norm), unknown
         expected = slope if unmodified and not ranks else None
         measured = self._measure(
             batch, params, along, slope, squared_norm, state, scaling.scale, expected
@@ -257,9 +256,7 @@ class MeasuredOptimizer(Optimizer):
         finite = measured.finite if scaling.veto is None else measured.finite & ~scaling.veto
         trusted = measured.trusted
         seen, predicted = _of_all_ranks(
-            Measurement(
-                slope, squared_norm, measured.value, measured.nat, unit_change, finite, trusted
-            ),
+            Measurement(slope, squared_norm, measured.value, measured.nat, finite, trusted),
             measured.slope,
             ranks,
         )
@@ -297,10 +294,12 @@ class MeasuredOptimizer(Optimizer):
         if any(bool(gradient.any()) for gradient in distributed.local(gradients)):
             return False
         self._make_state(params)
+        if self.guard is not None and self.guard.max_relative_change is not None:
+            keep_initial_sizes(self.state, params)
         return True
 
     def _make_state(self, params: list[Tensor]) -> None:
-        """Creates what a step would create for parameters that it sees first."""
+        """Creates what a direction would create for parameters that it sees first."""
 
     def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
         if targets is not None:
@@ -637,9 +636,7 @@ def _of_all_ranks(
         ),
         ranks,
     )
-    joint = Measurement(
-        slope, squared_norm, curvature, per_nat, seen.unit_change, finite == 1, sure == 1
-    )
+    joint = Measurement(slope, squared_norm, curvature, per_nat, finite == 1, sure == 1)
     return joint, None if predicted is None else known
 
 

@@ -16,7 +16,6 @@ from adler._optimizers.direction import (
     Direction,
     State,
     count_,
-    decay_,
     gradients_of,
     moments,
 )
@@ -224,18 +223,9 @@ class Momentum(Direction):
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:
         """As `Direction.descend`; a step that is skipped leaves the average as it was."""
-        momentum = group["momentum"]
-        if momentum == 0:
-            super().descend(group, params, rate, skipped)
-            return
-        decay_(group, params, rate)
-        averages, steps = self._averages(params)
-        count_(steps, skipped)
-        _tensors.lerp_(averages, gradients_of(params), 1 - momentum, skipped)
-        rows = _tensors.local_alike(params, averages, steps)
-        for (device, _, _), (p, m, counts) in rows.items():
-            rates = rate.to(device) / _corrections(counts, momentum, device)
-            _tensors.descend_each_(p, m, rates, skipped.to(device), self._equal[id(group)])
+        if group["momentum"] != 0:
+            count_(self._averages(params)[1], skipped)
+        super().descend(group, params, rate, skipped)
 
     def advance(
         self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
@@ -246,10 +236,7 @@ class Momentum(Direction):
             return super().advance(group, params, skipped)
         averages, steps = self._averages(params)
         _tensors.lerp_(averages, gradients_of(params), 1 - momentum, skipped)
-        corrections = [
-            _corrections([step], momentum, m.device)[0]
-            for m, step in zip(averages, steps, strict=True)
-        ]
+        corrections = _corrections(steps, momentum, self._equal[id(group)])
         return list(torch._foreach_div(averages, corrections))
 
     def _averages(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -257,6 +244,9 @@ class Momentum(Direction):
         return [mine["exp_avg"] for mine in states], [mine["step"] for mine in states]
 
 
-def _corrections(steps: Sequence[Tensor], momentum: float, device: torch.device) -> Tensor:
-    """``1 - μ^t`` of each; 0 before any step, which is skipped."""
-    return 1 - momentum ** torch.stack(list(steps)).to(_tensors.widest(device))
+def _corrections(steps: Sequence[Tensor], momentum: float, equal: bool) -> Tensor | list[Tensor]:
+    """``1 - μ^t`` of each, or one of all; 1 before any step, which is skipped."""
+    counts = torch.stack(list(steps[:1] if equal else steps))
+    found = 1 - momentum ** counts.to(_tensors.widest(counts.device))
+    found = torch.where(found == 0, 1.0, found)
+    return found[0] if equal else list(found.unbind())

@@ -268,7 +268,8 @@ class Displacement(Direction):
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:
         """As `Direction.descend`; a decoupled decay is part of the base's step."""
-        update.descend_(params, [self._step[p] for p in params], rate, skipped)
+        steps = self.within_reach(params, [self._step[p] for p in params], rate)
+        update.descend_(params, steps, rate, skipped)
 
     def finish(self, skipped: Tensor) -> None:
         """In a step that is skipped, the base's state goes back to what it was."""

@@ -82,7 +82,8 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
         ``F`` and ``v = J d``, of the same shape, detached.
 
     Raises:
-        ForwardModeUnsupportedError: If an op has no forward-mode derivative, or drops the tangent.
+        ForwardModeUnsupportedError: If an op has no forward-mode derivative, or drops the tangent;
+            in general, if ``f`` fails with tangents and not without.
     """
     load()
     nested = torch._C._functorch.peek_interpreter_stack() is not None
@@ -101,10 +102,15 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
                 with torch.no_grad():
                     return _compiled(f, derivative, plain, dict(params), along)
             return plain()
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError) as error:
         op = _unsupported_op(str(error))
         if op is None:
-            raise
+            # PyTorch words one error differently from kernel to kernel: ask the function itself.
+            if not _runs(f, params):
+                raise
+            op = f"an op that fails with tangents alone ({str(error).splitlines()[0]})"
         raise ForwardModeUnsupportedError(op) from error
 
 
@@ -309,7 +315,7 @@ _UNSUPPORTED = re.compile(r"forward AD with (?P<op>\S+?)\.? that does not suppor
 
 
 def _unsupported_op(message: str) -> str | None:
-    """What forward mode failed on, or None if the error is about something else."""
+    """What forward mode failed on, or None if the message does not say so."""
     if match := _UNSUPPORTED.search(message):
         return match["op"]
     if "setup_context" in message or "implement the jvp function" in message:
@@ -318,13 +324,21 @@ def _unsupported_op(message: str) -> str | None:
         return _DROPPED
     if "would mutate a captured Tensor" in message:
         return "an in-place update of a tensor that is not a registered buffer"
-    if "Input type (" in message and "should be the same" in message:
-        return "a convolution whose input has a tangent of another precision (under autocast)"
     if "view size is not compatible" in message:
         return "an op whose derivative needs contiguous tensors (GroupNorm in channels_last)"
     if "attempting to call Tensor.requires_grad_()" in message:
         return "a call of requires_grad_() in the forward (activation checkpointing makes one)"
     return None
+
+
+def _runs(f: Function, params: Parameters) -> bool:
+    """Whether a function can be computed without tangents."""
+    try:
+        with torch.no_grad(), differentiable_attention():
+            f(params)
+    except Exception:
+        return False
+    return True
 
 
 def differentiable_attention() -> AbstractContextManager[None]:

@@ -53,7 +53,6 @@ def test_hermite_coefficients_of_the_relu_and_the_sine():
 
 
 def test_nonlinearity():
-    assert nonlinearity(lambda x: 3 * x - 2) == pytest.approx(0, abs=1e-13)
     assert nonlinearity(torch.cos) == pytest.approx(1, abs=1e-13)  # even
     relu = 1 - 0.25 / (0.5 - 1 / (2 * math.pi))
     assert nonlinearity(nn.ReLU()) == pytest.approx(relu, rel=1e-12)
@@ -62,6 +61,15 @@ def test_nonlinearity():
     assert nonlinearity(normalised_activation(torch.sin)) == pytest.approx(sine, rel=1e-12)
     with pytest.raises(ValueError, match="is constant"):
         nonlinearity(torch.ones_like)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1e-3, 1.0])
+def test_a_small_nonlinearity_is_not_lost_to_rounding(size):
+    def activation(x):
+        return 3 * (x + size * (x**3 - 3 * x) / math.sqrt(6)) - 2  # 3 (h_1 + size h_3) - 2
+
+    expected = size**2 / (1 + size**2)
+    assert nonlinearity(activation) == pytest.approx(expected, rel=1e-9, abs=1e-28)
 
 
 # --- normalised activations -----------------------------------------------------------------------

@@ -76,12 +76,15 @@ def nonlinearity(activation: Activation) -> float:
         N. Agarwal, P. Awasthi, S. Kale, arXiv 2002.01523.
 
     Examples:
-        >>> nonlinearity(torch.nn.Identity()), round(nonlinearity(torch.relu), 4)
-        (0.0, 0.2665)
+        >>> [round(nonlinearity(each), 4) for each in (torch.nn.Identity(), torch.relu)]
+        [0.0, 0.2665]
     """
-    slope = float(hermite_coefficients(activation, 1)[1])
     _, scale = _mean_and_scale(activation)
-    return max(0.0, 1 - (slope / scale) ** 2)
+    offset, slope = hermite_coefficients(activation, 1).tolist()
+    # E (φ - a₀ - a₁u)², a sum of squares: 1 - a₁² would leave a small one to rounding.
+    x, w, root = _quadrature()
+    rest = (_evaluate(activation, x) - offset - slope * x) * root
+    return min(1.0, float(w @ rest**2) / scale**2)
 
 
 # --- normalised activations -----------------------------------------------------------------------
@@ -162,14 +165,8 @@ def moments(activation: Activation, degree: int) -> tuple[np.ndarray, float, flo
     """
     if not isinstance(degree, int) or isinstance(degree, bool) or degree < 0:
         raise ValueError(f"degree={degree!r}: expected a whole number of at least 0")
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    edges = np.arange(-_REACH, _REACH, _PANEL)
-    x = (edges[:, None] + _PANEL * (nodes + 1) / 2).ravel()
-    w = np.tile(_PANEL * weights / 2, len(edges))
-    # Hermite functions h_k(x) sqrt(density): bounded, so that their recurrence cannot overflow.
-    root = np.exp(-(x**2) / 4) / (2 * math.pi) ** 0.25
-    values = _evaluate(activation, x)
-    weighted = values * root
+    x, w, root = _quadrature()
+    weighted = _evaluate(activation, x) * root
     second_moment = float(w @ weighted**2)
     edge = max(abs(weighted[0]), abs(weighted[-1]))
     if not edge <= 1e-10 * math.sqrt(second_moment):
@@ -177,11 +174,21 @@ def moments(activation: Activation, degree: int) -> tuple[np.ndarray, float, flo
             f"activation={_name(activation)}: grows too fast for its square to have a mean at a "
             "normal input"
         )
+    # Hermite functions h_k(x) sqrt(density): bounded, so that their recurrence cannot overflow.
     coefficients, before, now = np.empty(degree + 1), np.zeros_like(x), root
     for k in range(degree + 1):
         coefficients[k] = w @ (weighted * now)
         before, now = now, (x * now - math.sqrt(k) * before) / math.sqrt(k + 1)
     return coefficients, second_moment, float(w @ (weighted * weighted[::-1]))
+
+
+def _quadrature() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, their weights, and the square root of the normal density at the nodes."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    edges = np.arange(-_REACH, _REACH, _PANEL)
+    x = (edges[:, None] + _PANEL * (nodes + 1) / 2).ravel()
+    w = np.tile(_PANEL * weights / 2, len(edges))
+    return x, w, np.exp(-(x**2) / 4) / (2 * math.pi) ** 0.25
 
 
 def _evaluate(activation: Activation, x: np.ndarray) -> np.ndarray:

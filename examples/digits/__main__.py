@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import adler
-from examples.digits_plot import draw
+from examples.digits.plots import draw
 
 SGD_RATES = [float(rate) for rate in np.logspace(np.log10(1e-5), np.log10(3e-1), 10)]
 

@@ -1,4 +1,4 @@
-"""Handwritten digits with PyTorch Lightning: ``python -m examples.lightning_module``.
+"""Handwritten digits with PyTorch Lightning: ``python -m examples.programs.lightning_module``.
 
 The constructor is the only line that differs from any other optimizer's.
 """

@@ -1,7 +1,7 @@
-"""A small GPT-2, from its config, in the Hugging Face Trainer: ``python -m examples.hf_trainer``.
+"""A small GPT-2 in the Hugging Face Trainer: ``python -m examples.programs.hf_trainer``.
 
-The model computes its own loss, with labels shifted and padding ignored; `causal_lm` says so to
-the optimizer. Nothing is downloaded: the text is Python's own documentation, by characters.
+The network, made from its config, computes its own loss, with labels shifted and padding ignored;
+`causal_lm` says so to the optimizer. Nothing is downloaded: the text is Python's documentation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
 
 import adler
 from adler.integrations.transformers import causal_lm
-from examples.char_lm import corpus
+from examples.programs.char_lm import corpus
 
 __all__ = ["main"]
 

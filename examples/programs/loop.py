@@ -1,6 +1,6 @@
 """The plain training loop, with validation, a schedule and a checkpoint.
 
-python -m examples.loop
+python -m examples.programs.loop
 """
 
 from __future__ import annotations

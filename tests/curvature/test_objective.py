@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import CRITERIA, NETWORKS, batches, network
-from loops import unchanged
-from reference import Dense
+from support.cases import CRITERIA, NETWORKS, batches, network
+from support.loops import unchanged
+from support.reference import Dense
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,6 +1,6 @@
 """Mixed precision, gradient accumulation and clipping in one loop.
 
-python -m examples.mixed_precision --dtype float16
+python -m examples.programs.mixed_precision --dtype float16
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import adler
-from examples.loop import blobs, network
+from examples.programs.loop import blobs, network
 
 
 def main(dtype: torch.dtype, steps: int, accumulate: int = 2) -> tuple[float, float]:

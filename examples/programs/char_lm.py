@@ -1,4 +1,4 @@
-"""A character language model in a plain loop: ``python -m examples.char_lm``.
+"""A character language model in a plain loop: ``python -m examples.programs.char_lm``.
 
 A causal transformer learns Python's own documentation, which ships with Python
 (`pydoc_data.topics`), with `AdlerAdam` and no learning rate.

@@ -1,7 +1,7 @@
 """Several processes: DistributedDataParallel, or FSDP2 with a checkpoint.
 
-torchrun --standalone --nproc-per-node 2 -m examples.ddp --mode ddp
-torchrun --standalone --nproc-per-node 2 -m examples.ddp --mode fsdp --checkpoint /tmp/checkpoint
+torchrun --standalone --nproc-per-node 2 -m examples.programs.ddp --mode ddp
+torchrun --standalone --nproc-per-node 2 -m examples.programs.ddp --mode fsdp --checkpoint DIR
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import adler
-from examples.loop import blobs, network
+from examples.programs.loop import blobs, network
 
 
 def wrapped(mode: str, device: torch.device) -> nn.Module:

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from needs import needing
+from support.needs import needing
 
 from benchmarks.suite import __main__ as command
 from benchmarks.suite import data, horizon_tables, horizons, run, standings

@@ -26,7 +26,7 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
     """Draws means over seeds; the ten SGD rates in grey, the best of them in black.
 
     Args:
-        runs: Records of `examples.digits.train`.
+        runs: Records of `examples.digits.__main__.train`.
         best: Name of the SGD rate to highlight.
         file: Where to write.
     """

@@ -1,4 +1,4 @@
-"""Looks at a network while `Adler` trains it on digits: ``python -m examples.diagnose``.
+"""Looks at a network while `Adler` trains it on digits: ``python -m examples.programs.diagnose``.
 
 Writes the snapshots, their table and the picture of the documentation's page on diagnostics.
 """
@@ -19,7 +19,7 @@ from adler import diagnostics
 
 __all__ = ["table"]
 
-OUT = Path(__file__).resolve().parent.parent / "docs/pages/assets/diagnostics"
+OUT = Path(__file__).resolve().parents[2] / "docs/pages/assets/diagnostics"
 
 
 def run(steps: int, every: int, seed: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def table(results: dict[str, Any]) -> str:
     return found_in(results).table() + (
         f"\nOver {len(results['snapshots'])} minibatches of {results['steps']}, seed "
         f"{results['seed']}, torch {results['versions']['torch']}. Written by "
-        "`python -m examples.diagnose`.\n"
+        "`python -m examples.programs.diagnose`.\n"
     )
 
 
