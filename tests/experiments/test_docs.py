@@ -10,7 +10,6 @@ import pytest
 import torch
 from support.launch import ROOT
 
-
 PAGES = [
     "README.md",
     *(

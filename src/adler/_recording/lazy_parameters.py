@@ -59,11 +59,15 @@ class OnAccess(dict[str, Any]):
 
     def __init__(self, own: Mapping[str, Any], elsewhere: Mapping[str, str], of: Lazy) -> None:
         super().__init__(own)
-        self._elsewhere, self._of = elsewhere, of
+        self._elsewhere, self._of = dict(elsewhere), of
 
     def __getitem__(self, key: str) -> Any:
         name = self._elsewhere.get(key)
         return super().__getitem__(key) if name is None else self._of[name]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._elsewhere.pop(key, None)  # the forward pass has one of its own (functional_call)
+        super().__setitem__(key, value)
 
     def get(self, key: str, default: Any = None) -> Any:
         if key in self:

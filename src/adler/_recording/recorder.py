@@ -18,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -213,8 +215,9 @@ class Recorder:
         self._key = object()  # of this recorder's marks in the graph
         self._whole: dict[int, bool] = {}
         self._wholes: weakref.WeakKeyDictionary[Call, Call] = weakref.WeakKeyDictionary()
-        self._entered: list[_Entered | None] = []
-        self._received: list[_Received | None] = []
+        # Calls that have begun, innermost last, of each thread: they may share a criterion.
+        self._entered: dict[int, list[_Entered | None]] = defaultdict(list)
+        self._received: dict[int, list[_Received | None]] = defaultdict(list)
         self._last_call: tuple[Call, Any] | None = None
         self._backpropagated: list[RecordedLoss] = []
         self._output_gradients: dict[Place, Tensor] = {}
@@ -390,10 +393,10 @@ class Recorder:
         if self._backpropagated and self._was_zeroed():
             self.forget_backpropagated()  # a step that never came, its gradients zeroed elsewhere
         if not self._measures():
-            self._entered.append(None)
+            self._entered[get_ident()].append(None)
             return
         trained = {id(p) for p in self._params()}
-        self._entered.append(
+        self._entered[get_ident()].append(
             _Entered(
                 Copier(_copy)((args, kwargs)),
                 RandomState.now(self._devices),
@@ -403,16 +406,18 @@ class Recorder:
         )
 
     def _leave_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if not self._entered:
+        if not self._entered[get_ident()]:
             return
-        entered = self._entered.pop()
+        entered = self._entered[get_ident()].pop()
         self.ddp = self.ddp or distributed.active()
         self._calls += 1
         if entered is None:
             return
         entered.state.seal()
         after = RandomState.now(self._devices)
-        args, kwargs = distributed.moved(distributed.find(self._model), entered.arguments)
+        ddp = distributed.find(self._model)
+        given = pytree.tree_map_only(Tensor, Tensor.detach, distributed.moved(ddp, (args, kwargs)))
+        args, kwargs = distributed.moved(ddp, entered.arguments)
         call = Call(
             unwrap(self._model),
             args,
@@ -425,7 +430,6 @@ class Recorder:
             state=entered.state,
             draws=not after.same(entered.random_state),
         )
-        given = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self._last_call = call, given
         if self._model_loss is not None:
             self._leave_model_with_loss(self._model_loss, call, result)
@@ -472,7 +476,7 @@ class Recorder:
 
     def _enter_criterion(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._measures():
-            self._received.append(None)
+            self._received[get_ident()].append(None)
             return
         arguments, options = _bind(self._criterion, args, kwargs)
         values, shape = pytree.tree_flatten(arguments)
@@ -491,7 +495,7 @@ class Recorder:
         for i, t in tensors:
             if way is None:  # the graph keeps it, and its version says whether it was written to
                 values[i] = t.detach()
-        self._received.append(
+        self._received[get_ident()].append(
             _Received(
                 pytree.tree_unflatten(
                     [
@@ -531,7 +535,7 @@ class Recorder:
     def _is_whole(self, origin: Source, received: Tensor) -> bool:
         """Whether ``output_fn`` makes of the model's result what the criterion received."""
         assert self._output_fn is not None
-        nth = len(self._received) + self._losses
+        nth = self._losses
         with torch.no_grad():
             try:
                 made = self._output_fn(origin.place.result)
@@ -545,7 +549,8 @@ class Recorder:
         return known
 
     def _leave_criterion(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        received = self._received.pop() if self._received else None
+        begun = self._received[get_ident()]
+        received = begun.pop() if begun else None
         if received is None or not isinstance(value, Tensor) or not value.requires_grad:
             return
         if received.refused is None and not received.origins:
@@ -647,8 +652,9 @@ class Recorder:
 
 _ELSEWHERE = (
     "the criterion received tensors of shapes {} that depend on the parameters, but were not made "
-    "of what a recorded call of the model returned. Call the model itself (model(inputs), not a "
-    "method of it or a submodule), or pass step(inputs=..., targets=...)"
+    "of what a recorded call of the model returned, or that was changed in place as a view of "
+    "another tensor. Call the model itself (model(inputs), not a method of it or a submodule), "
+    "write x = x / 2 for x /= 2, or pass step(inputs=..., targets=...)"
 )
 _PAST = (
     "what the criterion received depends on the parameters not only through what the model "

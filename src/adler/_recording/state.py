@@ -97,6 +97,8 @@ class CallState:
         for root in roots:
             for name, module in root.named_modules():
                 self._add_module(module, f"{name}." if name else "", root is roots[0])
+        for module in list(self._modules):  # whose attributes may be tensors of any of them
+            self._add_attributes(module)
         while self._queue:
             self._add_holder(self._queue.pop())
 
@@ -122,6 +124,10 @@ class CallState:
                     self._see(buffer, None, "statistics")  # written, never read, in training
                 else:
                     self._see(buffer, self._within_budget(buffer), "buffer")
+
+    def _add_attributes(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return
         self._add_holder(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for hook in hooks.values():
@@ -148,8 +154,11 @@ class CallState:
 
     def _add_holder(self, owner: Any) -> None:
         if isinstance(owner, nn.Module) and owner not in self._modules:
-            for module in owner.modules():  # hidden from its owner, in a list or tuple
+            hidden = list(owner.modules())  # from its owner, in a list or tuple
+            for module in hidden:
                 self._add_module(module, "", named=False)
+            for module in hidden:
+                self._add_attributes(module)
             return
         if id(owner) in self._holders:
             return

@@ -9,6 +9,7 @@ to what the step changes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
@@ -191,10 +192,7 @@ def _best(one: _Measurement, jvp: str, alone: bool) -> BatchCurvature:
             return found
         if not memory.tries_others(found.checks):
             return found
-    graph = error is not None or memory.with_graph
-    for name in (jvp, *(engine for engine in _OTHERS if engine != jvp)):
-        if name == jvp and error is None and name != "finite_difference":
-            continue
+    for name, graph in _others(jvp, memory.with_graph):
         try:
             other = one.run(name, graph=graph, known=False)
         except Exception as caught:
@@ -223,8 +221,12 @@ class TargetsError(ExplainedError, ValueError):
     """Explicit targets do not fit the outputs."""
 
 
-# In the order of their cost among those that are exact.
-_OTHERS = ("forward", "double_backward", "finite_difference")
+def _others(jvp: str, graph: bool) -> list[tuple[str, bool]]:
+    """Ways to measure where one has failed, with the graph of a training pass or without."""
+    ways = [(jvp, True), ("forward", graph), ("forward", True), ("double_backward", True)]
+    ways += [("finite_difference", graph), ("finite_difference", True)]
+    tried = set() if jvp == "finite_difference" else {(jvp, graph or jvp == "double_backward")}
+    return [way for way in dict.fromkeys(ways) if way not in tried]
 
 
 def _announce(jvp: str, name: str, error: Exception | None) -> None:
@@ -416,44 +418,47 @@ class _Measurement:
         """One loss, as the criterion says it."""
         placed = loss.places or [Placed(loss.call)]
         outputs, tangents = ([p.cut(replays[p.call][i]) for p in placed] for i in (0, 1))
-        with loss.surroundings():
+        one = loss.differentiable == (0,)
+        curved = one and self.hessian.curved and not loss.options
+        # Closed forms do not call the criterion. Others do, each time as it was in training.
+        around = contextlib.nullcontext if curved else loss.surroundings
+        with loss.surroundings() if loss.value is None else contextlib.nullcontext():
             at_height = checked(loss, self.criterion, outputs[0])
-            if loss.path is not None:
-                tangents = loss.path.push(tangents)
-            at, targets = where_computed(loss, outputs[0])
-            arguments = (at, *loss.targets)
-            one = loss.differentiable == (0,) and isinstance(at, Tensor)
-            nat = torch.full_like(at_height, math.inf)
-            if one:
-                hessian = self._hessian_of(loss)
-                form = self._form(hessian, at, targets, tangents[0])
-                if self.wants_nat:
-                    nat = hessian.nat(at, targets, at_height)
-            else:
-                form = joint_form(
-                    self.criterion, arguments, loss.differentiable, tangents, loss.options
-                )
-            finite = torch.isfinite(at_height)
-            curved = one and self.hessian.curved
-            if not wanted and (curved or not self.substitute or form.ndim):
-                return _Seen(form, nat, finite)
+        if loss.path is not None:
+            tangents = loss.path.push(tangents)
+        at, targets = where_computed(loss, outputs[0])
+        nat = torch.full_like(at_height, math.inf)
+        with around():
+            form = self._form(loss, at, targets, tangents)
+            if one and self.wants_nat:
+                nat = self._hessian_of(loss).nat(at, targets, at_height)
+        finite = torch.isfinite(at_height)
+        if not wanted and (curved or not self.substitute or form.ndim):
+            return _Seen(form, nat, finite)
+        with loss.surroundings():
             _, gradients = gradients_of(
                 self.criterion,
-                arguments,
+                (at, *loss.targets),
                 loss.differentiable,
                 options=loss.options,
                 strict=False,
             )
-            slope, scale = _slope(gradients, tangents)
-            fisher = None
-            if not curved and not form.ndim:
-                fisher = _fisher(self.hessian if one else None, at, targets, gradients, tangents)
-            return _Seen(form, nat, finite, fisher, slope, scale)
+        slope, scale = _slope(gradients, tangents)
+        fisher = None
+        if not curved and not form.ndim:
+            fisher = _fisher(self.hessian if one else None, at, targets, gradients, tangents)
+        return _Seen(form, nat, finite, fisher, slope, scale)
 
-    def _form(self, hessian: LossHessian, at: Tensor, targets: Any, tangents: Tensor) -> Tensor:
+    def _form(
+        self, loss: RecordedLoss, at: Any, targets: Any, tangents: Sequence[Tensor]
+    ) -> Tensor:
         """The quadratic form; zero where PyTorch cannot differentiate the loss twice."""
         try:
-            return hessian.quadratic_form(at, targets, tangents)
+            if loss.differentiable == (0,):
+                return self._hessian_of(loss).quadratic_form(at, targets, tangents[0])
+            return joint_form(
+                self.criterion, (at, *loss.targets), loss.differentiable, tangents, loss.options
+            )
         except (RuntimeError, NotImplementedError) as error:
             if not self.substitute or "not implemented" not in str(error):
                 raise
