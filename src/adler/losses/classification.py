@@ -33,6 +33,8 @@ class CrossEntropyHessian(LossHessian):
         1.0
     """
 
+    curved = True
+
     def __init__(self, criterion: nn.CrossEntropyLoss | nn.NLLLoss | None = None) -> None:
         super().__init__(nn.CrossEntropyLoss() if criterion is None else criterion)
 
