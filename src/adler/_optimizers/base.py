@@ -41,14 +41,11 @@ from adler._step_length import (
     step_length,
 )
 from adler.curvature.measurement import BatchCurvature, batch_curvature
+from adler.curvature.trust import Memory
 
 __all__ = ["MeasuredOptimizer"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
-
-# How far a finite difference may be from the slope that backpropagation found.
-_INCONSISTENCY = 0.2
-
 
 class _Scaling(NamedTuple):
     """What a GradScaler asks of a step: its scale (NaN: unscaled by the user), and its veto."""
@@ -126,9 +123,11 @@ class MeasuredOptimizer(Optimizer):
         """GradScaler then hands over its scale instead of unscaling behind our back.
 
         Lightning asks too, and would refuse to clip gradients. Told no, it has the scaler unscale
-        them first, which the scaler then tells us.
+        them first, which the scaler then tells us. It does not say by what: that is read off it.
         """
-        asks = str(sys._getframe(1).f_globals.get("__name__", ""))
+        frame = sys._getframe(1)
+        asks = str(frame.f_globals.get("__name__", ""))
+        self._scaler_scale = getattr(frame.f_locals.get("self"), "_scale", None)
         return not asks.startswith(("lightning", "pytorch_lightning"))
 
     def _loss_hessian(self) -> losses.LossHessian:
@@ -201,8 +200,8 @@ class MeasuredOptimizer(Optimizer):
         self._descend(found, direction)
         for group in self.param_groups:
             group.update(state.entries())
-        self._log.write(found, seen, consistency)
         self._recorder.clear()
+        self._log.write(found, seen, consistency, self._checks if measures else {})
         return loss
 
     def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
@@ -251,24 +250,32 @@ class MeasuredOptimizer(Optimizer):
                 slope = torch.where(scaling.veto, math.nan, slope)
             slope, squared_norm = distributed.mean((slope, squared_norm), ranks)
             return Measurement(slope, squared_norm), unknown
-        measured = self._measure(batch, params, along, slope, squared_norm, state, scaling.scale)
+        expected = slope if unmodified and not ranks else None
+        measured = self._measure(
+            batch, params, along, slope, squared_norm, state, scaling.scale, expected
+        )
+        self._checks = measured.checks
         finite = measured.finite if scaling.veto is None else measured.finite & ~scaling.veto
+        trusted = measured.trusted
         seen, predicted = _of_all_ranks(
-            Measurement(slope, squared_norm, measured.value, measured.nat, finite),
+            Measurement(slope, squared_norm, measured.value, measured.nat, finite, trusted),
             measured.slope,
             ranks,
         )
         if predicted is None or not unmodified:
             return seen, unknown
         consistency = predicted / seen.slope
-        if measured.engine == "finite_difference":
-            # (A NaN is for the search to find.)
-            seen = seen._replace(trusted=~((consistency - 1).abs() > _INCONSISTENCY))
+        if ranks:  # only together do they know ``g·d``
+            within = measured.within
+            fits = ~((consistency - 1).abs() > within)  # (a NaN is for the search to find)
+            self._checks = {**measured.checks, "slope": fits}
+            seen = seen._replace(trusted=fits if seen.trusted is None else seen.trusted & fits)
         return seen, consistency
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters with a gradient, and the gradients."""
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        groups = [group for group in self.param_groups if _moves(group)] or self.param_groups
+        params = [p for group in groups for p in group["params"] if _has_gradient(p)]
         if not params:
             raise RuntimeError(
                 "step(): no parameter has a gradient: call loss.backward() before step(), on a "
@@ -314,8 +321,20 @@ class MeasuredOptimizer(Optimizer):
         squared_norm: Tensor,
         state: SearchState,
         scale: Tensor | None,
+        expected: Tensor | None,
     ) -> BatchCurvature:
-        """The batch's curvature; remembers a fallback from the forward engine."""
+        """The batch's curvature; remembers a fallback from the forward engine.
+
+        Args:
+            batch: What made the gradient.
+            params: Those with a gradient.
+            along: The direction.
+            slope: ``g·d``.
+            squared_norm: ``d·d``.
+            state: After the step before.
+            scale: Of a GradScaler.
+            expected: ``g·d``, where the gradient is as this batch's backward pass left it.
+        """
         rate = self._mean.read(state.rates)
         # Even a distrusted measurement tells the next one how far to look.
         rate = torch.where(rate > 0, rate, state.minibatch_lr)
@@ -332,6 +351,10 @@ class MeasuredOptimizer(Optimizer):
             rate=rate,
             wants_nat=self._needs_kl_scale,
             amp_scale=scale,
+            expected=expected,
+            substitute=self.guard is not None,
+            alone=not distributed.groups_of(self._recorder.ddp, list(self._names)),
+            memory=self._memory,
         )
         self._remember_engine(found.engine)
         return found
@@ -345,12 +368,13 @@ class MeasuredOptimizer(Optimizer):
             self.measure = dataclasses.replace(self.measure, jvp=engine)
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
+        nothing_moves = not any(_moves(group) for group in self.param_groups)
         for group in self.param_groups:
             lr = group["lr"]
             rate = found.rate * (lr.to(found.rate).squeeze() if isinstance(lr, Tensor) else lr)
             group["effective_lr"] = rate
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
+            params = [p for p in group["params"] if _has_gradient(p)]
+            if params and (_moves(group) or nothing_moves):
                 direction.descend(group, params, rate, found.skipped)
         direction.finish(found.skipped)
 
@@ -364,7 +388,9 @@ class MeasuredOptimizer(Optimizer):
             for gradient in distributed.local(gradients):
                 gradient.div_(scale.to(gradient.device))
         else:
-            scale = torch.full((), math.nan, device=home)
+            scale = getattr(self, "_scaler_scale", None)
+            if not isinstance(scale, Tensor):
+                scale = torch.full((), math.nan, device=home)
         return _Scaling(scale.to(home), found_inf.to(home).bool().squeeze())
 
     @classmethod
@@ -569,10 +595,17 @@ class MeasuredOptimizer(Optimizer):
             groups = [] if alive is None else alive.param_groups
             return (p for group in groups for p in group["params"])
 
+        def measures() -> bool:
+            alive = me()
+            if alive is None or not alive.param_groups:
+                return True
+            return alive.measure.is_due(int(alive.param_groups[0].get("steps", 0)))
+
         self._recorder = Recorder(
-            self.model, self.criterion, self.output_fn, params, self._model_loss
+            self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
-        self._log, self._multiplier = Log(), MultiplierCheck()
+        self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
+        self._checks: Mapping[str, Tensor] = {}
 
     @property
     def _scalar_device(self) -> torch.device:
@@ -591,19 +624,34 @@ def _of_all_ranks(
     assert seen.loss_per_nat is not None
     assert seen.finite is not None
     known = torch.full_like(seen.slope, math.nan) if predicted is None else predicted
-    slope, squared_norm, curvature, per_nat, finite, known = distributed.mean(
+    sure = torch.ones_like(seen.finite) if seen.trusted is None else seen.trusted
+    slope, squared_norm, curvature, per_nat, finite, sure, known = distributed.mean(
         (
             seen.slope,
             seen.squared_norm,
             seen.curvature,
             seen.loss_per_nat,
             seen.finite.to(seen.slope),
+            sure.to(seen.slope),
             known,
         ),
         ranks,
     )
-    joint = Measurement(slope, squared_norm, curvature, per_nat, finite == 1)
+    joint = Measurement(slope, squared_norm, curvature, per_nat, finite == 1, sure == 1)
     return joint, None if predicted is None else known
+
+
+def _moves(group: Mapping[str, Any]) -> bool:
+    """Whether the group's multiplier is not zero, as far as the host knows."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        return lr.device.type != "cpu" or bool(lr.detach().numpy().any())
+    return bool(lr != 0)
+
+
+def _has_gradient(p: Tensor) -> bool:
+    """One that was frozen may hold an old one."""
+    return p.grad is not None and p.requires_grad
 
 
 def _names_of(model: nn.Module) -> dict[Tensor, str]:

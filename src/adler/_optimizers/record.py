@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from adler._optimizers.watch import Watch
 from adler._step_length import Measurement, StepLength
+from adler.curvature.trust import CAUSES
 
 __all__ = ["Log", "StepRecord"]
 
@@ -17,12 +19,8 @@ _SKIPPED = (
     "steps were skipped: gradient, loss or curvature were zero or not finite, and the parameters "
     "have not moved"
 )
-_DISTRUSTED = (
-    "measurements contradict the gradient: along its direction the outputs do not change as they "
-    "should (last_step.consistency is not near 1), so they were not used. Either the forward pass "
-    "does not repeat itself, or the gradient is not that of the recorded loss alone (a penalty on "
-    "the weights, a second loss); jvp='forward' measures in spite of it"
-)
+# Steps that a run may begin with, none of which could be measured.
+_PATIENCE = 10
 
 
 class StepRecord(NamedTuple):
@@ -40,6 +38,8 @@ class StepRecord(NamedTuple):
         skipped_total: Steps skipped since the optimizer was made.
         consistency: ``⟨∂h/∂F, v⟩ / g·d``, which is 1 if the replay is the forward pass that made
             the gradient and the gradient is what backpropagation left; NaN where it is not known.
+        trusted: Whether this step's measurement passed its checks; True where there was none. One
+            that did not is not used: the rate is the average of earlier ones.
     """
 
     minibatch_lr: Tensor
@@ -51,6 +51,7 @@ class StepRecord(NamedTuple):
     clipped_total: Tensor
     skipped_total: Tensor
     consistency: Tensor
+    trusted: Tensor
 
 
 class Log:
@@ -58,15 +59,28 @@ class Log:
 
     def __init__(self) -> None:
         self.last: StepRecord | None = None
-        self._skipped, self._distrusted = Watch(_SKIPPED), Watch(_DISTRUSTED)
+        self._skipped = Watch(_SKIPPED)
+        self._failed = {name: Watch(_failure(cause), 1) for name, cause in CAUSES.items()}
+        self._unmeasured = Watch("", _PATIENCE)
+        self._moved = False
 
-    def write(self, found: StepLength, seen: Measurement, consistency: Tensor) -> None:
+    def write(
+        self,
+        found: StepLength,
+        seen: Measurement,
+        consistency: Tensor,
+        checks: Mapping[str, Tensor],
+    ) -> None:
         """Takes note of one step.
 
         Args:
             found: What the search found.
             seen: What it went by.
             consistency: See `StepRecord`.
+            checks: Whether each check of the measurement holds.
+
+        Raises:
+            RuntimeError: If none of the first steps moved, because none could be measured.
         """
         last, curvature = self.last, seen.curvature
         self.last = StepRecord(
@@ -79,7 +93,28 @@ class Log:
             found.clipped.long() if last is None else last.clipped_total + found.clipped,
             found.skipped.long() if last is None else last.skipped_total + found.skipped,
             consistency,
+            torch.ones_like(found.skipped) if seen.trusted is None else seen.trusted,
         )
-        self._skipped.observe(found.skipped)
-        if seen.trusted is not None:
-            self._distrusted.observe(torch.logical_not(seen.trusted))
+        for name, check in checks.items():
+            self._failed[name].observe(torch.logical_not(check))
+        if seen.trusted is None:
+            self._skipped.observe(found.skipped)
+            return
+        self._skipped.observe(found.skipped & seen.trusted)
+        if not self._moved:
+            lost = found.skipped & ~seen.trusted
+            count = self._unmeasured.count(lost)
+            self._moved = count == 0
+            if count is not None and count >= _PATIENCE:
+                raise RuntimeError(
+                    f"step(): none of the first {count} steps could be measured, and the "
+                    f"parameters have not moved: {self._cause(checks)}. docs: training-loops, "
+                    "'What a measurement may rely on'"
+                )
+
+    def _cause(self, checks: Mapping[str, Tensor]) -> str:
+        return "; ".join(CAUSES[name] for name, check in checks.items() if not bool(check))
+
+
+def _failure(cause: str) -> str:
+    return f"measurement contradicts the training pass and was not used: {cause}"

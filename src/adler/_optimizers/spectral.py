@@ -17,11 +17,8 @@ from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss
 from adler._step_length import SearchState
-from adler.curvature.measurement import (
-    BatchCurvature,
-    batch_gershgorin_curvature,
-    batch_spectral_curvature,
-)
+from adler.curvature.measurement import BatchCurvature
+from adler.curvature.spectral import batch_gershgorin_curvature, batch_spectral_curvature
 
 __all__ = ["SpectralSGD"]
 
@@ -130,6 +127,7 @@ class SpectralSGD(MeasuredOptimizer):
         squared_norm: Tensor,
         state: SearchState,
         scale: Tensor | None,
+        expected: Tensor | None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
         if groups_of(self._recorder.ddp, params):

@@ -32,6 +32,14 @@ class Watch:
         """Takes note of one step; ``bad`` is 0-dim bool."""
         if self._warned:
             return
+        seen = self.count(bad)
+        if seen is not None and seen >= self._patience:
+            self._warned = True
+            many = f"the last {seen} {self._message}" if self._patience > 1 else self._message
+            warn(f"{many}. optimizer.last_step holds the numbers; this is said once")
+
+    def count(self, bad: Tensor) -> int | None:
+        """How many steps in a row were bad, with this one; None: not known to the host yet."""
         if bad.device.type == "cpu":
             self._run = self._run + 1 if bad.numpy() else 0
             seen: int | None = self._run
@@ -39,12 +47,7 @@ class Watch:
             before = bad.new_zeros((), dtype=torch.long) if self._count is None else self._count
             self._count = torch.where(bad, before + 1, 0)
             seen = self._arrived()
-        if seen is not None and seen >= self._patience:
-            self._warned = True
-            warn(
-                f"the last {seen} {self._message}. optimizer.last_step holds the numbers; this is "
-                "said once"
-            )
+        return seen
 
     def _arrived(self) -> int | None:
         """The count, if the host can have it without waiting."""

@@ -8,13 +8,12 @@ own parameters are never written to, so there is nothing to restore, whatever ha
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Lazy", "on_access"]
+__all__ = ["Lazy", "OnAccess"]
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -49,16 +48,26 @@ class Lazy(Mapping[str, Tensor]):
         return len(self._names)
 
 
-class _OnAccess(dict[str, Any]):
-    """Stands in for ``Module._parameters``: some entries are looked up elsewhere."""
+class OnAccess(dict[str, Any]):
+    """Stands in for ``Module._parameters``: some entries are looked up elsewhere.
+
+    Args:
+        own: The entries.
+        elsewhere: From some of their keys to those of the mapping.
+        of: Where these are looked up.
+    """
 
     def __init__(self, own: Mapping[str, Any], elsewhere: Mapping[str, str], of: Lazy) -> None:
         super().__init__(own)
-        self._elsewhere, self._of = elsewhere, of
+        self._elsewhere, self._of = dict(elsewhere), of
 
     def __getitem__(self, key: str) -> Any:
         name = self._elsewhere.get(key)
         return super().__getitem__(key) if name is None else self._of[name]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._elsewhere.pop(key, None)  # the forward pass has one of its own (functional_call)
+        super().__setitem__(key, value)
 
     def get(self, key: str, default: Any = None) -> Any:
         if key in self:
@@ -70,26 +79,3 @@ class _OnAccess(dict[str, Any]):
 
     def values(self) -> Any:
         return {key: self[key] for key in self}.values()
-
-
-@contextlib.contextmanager
-def on_access(model: nn.Module, params: Lazy) -> Iterator[None]:
-    """Inside, modules find ``params`` in place of their own; tied ones under every name.
-
-    Args:
-        model: The module whose parameters, and its submodules', are replaced.
-        params: By the names of ``model.named_parameters()``; others stay.
-    """
-    names = {p: name for name, p in model.named_parameters() if name in params}
-    kept = []
-    try:
-        for module in model.modules():
-            own = module._parameters
-            elsewhere = {key: names[p] for key, p in own.items() if p in names}
-            if elsewhere:
-                kept.append((module, own))
-                module.__dict__["_parameters"] = _OnAccess(own, elsewhere, params)
-        yield
-    finally:
-        for module, own in kept:
-            module.__dict__["_parameters"] = own

@@ -1,13 +1,14 @@
 """A model's call as a pure function of its parameters.
 
 Measuring curvature means running the training forward once more. Nobody else may notice: the second
-run sees the same dropout masks and the same autocast state, and leaves buffers, random number
-generators and gradients as they were.
+run sees the same arguments, attributes, buffers, dropout masks and autocast state, and leaves all
+of them, and random number generators and gradients, as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,10 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from adler import _distributed as distributed
-from adler._recording.compiled import Compiled, outputs
-from adler._recording.lazy_parameters import Lazy, on_access
+from adler._recording.compiled import Compiled
+from adler._recording.copies import Copier, tensors_in
+from adler._recording.randomness import RandomState
+from adler._recording.state import CallState
 
-__all__ = ["Call", "RandomState", "is_capturing", "is_replaying", "replaying", "unwrap"]
+__all__ = [
+    "Call",
+    "ExplainedError",
+    "NotRepeatedError",
+    "RandomState",
+    "is_capturing",
+    "is_replaying",
+    "replaying",
+    "unwrap",
+]
 
 _replaying: ContextVar[bool] = ContextVar("adler_replaying", default=False)
 
@@ -57,26 +69,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is model or not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """States of the CPU generator and of the default generators of some accelerators."""
-
-    cpu: Tensor
-    accelerators: tuple[tuple[torch.device, Tensor], ...] = ()
-
-    @classmethod
-    def now(cls, devices: tuple[torch.device, ...] = ()) -> RandomState:
-        """The current states; ``devices`` lists the accelerators to include."""
-        states = tuple((d, torch.get_device_module(d).get_rng_state(d)) for d in devices)
-        return cls(torch.get_rng_state(), states)
-
-    def set(self) -> None:
-        """Puts the generators into these states."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.accelerators:
-            torch.get_device_module(device).set_rng_state(state, device)
 
 
 @dataclass(frozen=True)
@@ -130,6 +122,14 @@ class Call:
             the replay. Either way the generators are put back afterwards.
         autocast: Autocast states of the call.
         compiled: Compiles replays, where the model is compiled.
+        leaves: Which of the tensors in what the model returns the loss sees, where there is no
+            ``output_fn``; ``None``: the result is one tensor.
+        state: What modules held when the call began; ``None``: what they hold at the replay.
+        draws: Whether the call draws random numbers.
+        output_gradient: Gradient that arrived at the outputs in training; None: not known.
+        with_graph: Whether replays build the graph of a training pass, which a forward pass may
+            need that differentiates or has hooks.
+        partial: Whether the arguments are a part of the batch.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -147,6 +147,12 @@ class Call:
     random_state: RandomState | None = None
     autocast: tuple[AutocastState, ...] = ()
     compiled: Compiled | None = None
+    leaves: tuple[int, ...] | None = None
+    state: CallState | None = None
+    draws: bool = True
+    output_gradient: Tensor | None = None
+    with_graph: bool = False
+    partial: bool = False
 
     @classmethod
     def of(
@@ -181,36 +187,78 @@ class Call:
         Raises:
             TypeError: If the result is not one tensor.
         """
-        with self.surroundings() as stack:
-            lazy = isinstance(params, Lazy)
-            if isinstance(params, Lazy):
-                stack.enter_context(on_access(self.model, params))
-            found = outputs(
-                self.model,
-                {} if lazy else params,
-                dict(self.model.named_buffers()),
-                self.args,
-                dict(self.kwargs),
-                self.output_fn,
-                # Looking for tied tensors would ask for all parameters at once.
-                tie_weights=not lazy,
-            )
-        if not isinstance(found, Tensor):
-            raise TypeError(not_a_tensor(found, self.output_fn is not None))
-        return found
+        with self.surroundings() as state, state.installed(params):
+            args, kwargs = self.arguments()
+            return self.picked(self.model(*args, **kwargs))
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments that the model may write to."""
+
+        def fresh(tensor: Tensor) -> Tensor:
+            made = tensor.detach().clone()
+            return made.requires_grad_() if self.with_graph and tensor.requires_grad else made
+
+        made: tuple[tuple[Any, ...], dict[str, Any]] = Copier(fresh)((self.args, dict(self.kwargs)))
+        return made
+
+    def picked(self, result: Any) -> Tensor:
+        """What the loss sees of what the model returns: several tensors as one flat one.
+
+        Raises:
+            TypeError: If that is not one tensor.
+        """
+        if self.output_fn is not None:
+            result = self.output_fn(result)
+        elif self.leaves is not None and not (isinstance(result, Tensor) and self.leaves == (0,)):
+            tensors = tensors_in(result)
+            if max(self.leaves) >= len(tensors):
+                raise NotRepeatedError(
+                    f"the model returned {len(tensors)} tensors, not as many as in training"
+                )
+            chosen = [tensors[leaf] for leaf in self.leaves]
+            if len(chosen) == 1:
+                return chosen[0]
+            dtype = functools.reduce(torch.promote_types, (t.dtype for t in chosen))
+            return torch.cat([t.reshape(-1).to(dtype) for t in chosen])
+        if not isinstance(result, Tensor):
+            raise NotATensorError(not_a_tensor(result, self.output_fn is not None))
+        return result
 
     @contextlib.contextmanager
-    def surroundings(self) -> Iterator[contextlib.ExitStack]:
-        """Random state and autocast of the call; afterwards the generators are put back."""
+    def surroundings(self) -> Iterator[CallState]:
+        """Random state and autocast of the call; afterwards the generators are put back.
+
+        Yields:
+            The state of the modules, recorded with the call or of now.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaying())
             stack.enter_context(_without_attention_fastpath())
-            stack.callback(RandomState.now(self.devices).set)
-            if self.random_state is not None:
-                self.random_state.set()
+            if self.draws:
+                stack.callback(put_back, RandomState.now(self.devices), self.devices)
+                if self.random_state is not None:
+                    self.random_state.set()
             for state in self.autocast:
                 stack.enter_context(state.context())
-            yield stack
+            yield CallState((self.model,)) if self.state is None else self.state
+
+
+class ExplainedError(Exception):
+    """Of an error whose message says what to do; no other way of measuring is tried."""
+
+
+class NotATensorError(ExplainedError, TypeError):
+    """The model, or ``output_fn``, did not return one tensor."""
+
+
+class NotRepeatedError(RuntimeError):
+    """The replay took another course than the training pass."""
+
+
+def put_back(before: RandomState, devices: tuple[torch.device, ...]) -> None:
+    """Undoes what was drawn since."""
+    if not RandomState.now(devices).same(before):
+        before.set()
 
 
 def accelerators(model: nn.Module) -> tuple[torch.device, ...]:

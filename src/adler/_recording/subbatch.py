@@ -11,15 +11,16 @@ the order of the examples is random.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from adler._recording.recorder import RecordedLoss
+from adler._recording.links import Place
+from adler._recording.recorder import Placed, RecordedLoss
 from adler._recording.replay import Call
 
 __all__ = ["part"]
@@ -57,6 +58,10 @@ def part(
     calls: dict[Call, tuple[Call, int, int]] = {}
     found = []
     for loss in batch:
+        if loss.path is not None or any(placed.part for placed in loss.places):
+            # What the loop does with the outputs is known for the whole batch only.
+            found.append(loss)
+            continue
         if loss.call not in calls:
             calls[loss.call] = _part_of_call(loss.call, fraction)
         call, count, size = calls[loss.call]
@@ -64,8 +69,28 @@ def part(
         targets = _first(loss.targets, rows, count * rows // size, "criterion")
         summed = getattr(criterion, "reduction", "mean") == "sum"
         factor = size / count if summed else 1.0
-        found.append(RecordedLoss(call, targets, None, loss.value, loss.weight, factor=factor))
+        options = _first(loss.options, rows, count * rows // size, "criterion")
+        found.append(
+            replace(
+                loss,
+                call=call,
+                targets=targets,
+                outputs=None,
+                factor=factor,
+                options=options,
+                places=[Placed(call, _place_of(loss, call, count * rows // size))],
+                whole=loss,
+            )
+        )
     return found
+
+
+def _place_of(loss: RecordedLoss, call: Call, count: int) -> Place | None:
+    """The first rows of what the model returned."""
+    place = loss.places[0].place if loss.places else None
+    if place is None or not place.output.ndim:
+        return None
+    return replace(place, call=call, output=place.output[:count])
 
 
 def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
@@ -80,7 +105,8 @@ def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
     size = sizes[0]
     count = min(size, max(2, math.ceil(fraction * size)))
     args, kwargs = _first(given, size, count, "model")
-    return dataclasses.replace(call, args=args, kwargs=kwargs), count, size
+    smaller = replace(call, args=args, kwargs=kwargs, output_gradient=None, partial=True)
+    return smaller, count, size
 
 
 def _rows(loss: RecordedLoss, size: int) -> int:

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from adler._recording.recorder import RecordedLoss
 from adler._recording.replay import Call
 
-__all__ = ["difference_step", "height"]
+__all__ = ["coarsest_dtype", "difference_step", "height"]
 
 # Of the shorter length.
 _FRACTION = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -67,10 +67,7 @@ def difference_step(
         >>> difference_step(call, torch.float64, rate=None, **options)
         tensor(3.7500e-07)
     """
-    seen = [dtype, *(state.dtype for state in call.autocast if state.enabled)]
-    if dtype == torch.float32 and _rounds_to_tensorfloat32(call):
-        seen.append(torch.float16)  # of as many digits
-    coarsest = max(seen, key=lambda candidate: torch.finfo(candidate).eps)
+    coarsest = coarsest_dtype(call, dtype)
     length = height / slope
     length = torch.where(_known(length), length, math.inf)
     if rate is None:
@@ -78,6 +75,19 @@ def difference_step(
     else:
         length = torch.where(_known(rate), torch.minimum(length, rate), length / _CAUTION)
     return torch.where(_known(length), _FRACTION[coarsest] * length, 1e-3 * squared_norm.rsqrt())
+
+
+def coarsest_dtype(call: Call, dtype: torch.dtype) -> torch.dtype:
+    """Which dtype rounds the outputs of a call, whatever they are cast to.
+
+    Args:
+        call: Its autocast and its devices say how it computes.
+        dtype: Of the outputs.
+    """
+    seen = [dtype, *(state.dtype for state in call.autocast if state.enabled)]
+    if dtype == torch.float32 and _rounds_to_tensorfloat32(call):
+        seen.append(torch.float16)  # of as many digits
+    return max(seen, key=lambda candidate: torch.finfo(candidate).eps)
 
 
 def _known(length: Tensor) -> Tensor:

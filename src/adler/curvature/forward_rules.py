@@ -47,17 +47,35 @@ class ForwardRules(TorchFunctionMode):
     """Puts the rules of this module in place of PyTorch's; made outside of `torch.func.jvp`.
 
     Inside another function transform only those remain that PyTorch can transform once more.
+
+    Args:
+        plain: Whether results shall be differentiable backwards too, which only PyTorch's rules are.
+        obeys_no_grad: Whether tangents stop where gradients do, under `torch.no_grad`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False, obeys_no_grad: bool = False) -> None:
         super().__init__()
-        self._outermost = torch._C._functorch.peek_interpreter_stack() is None
+        inside = torch._C._functorch.peek_interpreter_stack() is not None
+        self._outermost = not (inside or plain)
+        self._obeys_no_grad, self._before = obeys_no_grad, list[bool]()
         self._in_attention = False
+
+    def __enter__(self) -> ForwardRules:
+        self._before.append(torch._C._is_fwd_grad_enabled())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch._C._set_fwd_grad_enabled(self._before.pop())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled and self._obeys_no_grad:
+            func(*args)
+            torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
+            return None
         found = NotImplemented
         ours = self._outermost and {*types} <= {Tensor}  # subclasses have their own
         if func is functional.multi_head_attention_forward and ours and not self._in_attention:
@@ -370,5 +388,7 @@ _REPAIRS: dict[Callable[..., Any], Callable[..., Any]] = {
         if hasattr(module, name)
     },
     functional.dropout: _dropout,
+    torch.dropout: _dropout,
     functional.alpha_dropout: _alpha_dropout,
+    torch.alpha_dropout: _alpha_dropout,
 }

@@ -14,12 +14,14 @@ Three engines compute the Jacobian-vector product $v = J d$:
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adler import _tensors as update
@@ -84,18 +86,21 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
             in general, if ``f`` fails with tangents and not without.
     """
     load()
+    nested = torch._C._functorch.peek_interpreter_stack() is not None
 
     def plain() -> tuple[Tensor, Tensor]:
-        with ForwardRules():
+        if isinstance(f, Call) and not nested:
+            return _with_duals(f, params, direction)
+        with torch.no_grad(), ForwardRules():  # no reverse graph is wanted
             pair = torch.func.jvp(f, (params,), (direction,), strict=True)
         return cast(tuple[Tensor, Tensor], pair)
 
     try:
-        # No reverse graph is wanted.
-        with torch.no_grad(), differentiable_attention():
+        with differentiable_attention():
             if isinstance(f, Call) and f.compiled is not None:
                 along = {name: direction[name] for name in params}
-                return _compiled(f, derivative, plain, dict(params), along)
+                with torch.no_grad():
+                    return _compiled(f, derivative, plain, dict(params), along)
             return plain()
     except torch.OutOfMemoryError:
         raise
@@ -107,6 +112,33 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
                 raise
             op = f"an op that fails with tangents alone ({str(error).splitlines()[0]})"
         raise ForwardModeUnsupportedError(op) from error
+
+
+# PyTorch has one level of dual numbers in a process.
+_one_at_a_time = threading.RLock()
+
+
+def _with_duals(call: Call, params: Parameters, direction: Parameters) -> tuple[Tensor, Tensor]:
+    """Of a replay: with plain tensors, which a model may keep, and not those of a transform.
+
+    Gradients are enabled, as in training, but no parameter requires one unless the call wants its
+    graph: so none is built.
+    """
+    graph = call.with_graph
+    with (
+        _one_at_a_time,
+        torch.enable_grad(),
+        forward_ad.dual_level(),
+        ForwardRules(plain=graph, obeys_no_grad=True),
+    ):
+        duals = {
+            name: forward_ad.make_dual(p.detach().requires_grad_(graph), direction[name])
+            for name, p in params.items()
+        }
+        pair = forward_ad.unpack_dual(call(duals))
+        if pair.tangent is None:
+            raise ForwardModeUnsupportedError(_DROPPED)
+        return pair.primal.detach(), pair.tangent.detach()
 
 
 def finite_difference(
@@ -138,6 +170,10 @@ def finite_difference(
     def at(theta: Parameters) -> Tensor:
         if isinstance(f, Call) and f.compiled is not None:
             return _compiled(f, compiled_outputs, lambda: f(theta), dict(theta))
+        if isinstance(f, Call) and f.with_graph:
+            with torch.enable_grad():
+                leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
+                return f(leaves).detach()
         return f(theta)
 
     with torch.no_grad():
@@ -274,6 +310,7 @@ def warn_of_fallback(op: str, jvp: str = "forward") -> None:
 
 # --- helpers -------------------------------------------------------------------------------------
 
+_DROPPED = "an op that drops the tangent (a detach, or reentrant checkpointing)"
 _UNSUPPORTED = re.compile(r"forward AD with (?P<op>\S+?)\.? that does not support")
 
 
@@ -284,7 +321,7 @@ def _unsupported_op(message: str) -> str | None:
     if "setup_context" in message or "implement the jvp function" in message:
         return "a custom autograd.Function"
     if "independent of the inputs" in message:
-        return "an op that drops the tangent (a detach, or reentrant checkpointing)"
+        return _DROPPED
     if "would mutate a captured Tensor" in message:
         return "an in-place update of a tensor that is not a registered buffer"
     if "view size is not compatible" in message:
@@ -314,16 +351,18 @@ def _compiled(
 ) -> Found:
     """A compiled function of a call, under what surrounds its replay."""
     assert call.compiled is not None
-    with call.surroundings():
+    with call.surroundings() as state, state.installed({}):
+        args, kwargs = call.arguments()
+        whole = call.leaves in (None, (0,)) and call.output_fn is None
         return call.compiled(
             function,
             plain,
             call.model,
             *points,
             dict(call.model.named_buffers()),
-            call.args,
-            dict(call.kwargs),
-            call.output_fn,
+            args,
+            kwargs,
+            None if whole else call.picked,
         )
 
 

@@ -28,14 +28,17 @@ from adler.losses.entrywise import (
 from adler.losses.fisher import EmpiricalFisher
 from adler.losses.generic import AutogradHessian
 from adler.losses.registry import loss_hessian, register
+from adler.losses.sequences import CTCHessian, KLDivHessian
 
 __all__ = [
     "AutogradHessian",
     "BCEWithLogitsHessian",
+    "CTCHessian",
     "CrossEntropyHessian",
     "EmpiricalFisher",
     "GaussianNLLHessian",
     "HuberHessian",
+    "KLDivHessian",
     "LossHessian",
     "MSEHessian",
     "NLLHessian",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class LossHessian(abc.ABC):
         >>> type(loss_hessian(Cosh())).__name__
         'CoshHessian'
     """
+
+    # Whether the form is positive wherever the tangents are not zero, in exact arithmetic.
+    curved: ClassVar[bool] = False
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
         refuse_unreduced(criterion)

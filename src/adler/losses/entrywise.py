@@ -73,6 +73,7 @@ class MSEHessian(_RegressionHessian):
         18.0
     """
 
+    curved = True
     _criterion = nn.MSELoss
 
     def second_derivative(self, outputs: Tensor, *targets: Tensor) -> Tensor | float:
@@ -173,6 +174,7 @@ class GaussianNLLHessian(_EntrywiseHessian):
         1.0
     """
 
+    curved = True
     _criterion = nn.GaussianNLLLoss
 
     def second_derivative(self, outputs: Tensor, *targets: Tensor) -> Tensor | float:

@@ -12,7 +12,7 @@ from adler.losses.base import LossHessian, class_axis
 from adler.losses.generic import output_gradient
 from adler.losses.registry import loss_hessian
 
-__all__ = ["EmpiricalFisher"]
+__all__ = ["EmpiricalFisher", "outer_products"]
 
 
 class EmpiricalFisher(LossHessian):
@@ -32,6 +32,8 @@ class EmpiricalFisher(LossHessian):
         36.0
     """
 
+    curved = True
+
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
         super().__init__(criterion)
         self._provider = loss_hessian(criterion)
@@ -40,15 +42,26 @@ class EmpiricalFisher(LossHessian):
         """See the class."""
         with torch.enable_grad():
             F, gradient = output_gradient(self.criterion, outputs, targets)
-        products = gradient * tangents.to(F)
         weights = self._provider.example_weights(outputs, targets).to(F)
-        if weights.ndim == products.ndim - 1:
-            slopes = products.sum(class_axis(products))
-        else:
-            slopes = products.reshape(weights.numel(), -1).sum(1)
-        # The gradient of the reduced loss already holds ω_i once.
-        return torch.where(weights == 0, 0, slopes.square() / weights).sum()
+        return outer_products(gradient, tangents, weights)
 
     def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """That of the criterion."""
         return self._provider.nat(outputs, targets, value)
+
+
+def outer_products(gradient: Tensor, tangents: Tensor, weights: Tensor) -> Tensor:
+    r"""$\sum_i (\nabla L_i^\top v_i)^2 / \omega_i$, with $\nabla L_i = \omega_i \nabla \ell_i$.
+
+    Args:
+        gradient: Of the reduced loss with respect to the outputs.
+        tangents: Of the outputs.
+        weights: ``ω``, one for each example.
+    """
+    products = gradient * tangents.to(gradient)
+    if weights.ndim == products.ndim - 1:
+        slopes = products.sum(class_axis(products))
+    else:
+        slopes = products.reshape(weights.numel(), -1).sum(1)
+    # The gradient of the reduced loss already holds ω_i once.
+    return torch.where(weights == 0, 0, slopes.square() / weights).sum()

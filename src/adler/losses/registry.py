@@ -19,6 +19,7 @@ from adler.losses.entrywise import (
     SmoothL1Hessian,
 )
 from adler.losses.generic import AutogradHessian
+from adler.losses.sequences import CTCHessian, KLDivHessian
 
 __all__ = ["loss_hessian", "register"]
 
@@ -26,9 +27,11 @@ Provider = Callable[[Any], LossHessian]
 
 _providers: dict[type, Provider | LossHessian] = {
     nn.BCEWithLogitsLoss: BCEWithLogitsHessian,
+    nn.CTCLoss: CTCHessian,
     nn.CrossEntropyLoss: CrossEntropyHessian,
     nn.GaussianNLLLoss: GaussianNLLHessian,
     nn.HuberLoss: HuberHessian,
+    nn.KLDivLoss: KLDivHessian,
     nn.MSELoss: MSEHessian,
     nn.NLLLoss: NLLHessian,
     nn.PoissonNLLLoss: PoissonNLLHessian,

@@ -1,0 +1,179 @@
+"""The spectral norm of a batch's Gauss-Newton matrix, by power iteration or by columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adler import _tensors as update
+from adler._recording.recorder import RecordedLoss
+from adler._recording.replay import Call, replaying
+from adler.curvature.jacobian import directional_derivative, transpose
+from adler.curvature.measurement import (
+    BatchCurvature,
+    checked,
+    loss_weights,
+    losses_by_call,
+    weighted,
+    where_computed,
+)
+from adler.curvature.trust import outputs_agree, tolerance
+from adler.losses import LossHessian
+
+__all__ = ["batch_gershgorin_curvature", "batch_spectral_curvature"]
+
+
+def batch_spectral_curvature(
+    batch: list[RecordedLoss],
+    params: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    criterion: Callable[..., Tensor],
+    hessian: LossHessian,
+    *,
+    iterations: int,
+    jvp: str,
+    squared_norm: Tensor,
+    wants_nat: bool = True,
+    amp_scale: Tensor | None = None,
+) -> tuple[BatchCurvature, dict[str, Tensor]]:
+    r"""``λ_max(A)`` of $A = \sum \|Q\|\, J^\top J$ over the losses, by power iteration.
+
+    No curvature of the batch's GGN exceeds it: $d^\top J^\top Q J d \le \lambda\, d^\top d$.
+    Of one loss it is $\lambda^*(K)\,\|\nabla^2 L\|$ with the tangent kernel $K = J J^\top$. The
+    iteration approaches it from below.
+
+    Args:
+        batch: As for `batch_curvature`.
+        params: As for `batch_curvature`.
+        start: Where the iteration starts; not zero.
+        criterion: As for `batch_curvature`.
+        hessian: Its spectral norm.
+        iterations: How many, each of one Jacobian-vector and one vector-Jacobian product.
+        jvp: As for `batch_curvature`.
+        squared_norm: Gives the result its dtype and device.
+        wants_nat: As for `batch_curvature`.
+        amp_scale: As for `batch_curvature`.
+
+    Returns:
+        The curvature, whose ``value`` is ``λ``, and the vector of unit norm to start from next.
+    """
+    zero = torch.zeros_like(squared_norm)
+    with replaying():
+        terms, nat, finite, same = _terms(
+            batch, params, criterion, hessian, zero, wants_nat, amp_scale
+        )
+        names, vector, value = list(params), [start[name] for name in params], zero
+        for _ in range(iterations):
+            vector = _normalised(vector, zero)
+            direction, value = dict(zip(names, vector, strict=True)), zero
+            image = [torch.zeros_like(part) for part in vector]
+            for call, _, pull, norm in terms:
+                _, tangents, jvp = directional_derivative(call, params, direction, jvp)
+                value = value + norm * update.squared_norm([tangents], zero.device)
+                pulled = pull(tangents * norm.to(tangents))
+                torch._foreach_add_(image, [pulled[name] for name in names])
+            vector = image
+    after = dict(zip(names, _normalised(vector, zero), strict=True))
+    return BatchCurvature(value, nat, finite, jvp, trusted=same, checks={"outputs": same}), after
+
+
+def batch_gershgorin_curvature(
+    batch: list[RecordedLoss],
+    params: Mapping[str, Tensor],
+    criterion: Callable[..., Tensor],
+    hessian: LossHessian,
+    *,
+    columns: int,
+    seed: int,
+    jvp: str,
+    squared_norm: Tensor,
+    wants_nat: bool = True,
+    amp_scale: Tensor | None = None,
+) -> BatchCurvature:
+    r"""Gershgorin's $\sum \|Q\|\, \max_j \sum_i |K_{ij}|$ over some columns of the tangent kernel.
+
+    Over all columns it is no less than what `batch_spectral_curvature` approaches; over a sample it
+    is an estimate.
+
+    Args:
+        batch: As for `batch_curvature`.
+        params: As for `batch_curvature`.
+        criterion: As for `batch_curvature`.
+        hessian: Its spectral norm.
+        columns: How many, each of one vector-Jacobian and one Jacobian-vector product.
+        seed: Of the sample.
+        jvp: As for `batch_curvature`.
+        squared_norm: Gives the result its dtype and device.
+        wants_nat: As for `batch_curvature`.
+        amp_scale: As for `batch_curvature`.
+    """
+    zero = value = torch.zeros_like(squared_norm)
+    generator = torch.Generator().manual_seed(seed)
+    with replaying():
+        terms, nat, finite, same = _terms(
+            batch, params, criterion, hessian, zero, wants_nat, amp_scale
+        )
+        for call, outputs, pull, norm in terms:
+            largest = zero
+            for j in torch.randperm(outputs.numel(), generator=generator)[:columns].tolist():
+                one = torch.zeros_like(outputs)
+                one.view(-1)[j] = 1
+                _, column, jvp = directional_derivative(call, params, pull(one), jvp)
+                largest = torch.maximum(largest, column.abs().sum().to(zero))
+            value = value + norm * largest
+    return BatchCurvature(value, nat, finite, jvp, trusted=same, checks={"outputs": same})
+
+
+class _Term(NamedTuple):
+    """One call of the model, and ``Σ ‖Q‖`` of the losses of its outputs."""
+
+    call: Call
+    outputs: Tensor
+    pull: Callable[[Tensor], Mapping[str, Tensor]]
+    norm: Tensor
+
+
+def _terms(
+    batch: list[RecordedLoss],
+    params: Mapping[str, Tensor],
+    criterion: Callable[..., Tensor],
+    hessian: LossHessian,
+    zero: Tensor,
+    wants_nat: bool,
+    amp_scale: Tensor | None,
+) -> tuple[list[_Term], Tensor, Tensor, Tensor]:
+    """Terms, what one nat is worth, whether the losses are finite and the replays the passes."""
+    nat = torch.full_like(zero, 0.0 if wants_nat else math.inf)
+    finite = torch.ones_like(zero, dtype=torch.bool)
+    weights = loss_weights(batch, zero, amp_scale)
+    terms, same = [], torch.ones_like(zero, dtype=torch.bool)
+    for call, losses in losses_by_call(batch).items():
+        outputs, pull = transpose(call, params)
+        norm = zero
+        for loss in losses:
+            if loss.path is not None or any(placed.part for placed in loss.places):
+                raise RuntimeError(
+                    "step(): SpectralSGD needs one tensor that the criterion receives of each call "
+                    "of the model: do in output_fn= what the loop does in between, or use Adler"
+                )
+            for place in (p.place for p in loss.places if p.place is not None and p.place.intact):
+                if place.output.shape == outputs.shape:
+                    within = tolerance(call, outputs.dtype)
+                    same = same & outputs_agree(outputs, place.output, within).to(same.device)
+            height = checked(loss, criterion, outputs)
+            finite = finite & torch.isfinite(height).to(finite.device)
+            at, targets = where_computed(loss, outputs)
+            norm = norm + weighted(weights[loss].abs(), hessian.spectral_norm(at, targets))
+            if wants_nat:
+                nat = nat + weighted(weights[loss], hessian.nat(at, targets, height))
+        terms.append(_Term(call, outputs, pull, norm))
+    return terms, nat, finite, same
+
+
+def _normalised(vector: list[Tensor], like: Tensor) -> list[Tensor]:
+    length = update.squared_norm(vector, like.device).sqrt()
+    return list(torch._foreach_div(vector, [length.to(part) for part in vector]))
