@@ -1,4 +1,4 @@
-"""The experiments on conditioning: ``python -m examples.pl_theory --preset smoke|laptop|full``.
+"""The experiments on conditioning: ``python -m examples.pl_theory --preset smoke|thesis``.
 
 Makes the records that are missing, draws the figures, and writes claims beside measurements.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
     option("--figures", nargs="+", choices=tuple(FIGURES), metavar="n", help="such as 6.1 6.5 nmm")
     option("--results", type=Path, help="default: examples/pl_theory/results/PRESET")
+    option("--minutes", type=float, help="start nothing after so many; 0: draw what is there")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -48,9 +50,10 @@ def _run(missing: Sequence[Any], finished: int, options: argparse.Namespace, pat
     """Runs and records; the number of crashes."""
     work = functools.partial(experiments.run, root=options.data, device=options.device)
     crashes = 0
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     label = f"experiments ({finished} done before)"
     with tqdm(total=len(missing), desc=label, unit="experiment") as bar:
-        for experiment, outcome in run_all(missing, work, options.jobs):
+        for experiment, outcome in run_all(missing, work, options.jobs, deadline):
             if isinstance(outcome, str):
                 crashes += 1
                 tqdm.write(f"crashed: {experiment.key()}: {outcome}", file=sys.stderr)
@@ -71,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = _wanted(preset, chosen)
     try:
         if preset.dataset in cifar.ARCHIVES:
-            if options.data is None:
+            if options.data is None and options.minutes != 0:
                 raise ValueError(f"--preset {options.preset}: pass --data, where CIFAR is")
-            cifar.locate(cifar.ARCHIVES[preset.dataset], options.data)
+            if options.minutes != 0:
+                cifar.locate(cifar.ARCHIVES[preset.dataset], options.data)
         repair(path)
         finished = {Experiment.of(r).key() for r in records.read(path)}
     except (ValueError, FileNotFoundError) as error:

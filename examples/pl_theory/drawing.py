@@ -15,17 +15,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from examples.pl_theory.records import Record
-
 __all__ = [
     "COLOURS",
     "MARKERS",
     "SHADES",
     "Values",
     "array",
+    "band",
     "finish",
     "mean",
-    "network",
     "panels",
     "positive",
     "save",
@@ -68,9 +66,17 @@ def mean(rows: Sequence[Values]) -> Values:
     return np.asarray(masked.mean(axis=0).filled(np.nan), dtype=np.float64)
 
 
-def network(record: Record) -> str:
-    """The activation, in words."""
-    return str(record["activation"]) + (", renormalised" if record["renormalised"] else "")
+def band(axis: Axes, x: Values, rows: Sequence[Values], **look: Any) -> None:
+    """The mean over runs, and the 95 % interval of it where there are several."""
+    line = mean(rows)
+    (drawn,) = axis.plot(x, line, **look)
+    if len(rows) > 1:
+        stacked = np.ma.masked_invalid(np.stack(rows))
+        count = np.maximum(stacked.count(axis=0), 1)
+        spread = 1.96 * np.ma.filled(stacked.std(axis=0, ddof=1), 0.0) / np.sqrt(count)
+        axis.fill_between(
+            x, line - spread, line + spread, color=drawn.get_color(), alpha=0.15, linewidth=0
+        )
 
 
 def panels(rows: int, columns: int, **shared: Any) -> tuple[Figure, npt.NDArray[Any]]:
