@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from cases import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import unchanged
+from support.cases import draw
+from support.loops import unchanged
 from torch import nn
 
 from adler.curvature import Objective

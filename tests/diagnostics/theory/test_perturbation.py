@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import draw
 
 from adler.diagnostics.theory.perturbation import feature_perturbations, gram_perturbation
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import Quadratic, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import Quadratic, draw
 from torch import nn
 
 from adler.diagnostics.descent import predicted_decrease
