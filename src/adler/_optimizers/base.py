@@ -503,7 +503,8 @@ class MeasuredOptimizer(Optimizer):
                 value = group[key]
                 shown = float(value) if isinstance(value, Tensor) else value
                 lines.append(f"    {key}: {shown}")
-        return "\n".join([*lines, ")"])
+        shared = [f"{name}: {getattr(self, name)}" for name in self._shared_options()]
+        return "\n".join([*lines, *shared, ")"])
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and under ``"search"`` the options that all groups share.
