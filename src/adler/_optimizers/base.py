@@ -175,8 +175,8 @@ class MeasuredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _options.check(group)
+        for options in ({"beta": self.beta, "eps": self.eps}, *self.param_groups):
+            _options.check(options)
         params, gradients = self._gradients()
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
@@ -532,7 +532,8 @@ class MeasuredOptimizer(Optimizer):
                 value = group[key]
                 shown = float(value) if isinstance(value, Tensor) else value
                 lines.append(f"    {key}: {shown}")
-        return "\n".join([*lines, ")"])
+        shared = [f"{name}: {getattr(self, name)}" for name in self._shared_options()]
+        return "\n".join([*lines, *shared, ")"])
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and under ``"search"`` the options that all groups share.
@@ -545,16 +546,21 @@ class MeasuredOptimizer(Optimizer):
         """Loads state, groups and shared options: what the checkpoint holds is what counts.
 
         Raises:
-            ValueError: If the groups are others.
+            ValueError: If the groups or the options are others; nothing has changed then.
         """
         own = dict(state_dict)
-        shared = own.pop("search", None)
+        # A tool may save no more than state and groups.
+        shared = dict(own.pop("search", None) or {})
+        if unknown := sorted(shared.keys() - self._shared_options().keys()):
+            raise ValueError(
+                f"loaded state dict: {unknown[0]!r} is no option of {type(self).__name__}"
+            )
+        for name, kind in (("guard", Guard), ("measure", Measure)):
+            if name in shared:
+                shared[name] = _options.from_plain(kind, shared[name])
         super().load_state_dict(own)
-        if shared is None:  # a tool that saves no more than state and groups
-            return
         for name, value in shared.items():
-            kind = {"guard": Guard, "measure": Measure}.get(name)
-            setattr(self, name, value if kind is None else _options.from_plain(kind, value))
+            setattr(self, name, value)
 
     def _shared_options(self) -> dict[str, Any]:
         return {
