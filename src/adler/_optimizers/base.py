@@ -30,7 +30,7 @@ from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss, Recorder
 from adler._recording.replay import is_capturing, unwrap
-from adler._recording.subbatch import part
+from adler._recording.subbatch import IndivisibleError, part
 from adler._step_length import (
     ENTRIES,
     Measurement,
@@ -39,6 +39,7 @@ from adler._step_length import (
     StepLength,
     step_length,
 )
+from adler._warning import warn
 from adler.curvature.measurement import BatchCurvature, batch_curvature
 from adler.curvature.trust import Memory
 
@@ -161,8 +162,7 @@ class MeasuredOptimizer(Optimizer):
                 says what to do; parameters and state are unchanged. Also under CUDA-graph capture:
                 a step saves and sets the states of the random number generators and counts its
                 steps, which the host does.
-            ValueError: If explicit targets do not fit the outputs, or ``Measure.fraction`` meets
-                a batch that it cannot divide.
+            ValueError: If explicit targets do not fit the outputs.
         """
         if is_capturing():
             raise RuntimeError(
@@ -308,7 +308,14 @@ class MeasuredOptimizer(Optimizer):
             raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
         else:
             batch = self._recorder.losses()
-        return part(batch, self.measure.fraction, self.criterion)
+        if self._indivisible:
+            return batch
+        try:
+            return part(batch, self.measure.fraction, self.criterion)
+        except IndivisibleError as error:
+            self._indivisible = True
+            warn(f"curvature is measured on whole batches, which costs more: {error}")
+            return batch
 
     def _measure(
         self,
@@ -603,7 +610,7 @@ class MeasuredOptimizer(Optimizer):
         self._recorder = Recorder(
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
-        self._log, self._memory = Log(), Memory()
+        self._log, self._memory, self._indivisible = Log(), Memory(), False
         self._checks: Mapping[str, Tensor] = {}
 
     @property
