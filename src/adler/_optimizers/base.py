@@ -550,9 +550,16 @@ class MeasuredOptimizer(Optimizer):
         """Loads state, groups and shared options: what the checkpoint holds is what counts.
 
         Raises:
-            ValueError: If the groups are others.
+            ValueError: If the groups are others, or those of an optimizer that does not measure.
         """
         own = dict(state_dict)
+        for group in own.get("param_groups", ()):
+            if not set(ENTRIES) & set(group):
+                raise ValueError(
+                    f"loaded state dict is not that of an optimizer of adler: its lr="
+                    f"{group.get('lr')!r} would multiply the measured rate, not set it. Start "
+                    f"{type(self).__name__} afresh on the trained weights"
+                )
         shared = own.pop("search", None)
         super().load_state_dict(own)
         if shared is None:  # a tool that saves no more than state and groups

@@ -159,6 +159,8 @@ def _of_a_part(one: _Measurement, jvp: str, alone: bool, checks: bool) -> BatchC
     if alone and memory.distrusts(found.trusted):
         # Its examples depend on the others, or it is not repeated.
         return _best(whole, jvp, alone) if sure is None else sure
+    # What arrived at a part of the outputs is no slope of the batch.
+    found = found._replace(slope=None if sure is None else sure.slope)
     if sure is not None:
         memory.whole = sure.trusted, sure.checks
     if memory.whole is None or memory.whole[0] is None:
