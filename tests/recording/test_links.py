@@ -273,9 +273,7 @@ def test_a_forgotten_squeeze_is_followed():
     model = body(6, 1)
     twin, bce = copy.deepcopy(model), nn.BCEWithLogitsLoss()
     y = (Y > 0).double()
-    optimizer = measured(
-        model, bce, lambda m, c: c(m(X).squeeze(-1), y), output_fn=lambda out: out
-    )
+    optimizer = measured(model, bce, lambda m, c: c(m(X).squeeze(-1), y), output_fn=lambda out: out)
     expected = right([twin(X)], lambda f: bce(f.squeeze(-1), y), twin.parameters())
     check(optimizer, expected)
 

@@ -31,7 +31,7 @@ from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss, Recorder
 from adler._recording.replay import is_capturing, unwrap
-from adler._recording.subbatch import part
+from adler._recording.subbatch import IndivisibleError, part
 from adler._step_length import (
     ENTRIES,
     Measurement,
@@ -40,12 +40,14 @@ from adler._step_length import (
     StepLength,
     step_length,
 )
+from adler._warning import warn
 from adler.curvature.measurement import BatchCurvature, batch_curvature
 from adler.curvature.trust import Memory
 
 __all__ = ["MeasuredOptimizer"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
+
 
 class _Scaling(NamedTuple):
     """What a GradScaler asks of a step: its scale (NaN: unscaled by the user), and its veto."""
@@ -162,8 +164,7 @@ class MeasuredOptimizer(Optimizer):
                 says what to do; parameters and state are unchanged. Also under CUDA-graph capture:
                 a step saves and sets the states of the random number generators and counts its
                 steps, which the host does.
-            ValueError: If explicit targets do not fit the outputs, or ``Measure.fraction`` meets
-                a batch that it cannot divide.
+            ValueError: If explicit targets do not fit the outputs.
         """
         if is_capturing():
             raise RuntimeError(
@@ -211,7 +212,8 @@ class MeasuredOptimizer(Optimizer):
     def _rule(self, steps: int) -> Rule:
         """How the step after so many is chosen."""
         # The average forgets by steps, not by measurements; parts of as many as make one batch.
-        beta, smoothing = self.beta ** self.measure.interval(steps), 1 - self.measure.fraction
+        fraction = 1.0 if self._indivisible else self.measure.fraction
+        beta, smoothing = self.beta ** self.measure.interval(steps), 1 - fraction
         return Rule(self._mean, beta, self.eps, self.guard, smoothing)
 
     def _look(
@@ -310,7 +312,14 @@ class MeasuredOptimizer(Optimizer):
             raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
         else:
             batch = self._recorder.losses()
-        return part(batch, self.measure.fraction, self.criterion)
+        if self._indivisible:
+            return batch
+        try:
+            return part(batch, self.measure.fraction, self.criterion)
+        except IndivisibleError as error:
+            self._indivisible = True
+            warn(f"curvature is measured on whole batches, which costs more: {error}")
+            return batch
 
     def _measure(
         self,
@@ -546,9 +555,17 @@ class MeasuredOptimizer(Optimizer):
         """Loads state, groups and shared options: what the checkpoint holds is what counts.
 
         Raises:
-            ValueError: If the groups or the options are others; nothing has changed then.
+            ValueError: If the groups or the options are others, or those of an optimizer that does
+                not measure; nothing has changed then.
         """
         own = dict(state_dict)
+        for group in own.get("param_groups", ()):
+            if not set(ENTRIES) & set(group):
+                raise ValueError(
+                    f"loaded state dict is not that of an optimizer of adler: its lr="
+                    f"{group.get('lr')!r} would multiply the measured rate, not set it. Start "
+                    f"{type(self).__name__} afresh on the trained weights"
+                )
         # A tool may save no more than state and groups.
         shared = dict(own.pop("search", None) or {})
         if unknown := sorted(shared.keys() - self._shared_options().keys()):
@@ -611,6 +628,7 @@ class MeasuredOptimizer(Optimizer):
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
+        self._indivisible = False
         self._checks: Mapping[str, Tensor] = {}
 
     @property

@@ -68,6 +68,9 @@ class Memory:
         failed: How often all have failed in a row.
         full: Measurements of a part until the next of the whole batch.
         pending: Whether an earlier measurement was trusted, on its way to the host.
+        loss: Whether the third check held when it was last taken.
+        whole: What the last look at a whole batch found, where parts are measured.
+        ascends: Whether losses with a negative weight were seen.
     """
 
     measurements: int = 0
@@ -76,6 +79,9 @@ class Memory:
     failed: int = 0
     full: int = 0
     pending: tuple[Tensor, torch.cuda.Event] | None = None
+    loss: Tensor | None = None
+    whole: tuple[Tensor | None, Mapping[str, Tensor]] | None = None
+    ascends: bool = False
 
     CLOSELY: ClassVar[int] = 3
     _EVERY: ClassVar[int] = 16
