@@ -434,7 +434,7 @@ def test_an_error_in_a_replay_leaves_everything_as_it_was():
     optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
     ce(model(x), y).backward()
     held, rng = untouched(model), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="cannot be run once more.*only in a replay"):
+    with pytest.raises(RuntimeError, match=r"cannot be run once more.*only in a replay"):
         optimizer.step()
     assert untouched(model) == held
     assert torch.get_rng_state().equal(rng)

@@ -61,6 +61,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     """
 
     follow_mode: bool = True
+    _noted: Any
 
     def eval(self) -> None:
         """Puts the averages in place of the parameters. Without effect when they are there.
@@ -187,7 +188,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._noted: Any = WeakTensorKeyDictionary()
+        self._noted = WeakTensorKeyDictionary()
         others = register_optimizer_step_pre_hook(_Retire(self))
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
         handles = [follow, others]

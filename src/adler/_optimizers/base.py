@@ -75,6 +75,8 @@ class MeasuredOptimizer(Optimizer):
     """
 
     _mean: ClassVar[DiscountedMean]
+    _checks: Mapping[str, Tensor]
+    _indivisible: bool
 
     def __new__(cls: type[Self], *_: Any, **options: Any) -> Self:
         """Refuses unknown options by name, and says where one is that has moved."""
@@ -629,7 +631,7 @@ class MeasuredOptimizer(Optimizer):
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
         self._indivisible = False
-        self._checks: Mapping[str, Tensor] = {}
+        self._checks = {}
 
     @property
     def _scalar_device(self) -> torch.device:

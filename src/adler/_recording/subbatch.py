@@ -46,8 +46,8 @@ def part(
         criterion: Says how it reduces.
 
     Raises:
-        IndivisibleError: If a tensor that the model or the criterion received does not have the batch
-            as its first dimension.
+        IndivisibleError: If a tensor that the model or the criterion received does not have the
+            batch as its first dimension.
 
     Examples:
         >>> import torch
@@ -123,7 +123,8 @@ def _rows(loss: RecordedLoss, size: int) -> int:
     if rows % size:
         raise IndivisibleError(
             f"the criterion received {rows} rows for a batch of {size} "
-            "examples, so it is not known which belong to a part of it: use measure=Measure(fraction=1.0)"
+            "examples, so it is not known which belong to a part of it: use "
+            "measure=Measure(fraction=1.0)"
         )
     return rows
 
