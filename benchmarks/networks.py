@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["QUICK", "TASKS", "Task", "mlp"]
+from examples.shared.networks import Block, Residual, ViT, mlp
+
+__all__ = ["QUICK", "TASKS", "Task"]
 
 Device = torch.device | str
 
@@ -51,14 +53,6 @@ class Task:
         return self.build().to(device)
 
 
-def mlp(*widths: int) -> nn.Module:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for inside, outside in itertools.pairwise(widths):
-        layers += [nn.Linear(inside, outside), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 def cnn_bn() -> nn.Module:
     """Three convolutions with BatchNorm."""
     layers: list[nn.Module] = []
@@ -68,32 +62,16 @@ def cnn_bn() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10))
 
 
-class Residual(nn.Module):
-    """Two convolutions with BatchNorm beside a shortcut (K. He et al., arXiv 1512.03385)."""
-
-    def __init__(self, inside: int, outside: int) -> None:
-        super().__init__()
-        stride = 1 if inside == outside else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(inside, outside, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outside),
-            nn.ReLU(),
-            nn.Conv2d(outside, outside, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outside),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride == 2:
-            self.shortcut = nn.Conv2d(inside, outside, 1, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Halves height and width where the number of channels changes."""
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
 def resnet(*widths: int, repeats: int) -> nn.Module:
     """For images of 32 x 32: stages of residual blocks, each at half the last one's resolution."""
     blocks = [
-        Residual(inside if i == 0 else outside, outside)
+        Residual(
+            inside if i == 0 else outside,
+            outside,
+            stride=2 if i == 0 and inside != outside else 1,
+            activation="relu",
+            normalisation="batch",
+        )
         for inside, outside in itertools.pairwise((widths[0], *widths))
         for i in range(repeats)
     ]
@@ -102,44 +80,11 @@ def resnet(*widths: int, repeats: int) -> nn.Module:
     return nn.Sequential(*stem, *blocks, *head)
 
 
-class Block(nn.Module):
-    """Attention and a feed-forward network, normalised before."""
-
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape ``(b, T, width)``, as the input."""
-        b, length, width = x.shape
-        parts = self.qkv(self.before(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = parts.unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.mix(mixed.transpose(1, 2).reshape(b, length, width))
-        fed: Tensor = self.feed(self.between(x))
-        return x + fed
-
-
-class ViT(nn.Module):
-    """On the 64 patches of 4 x 4 pixels of an image of 32 x 32."""
-
-    def __init__(self, width: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(64, width))
-        self.blocks = nn.Sequential(*[Block(width, heads, causal=False) for _ in range(depth)])
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores of shape ``(b, 10)``."""
-        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
-        scores: Tensor = self.head(self.blocks(tokens).mean(1))
-        return scores
+def vit(width: int, depth: int, heads: int) -> nn.Module:
+    """On the 64 patches of 4 x 4 pixels of an image of 32 x 32, with GELU."""
+    return ViT(
+        10, width=width, depth=depth, activation="gelu", head_width=width // heads, expansion=4
+    )
 
 
 class Decoder(nn.Module):
@@ -149,7 +94,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
-        self.blocks = nn.Sequential(*[Block(width, heads, causal=True) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(width, width // heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embed.weight, std=0.02)
 
@@ -177,24 +122,24 @@ def _decoder(width: int, depth: int, length: int, vocabulary: int, batch_size: i
 # By type of device: as large as it is made for.
 TASKS: dict[str, dict[str, Task]] = {
     "cpu": {
-        "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 64),
+        "MLP, 1.0 M": Task(lambda: mlp(784, (768, 512), 10, "relu"), (784,), 64),
         "CNN + BatchNorm, 0.07 M": _image(cnn_bn, 64),
         "ResNet-14, 0.18 M": _image(lambda: resnet(16, 32, 64, repeats=2), 64),
-        "ViT, 0.8 M": _image(lambda: ViT(128, 4, 4), 32),
+        "ViT, 0.8 M": _image(lambda: vit(128, depth=4, heads=4), 32),
         "GPT-style decoder, 0.8 M": _decoder(128, 4, 64, 256, batch_size=32),
     },
     "cuda": {
-        "MLP, 1.0 M": Task(lambda: mlp(784, 768, 512, 10), (784,), 1024),
+        "MLP, 1.0 M": Task(lambda: mlp(784, (768, 512), 10, "relu"), (784,), 1024),
         "CNN + BatchNorm, 0.07 M": _image(cnn_bn, 1024),
         "ResNet-18, 11 M": _image(lambda: resnet(64, 128, 256, 512, repeats=2), 256),
-        "ViT, 21 M": _image(lambda: ViT(384, 12, 6), 128),
+        "ViT, 21 M": _image(lambda: vit(384, depth=12, heads=6), 128),
         "GPT-style decoder, 124 M": _decoder(768, 12, 1024, 50257, batch_size=2),
     },
 }
 
 # For a look at whether everything runs.
 QUICK: dict[str, Task] = {
-    "MLP, small": Task(lambda: mlp(16, 24, 10), (16,), 16),
+    "MLP, small": Task(lambda: mlp(16, (24,), 10, "relu"), (16,), 16),
     "ResNet-14, 0.18 M": Task(lambda: resnet(16, 32, 64, repeats=2), (3, 8, 8), 4),
     "GPT-style decoder, 0.8 M": _decoder(128, 4, 8, 256, batch_size=4),
 }

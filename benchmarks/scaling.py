@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.networks import Task, mlp
+from benchmarks.networks import Task
 from benchmarks.step_cost import BLOCK, arguments, blocks, measure, provenance, save
 from benchmarks.steppers import BASE, OURS
+from examples.shared.networks import mlp
 
 METHODS = (BASE, "forward", "finite_difference", "low_cost")
 
@@ -32,7 +33,7 @@ WIDTHS = {"cpu": ((128, 256, 512, 900, 1400), 128), "cuda": ((1024, 2048, 4096, 
 def batches(device: str, quick: bool) -> dict[int, Task]:
     """By number of examples, at one size of the network."""
     width, sizes = (8, (4, 8, 16)) if quick else BATCHES[device]
-    return {b: Task(lambda: mlp(width, width, width, 10), (width,), b) for b in sizes}
+    return {b: Task(lambda: mlp(width, (width, width), 10, "relu"), (width,), b) for b in sizes}
 
 
 def parameters(device: str, quick: bool) -> dict[int, Task]:
@@ -42,7 +43,7 @@ def parameters(device: str, quick: bool) -> dict[int, Task]:
     for width in widths:
 
         def build(width: int = width) -> torch.nn.Module:
-            return mlp(width, width, width, 10)
+            return mlp(width, (width, width), 10, "relu")
 
         with torch.device("meta"):
             count = sum(p.numel() for p in build().parameters())

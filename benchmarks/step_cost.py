@@ -86,7 +86,9 @@ def errors(task: Task, steps: int, device: str = "cpu") -> dict[str, float]:
     for name in (*engines, *(f"{engine}, bfloat16 autocast" for engine in engines)):
         model, found = task.network(device), []
         engine, _, autocast = name.partition(", ")
-        optimizer = adler.Adler(model.parameters(), model, criterion, jvp=engine)
+        optimizer = adler.Adler(
+            model.parameters(), model, criterion, measure=adler.Measure.every_step(engine)
+        )
         for seed in range(steps):
             x, y = task.batch(device, seed=seed)
             wide = x.double() if x.is_floating_point() else x

@@ -1,11 +1,13 @@
 """Ways to make a training step: this library's, and what one would write or pick instead.
 
-Every peer finds the same number (the curvature of this batch's loss along its gradient, or a step
-length from it) by its own package or the usual recipe, and steps by it.
+Every peer of the measurement finds the same number (the curvature of this batch's loss along its
+gradient, or a step length from it) by its own package or the usual recipe, and steps by it. Others
+are optimizers that one would pick instead, as `benchmarks.suite` runs them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import adler
+from adler import Measure
 from adler.curvature.jacobian import differentiable_attention
+from benchmarks.suite.methods import method
+from benchmarks.suite.steppers import Setting
 
 __all__ = ["BASE", "OURS", "PEERS", "Step", "optimized"]
 
@@ -41,31 +46,46 @@ def optimized(
     return stepper
 
 
-def _adler(**options: Any) -> Stepper:
-    return optimized(lambda model, loss: adler.Adler(model.parameters(), model, loss, **options))
+def _ours(kind: Callable[..., torch.optim.Optimizer], measure: Measure) -> Stepper:
+    return optimized(lambda model, loss: kind(model.parameters(), model, loss, measure=measure))
 
+
+def _of_suite(name: str) -> Stepper:
+    """A method of `benchmarks.suite`, as it is run there, in a run that does not end soon."""
+
+    def stepper(model: nn.Module, criterion: nn.Module) -> Step:
+        setting = Setting(model, criterion, 1e-3, 10**6, 10**3, batches=lambda: iter(()))
+        trained = method(name).make(setting)
+        trained.train()
+
+        def step(x: Tensor, y: Tensor) -> None:
+            trained.optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            loss.backward()
+            trained.after_backward(loss)
+
+        return step
+
+    return stepper
+
+
+# As after the first hundred steps.
+_DEFAULT = Measure(warmup=0)
+_LOW_COST = dataclasses.replace(Measure.low_cost(), warmup=0)
 
 OURS: dict[str, Stepper] = {
     BASE: optimized(lambda model, _: torch.optim.SGD(model.parameters(), lr=1e-3)),
-    "forward": _adler(),
-    "finite_difference": _adler(jvp="finite_difference"),
-    "double_backward": _adler(jvp="double_backward"),
-    "low_cost": optimized(
-        lambda model, loss: adler.Adler.low_cost(
-            model.parameters(), model, loss, curvature_warmup=0
-        )  # as after its first hundred steps
-    ),
+    "forward": _ours(adler.Adler, Measure.every_step()),
+    "finite_difference": _ours(adler.Adler, Measure.every_step("finite_difference")),
+    "double_backward": _ours(adler.Adler, Measure.every_step("double_backward")),
+    "low_cost": _ours(adler.Adler, _LOW_COST),
     # Measures at the first step only: all that is not a replay.
-    "all but the measurement": _adler(curvature_every=10**9),
-    "AdamW": optimized(lambda model, _: torch.optim.AdamW(model.parameters())),
-    "AdlerScheduleFree": optimized(
-        lambda model, loss: adler.AdlerScheduleFree(model.parameters(), model, loss)
-    ),
-    "AdlerScheduleFree, low_cost": optimized(
-        lambda model, loss: adler.AdlerScheduleFree.low_cost(
-            model.parameters(), model, loss, curvature_warmup=0
-        )
-    ),
+    "all but the measurement": _ours(adler.Adler, Measure(every=10**9, warmup=0)),
+    "AdamW": _of_suite("adamw"),
+    "AdlerScheduleFree": _ours(adler.AdlerScheduleFree, _DEFAULT),
+    "AdlerScheduleFree, low_cost": _ours(adler.AdlerScheduleFree, _LOW_COST),
+    "Adler": _ours(adler.Adler, _DEFAULT),
+    "AdlerAdam": _ours(adler.AdlerAdam, _DEFAULT),
 }
 
 
@@ -192,4 +212,6 @@ PEERS: dict[str, Stepper] = {
     "Pearlmutter": pearlmutter,
     "gen-optim": gen_optim,
     "line search": line_search,
+    "Schedule-Free AdamW": _of_suite("schedulefree-adamw"),
+    "Muon + AdamW": _of_suite("muon-cosine-tuned"),
 }

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim.swa_utils import AveragedModel
+from support.loops import NoSynchronisation
 
-from adler._averaging import Average, arithmetic, geometric, polynomial_decay
+from adler._averaging import Average, arithmetic, geometric
 
 rates = st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=30)
-discounts = st.floats(0, 0.999)
+discounts = st.floats(0, 1)
 
 
 def push_all(mean, values, beta):
@@ -50,6 +50,11 @@ def test_discount_zero_keeps_the_last_value_only():
     assert math.isclose(push_all(geometric, [5.0, 3.0], 0.0), 3.0)
 
 
+def test_discount_one_forgets_nothing():
+    assert math.isclose(push_all(geometric, [2.0, 4.0, 8.0, 16.0], 1.0), 2**2.5)
+    assert math.isclose(push_all(arithmetic, [2.0, 4.0, 8.0, 16.0], 1.0), 7.5)
+
+
 def test_an_empty_average_reads_nan():
     assert math.isnan(float(geometric.read(Average.empty())))
 
@@ -61,57 +66,16 @@ def test_pushing_does_not_mutate():
     assert all(a.equal(b) for a, b in zip(average, before))
 
 
+@pytest.mark.parametrize("mean", [geometric, arithmetic])
+def test_an_average_is_chosen_without_a_look(mean):
+    before = mean.push(Average.empty(), torch.tensor(2.0), 0.9)
+    after = mean.push(before, torch.tensor(7.0), 0.9)
+    with NoSynchronisation():
+        kept, replaced = (after.where(torch.tensor(c), before) for c in (False, True))
+    assert all(a.equal(b) for a, b in zip(kept, before))
+    assert all(a.equal(b) for a, b in zip(replaced, after))
+
+
 def test_a_float32_value_is_accumulated_in_float64():
     average = geometric.push(Average.empty(), torch.tensor(2.0, dtype=torch.float32), 0.9)
     assert average.total.dtype == torch.float64
-
-
-# --- iterates -------------------------------------------------------------------------------------
-
-
-def averaged(values, gamma):
-    """The library's way: a model of one parameter, averaged after every step."""
-    model = torch.nn.Linear(1, 1, bias=False).double()
-    twin = AveragedModel(model, multi_avg_fn=polynomial_decay(gamma), use_buffers=True)
-    for value in values:
-        torch.nn.init.constant_(model.weight, value)
-        twin.update_parameters(model)
-    return float(twin.module.weight.detach())
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(0, 20))
-def test_iterates_are_averaged_by_the_recurrence(values, gamma):
-    expected = values[0]
-    for t, value in enumerate(values[1:], start=2):
-        expected += (gamma + 1) / (gamma + t) * (value - expected)
-    assert math.isclose(averaged(values, gamma), expected, rel_tol=1e-9, abs_tol=1e-9)
-
-
-@pytest.mark.parametrize("gamma", [0, 1, 3, 8])
-def test_the_weight_of_an_iterate_is_a_binomial_coefficient(gamma):
-    """Unrolled, the recurrence gives iterate j the weight C(j + γ − 1, γ), of degree γ in j."""
-    steps = 12
-    weights = [math.comb(j + gamma - 1, gamma) for j in range(1, steps + 1)]
-    for j in range(steps):
-        impulse = [float(i == j) for i in range(steps)]
-        assert math.isclose(averaged(impulse, gamma), weights[j] / sum(weights), rel_tol=1e-12)
-
-
-def test_buffers_are_averaged_too_and_counts_are_the_last():
-    model = torch.nn.BatchNorm1d(2)
-    twin = AveragedModel(model, multi_avg_fn=polynomial_decay(1.0), use_buffers=True)
-    means = []
-    for _ in range(3):
-        model(torch.randn(5, 2))
-        means.append(model.running_mean.clone())
-        twin.update_parameters(model)
-    assert int(twin.module.num_batches_tracked) == 3
-    expected = (means[0] + 2 * means[1] + 3 * means[2]) / 6
-    torch.testing.assert_close(twin.module.running_mean, expected)
-
-
-@pytest.mark.parametrize("gamma", [-1.0, math.nan, math.inf, "8", True])
-def test_a_bad_gamma_is_named(gamma):
-    with pytest.raises(ValueError, match="gamma="):
-        polynomial_decay(gamma)

@@ -4,7 +4,16 @@ import pytest
 import torch
 from support.loops import NoSynchronisation
 
-from adler._tensors import decay_, descend_, momentum_, squared_norm, squared_norm_and_reach
+from adler._tensors import (
+    decay_,
+    descend_,
+    descend_each_,
+    dot,
+    lerp_,
+    shifted,
+    squared_norm,
+    squared_norm_and_unit_change,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -41,38 +50,67 @@ def test_squared_norm_shows_bad_entries(bad):
     assert not math.isfinite(float(squared_norm(tensors)))
 
 
-def reach(params, directions):
-    return squared_norm_and_reach(params, directions)[1]
+@pytest.mark.parametrize("dtypes", [[t] for t in DTYPES] + [DTYPES], ids=str)
+@pytest.mark.parametrize("on_host", [True, False])
+def test_dot_is_the_sum_of_products_of_either_sign(on_host, dtypes, monkeypatch):
+    if not on_host:  # there the products are summed by their absolute values
+        monkeypatch.setattr("adler._tensors._HOST_DEVICES", ())
+    a, b = mixed(0, dtypes), mixed(1, dtypes)
+    products = [x * y for s, t in zip(a, b) for x, y in zip(s.double().flatten(), t.flatten())]
+    assert min(products) < 0 < max(products)
+    exact, size = math.fsum(products), math.fsum(map(abs, products))
+    rounding = max(1e-6 * (torch.float64 not in dtypes or len(dtypes) > 1), 1e-14)
+    assert float(dot(a, b)) == pytest.approx(exact, abs=rounding * size)
+    assert dot(a, b).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES, [torch.float64]], ids=["mixed", "float64"])
+def test_shifted_tensors_are_new_and_that_far_away(dtypes):
+    params, directions = mixed(0, dtypes), mixed(1, dtypes)
+    before = [p.clone() for p in params]
+    found = shifted(params, directions, torch.tensor(0.3, dtype=torch.float64))
+    assert all(p.equal(b) for p, b in zip(params, before))
+    for f, p, d in zip(found, params, directions):
+        rounding = 4 * torch.finfo(p.dtype).eps
+        expected = p.double() + 0.3 * d.double()
+        assert f.dtype == p.dtype
+        torch.testing.assert_close(f.double(), expected, rtol=rounding, atol=rounding)
+
+
+def unit_change(params, directions):
+    return squared_norm_and_unit_change(params, directions)[1]
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES, [torch.float64]], ids=["mixed", "float64"])
 def test_one_look_finds_the_same_squared_norm(dtypes):
     params, directions = mixed(0, dtypes), mixed(1, dtypes)
-    found, _ = squared_norm_and_reach(params, directions)
+    found, _ = squared_norm_and_unit_change(params, directions)
     assert float(found) == float(squared_norm(directions))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reach_is_the_least_ratio_of_norms_over_matrices(dtype):
+def test_unit_change_is_the_least_ratio_of_norms_over_matrices(dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (5,), (2, 1, 3)]
     params = [3 * torch.randn(s, generator=generator).to(dtype) for s in shapes]
     directions = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
     directions[1] *= 1000  # a vector: does not count
     ratios = [float(p.double().norm() / d.double().norm()) for p, d in zip(params, directions)]
-    assert float(reach(params, directions)) == pytest.approx(min(ratios[0], ratios[2]), rel=1e-3)
+    assert float(unit_change(params, directions)) == pytest.approx(
+        min(ratios[0], ratios[2]), rel=1e-3
+    )
 
 
-def test_reach_lets_weights_leave_zero():
+def test_unit_change_lets_weights_leave_zero():
     linear = torch.nn.Linear(50, 300)  # PyTorch's default initialisation is at the floor
     direction = torch.randn(300, 50)
-    default = float(reach([linear.weight.detach()], [direction]))
-    from_zero = float(reach([torch.zeros(300, 50)], [direction]))
+    default = float(unit_change([linear.weight.detach()], [direction]))
+    from_zero = float(unit_change([torch.zeros(300, 50)], [direction]))
     assert from_zero == pytest.approx(default, rel=0.02)
 
 
-def test_reach_without_matrices_is_infinite():
-    assert float(reach([torch.ones(3)], [torch.ones(3)])) == math.inf
+def test_unit_change_without_matrices_is_infinite():
+    assert float(unit_change([torch.ones(3)], [torch.ones(3)])) == math.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,26 +126,42 @@ def test_descend_subtracts_the_scaled_direction(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_momentum_steps_along_the_corrected_average(dtype):
-    params, rate = mixed(0, [dtype]), torch.tensor(0.3, dtype=torch.float64)
-    averages = [torch.zeros_like(p) for p in params]
-    steps = [torch.zeros(()) for _ in params]
-    exact, means = (
-        [p.double().clone() for p in params],
-        [torch.zeros_like(p).double() for p in params],
-    )
+@pytest.mark.parametrize("on_host", [True, False])
+def test_averages_move_by_the_weight_or_not_at_all(dtype, on_host, monkeypatch):
+    if not on_host:
+        monkeypatch.setattr("adler._tensors._HOST_DEVICES", ())
+    averages = mixed(0, [dtype])
+    exact = [m.double().clone() for m in averages]
     for t in (1, 2, 3):
-        gradients = mixed(t, [dtype])
-        bad = [g * math.nan for g in gradients]
-        momentum_(params, bad, averages, steps, rate, torch.tensor(True), momentum=0.8)
-        momentum_(params, gradients, averages, steps, rate, torch.tensor(False), momentum=0.8)
-        means = [0.8 * m + 0.2 * g.double() for m, g in zip(means, gradients)]
-        exact = [p - 0.3 * m / (1 - 0.8**t) for p, m in zip(exact, means)]
-    assert all(float(count) == 3 for count in steps)
-    # Three steps of entries of size one; a mean's rounding is divided by 1 - 0.8.
-    rounding = 16 * torch.finfo(dtype).eps
-    for found, expected in zip([*params, *averages], [*exact, *means]):
+        values = mixed(t, [dtype])
+        before = [m.clone() for m in averages]
+        lerp_(averages, [x * math.nan for x in values], 0.2, torch.tensor(True))
+        assert all(m.equal(b) for m, b in zip(averages, before))
+        lerp_(averages, values, 0.2, torch.tensor(False))
+        exact = [0.8 * m + 0.2 * x.double() for m, x in zip(exact, values)]
+    rounding = 16 * torch.finfo(dtype).eps  # three steps of entries of size one
+    for found, expected in zip(averages, exact):
         torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("equal", [True, False])
+def test_each_tensor_has_a_rate_of_its_own_unless_all_are_equal(dtype, equal):
+    params, directions = mixed(0, [dtype]), mixed(1, [dtype])
+    own = torch.linspace(0.1, 0.7, len(params), dtype=torch.float64)
+    rates = own[:1] if equal else own
+    before = [p.clone() for p in params]
+    bad = [d * math.nan for d in directions]
+    descend_each_(params, bad, rates, torch.tensor(True), equal)
+    assert all(p.equal(b) for p, b in zip(params, before))
+    descend_each_(params, directions, rates, torch.tensor(False), equal)
+    expected = [
+        p.double() - rate * d.double()
+        for p, d, rate in zip(before, directions, own[:1].expand(len(own)) if equal else own)
+    ]
+    rounding = 4 * torch.finfo(dtype).eps  # of entries of size one, and their cancellation
+    for found, e in zip(params, expected):
+        torch.testing.assert_close(found.double(), e, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,6 +205,9 @@ def test_nothing_waits_for_the_device():
     params, directions = mixed(0), mixed(1)
     with NoSynchronisation():
         size = squared_norm(directions)
-        squared_norm_and_reach(params, directions)
+        squared_norm_and_unit_change(params, directions)
         decay_(params, size * 1e-3)
+        dot(params, directions)
+        shifted(params, directions, size)
+        lerp_(params, directions, 0.1, size > 1)
         descend_(params, directions, size, size > 1)

@@ -11,23 +11,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from benchmarks.suite import data, horizon_tables, horizons, plots, tables, trials
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.run import work
 from benchmarks.suite.tasks import TASKS
-from benchmarks.suite.trials import PRESETS, Preset, Record, Trial
+from benchmarks.suite.trials import PRESETS, Preset, Trial
 from examples.cifar import data as cifar
-from examples.cifar.grid import run_all
-from examples.cifar.records import append, repair
+from examples.shared.jobs import record_all, shard
+from examples.shared.records import Record, repair
 
 __all__ = ["main"]
 
@@ -49,22 +45,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--horizons", nargs="+", type=int, metavar="h", help="only these multiples of the epochs"
     )
     option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
-    option("--shard", type=_shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
+    option("--shard", type=shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
     option("--results", type=Path, help="default: benchmarks/results/suite/PRESET")
     option("--figures", type=Path, help="where the figures go; default: --results")
     option("--limit-minutes", type=float, help="start no run after this time")
     option("--device", default="cpu")
     return parser.parse_args(argv)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        index, count = map(int, text.split("/"))
-    except ValueError:
-        index, count = 0, 0
-    if not 1 <= index <= count:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 1 <= i <= n, such as 2/8")
-    return index, count
 
 
 def _chosen(preset: Preset, options: argparse.Namespace) -> list[Trial]:
@@ -104,33 +90,11 @@ def _prepare(trials: Iterable[Trial], synthetic: bool, root: Path | None) -> Non
     tasks = [TASKS[name] for name in dict.fromkeys(trial.task for trial in trials)]
     if any(task.load is data.novels for task in tasks):
         data.novels_path(root)
-    for name in sorted({task.archive for task in tasks if task.archive is not None}):
-        if root is None:
-            raise ValueError(f"--data: {name} is needed; pass the directory of its archive")
-        archive = cifar.ARCHIVES[name]
-        if synthetic and not (root / archive.folder).is_dir():
-            cifar.synthetic(root, name)
-        cifar.locate(archive, root)
-
-
-def _run(missing: Sequence[Trial], finished: int, options: argparse.Namespace, path: Path) -> int:
-    """Runs and records; the number of crashes."""
-    limit = options.limit_minutes
-    deadline = None if limit is None else time.monotonic() + 60 * limit
-    one: Callable[[Any], dict[str, Any]] = functools.partial(
-        work, root=options.data, device=options.device
-    )
-    pending: Sequence[Any] = missing
-    crashes = 0
-    with tqdm(total=len(missing), desc=f"runs ({finished} done before)", unit="run") as bar:
-        for trial, outcome in run_all(pending, one, options.jobs, deadline):
-            if isinstance(outcome, str):
-                crashes += 1
-                tqdm.write(f"crashed: {trial.key()}: {outcome}", file=sys.stderr)
-            else:
-                append(path, outcome)
-            bar.update()
-    return crashes
+    archives = sorted({task.archive for task in tasks if task.archive is not None})
+    if archives and root is None:
+        raise ValueError(f"--data: {archives[0]} is needed; pass the directory of its archive")
+    if root is not None:
+        cifar.prepare(archives, root, synthetic)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -160,7 +124,14 @@ def _main(preset: Preset, options: argparse.Namespace) -> None:
         raise SystemExit(f"error: {error}") from error
     wanted = chosen[index - 1 :: count]
     missing = [trial for trial in wanted if trial.key() not in finished]
-    crashes = _run(missing, len(wanted) - len(missing), options, path)
+    crashes = record_all(
+        missing,
+        len(wanted) - len(missing),
+        functools.partial(work, root=options.data, device=options.device),
+        path,
+        jobs=options.jobs,
+        minutes=options.limit_minutes,
+    )
     found = trials.read(directories)
     if found:
         _write(preset, options, results, found)

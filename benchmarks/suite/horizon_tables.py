@@ -9,7 +9,8 @@ from benchmarks.suite import horizons, standings
 from benchmarks.suite.methods import method
 from benchmarks.suite.standings import REFERENCE, TUNED, Runs
 from benchmarks.suite.tables import BESIDE, MODES, beside, cell, document, head, row
-from benchmarks.suite.trials import Preset, Record
+from benchmarks.suite.trials import Preset
+from examples.shared.records import Record
 
 __all__ = ["SHORT", "markdown"]
 

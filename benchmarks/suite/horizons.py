@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.suite.methods import method
 from benchmarks.suite.run import exploded
 from benchmarks.suite.tasks import LONG_EPOCH_STEPS, TASKS
-from benchmarks.suite.trials import Preset, Record
+from benchmarks.suite.trials import Preset
+from examples.shared.records import Record
 
 __all__ = ["at", "cut", "found_horizons", "horizon", "title"]
 

@@ -4,15 +4,13 @@
 when a run begins: ``pip install 'torch-adler[benchmarks]'``. One entry adds a method.
 
 Variants of this library's optimizers need no entry: ``adler@max_kl=0.03,trust_region=None`` or
-``adler-adam@lr=0.5`` name keyword arguments of the class.
+``adler-adam@lr=0.5`` name options: see `benchmarks.suite.variants`.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import numpy as np
 from torch.optim import SGD, AdamW, Optimizer
 
 import adler
+from adler import Guard, Measure
 from benchmarks.suite.muon import MuonAdamW
 from benchmarks.suite.nadamw import NAdamW
 from benchmarks.suite.schedulefree_plus import ScheduleFreePlus
@@ -35,9 +34,10 @@ from benchmarks.suite.steppers import (
     warmup,
     warmup_cosine,
 )
+from benchmarks.suite.variants import VARIED, arguments, variant
 from examples.cifar.presets import GRID
 
-__all__ = ["METHODS", "VARIED", "Method", "defaults", "method", "variant"]
+__all__ = ["METHODS", "Method", "method"]
 
 
 class Method(NamedTuple):
@@ -237,7 +237,9 @@ def _rates(lowest: float) -> tuple[float, ...]:
     return tuple(float(f"{rate:.6g}") for rate in np.logspace(lowest, lowest + 2, 5).tolist())
 
 
-_CAP_ONLY: dict[str, Any] = {"max_kl": None, "max_relative_change": None}
+_CAP_ONLY: dict[str, Any] = {"guard": Guard(max_kl=None, max_relative_change=None)}
+# Forward mode on a quarter of the batch at every eighth step, after a hundred at every one.
+_RARELY = 2 + 1 / 32
 
 # No momentum, weight decay or schedule but where it says so; PyTorch's defaults unless stated.
 METHODS: dict[str, Method] = {
@@ -260,18 +262,24 @@ METHODS: dict[str, Method] = {
     "muon-cosine-tuned": Method(
         "Muon + AdamW + cosine, grid", _rates(-3.5), 2, _muon, needs_steps=True
     ),
-    "adler": Method("Adler", None, 3, _interpolated(adler.Adler)),
-    "adler-cap": Method("Adler (cap only)", None, 3, _measured(adler.Adler, **_CAP_ONLY)),
+    "adler": Method("Adler", None, _RARELY, _interpolated(adler.Adler)),
+    "adler-cap": Method("Adler (cap only)", None, _RARELY, _interpolated(adler.Adler, **_CAP_ONLY)),
     "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
-    "adler-adam": Method("AdlerAdam", None, 3, _measured(adler.AdlerAdam)),
+    "adler-adam": Method("AdlerAdam", None, _RARELY, _measured(adler.AdlerAdam)),
     "adler-schedulefree": Method(
-        "AdlerScheduleFree", None, 3, _interpolated(adler.AdlerScheduleFree)
+        "AdlerScheduleFree", None, _RARELY, _interpolated(adler.AdlerScheduleFree)
+    ),
+    "adler-schedulefree-every-step": Method(
+        "AdlerScheduleFree, every step",
+        None,
+        3,
+        _interpolated(adler.AdlerScheduleFree, measure=Measure.every_step()),
     ),
     "adler-schedulefree-difference": Method(
         "AdlerScheduleFree, finite difference",
         None,
         3,
-        _interpolated(adler.AdlerScheduleFree, jvp="finite_difference"),
+        _interpolated(adler.AdlerScheduleFree, measure=Measure.every_step("finite_difference")),
     ),
     # Of its steps after the first hundred: two passes on a quarter of the batch, every eighth.
     "adler-schedulefree-low-cost": Method(
@@ -333,56 +341,6 @@ METHODS: dict[str, Method] = {
     "mechanic-adamw": Method("Mechanic AdamW", None, 2, _mechanic, "mechanic_pytorch"),
 }
 
-# --- variants ------------------------------------------------------------------------------------
-
-VARIED: dict[str, type[Optimizer]] = {
-    "adler": adler.Adler,
-    "adler-adam": adler.AdlerAdam,
-    "adler-schedulefree": adler.AdlerScheduleFree,
-}
-_NOT_VARIED = {"output_fn"}
-
-
-def defaults(base: str) -> dict[str, Any]:
-    """The keyword arguments of a class that has variants, and their defaults."""
-    parameters = inspect.signature(VARIED[base]).parameters.values()
-    return {
-        p.name: p.default
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_VARIED
-    }
-
-
-def variant(name: str) -> tuple[str, dict[str, Any]]:
-    """The base and the options of a name such as ``"adler@max_kl=0.03,lr=0.5"``.
-
-    Raises:
-        ValueError: For a base without variants, an unknown option, or a value that is no literal.
-
-    Examples:
-        >>> variant("adler-adam@betas=(0.9, 0.99),max_kl=None")
-        ('adler-adam', {'betas': (0.9, 0.99), 'max_kl': None})
-    """
-    base, _, text = name.partition("@")
-    if base not in VARIED:
-        raise ValueError(f"method {name!r}: only {', '.join(VARIED)} have variants")
-    allowed = defaults(base)
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not call.keywords:
-            raise ValueError("no option")
-        options = {
-            keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords
-        }
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"method {name!r}: expected {base}@option=value,... with literal values ({error})"
-        ) from error
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"method {name!r}: {option!r} is none of {', '.join(allowed)}")
-    return base, options
-
 
 def method(name: str) -> Method:
     """A method of the registry, or a variant.
@@ -396,4 +354,5 @@ def method(name: str) -> Method:
         raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}, or a variant")
     base, options = variant(name)
     begin = _interpolated if hasattr(VARIED[base], "eval") else _measured
-    return Method(name, None, METHODS[base].passes, begin(VARIED[base], **options))
+    made = begin(VARIED[base], **arguments(base, options))
+    return Method(name, None, METHODS[base].passes, made)

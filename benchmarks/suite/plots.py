@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks.suite import standings
-from benchmarks.suite.methods import VARIED, defaults, method, variant
+from benchmarks.suite.methods import method
 from benchmarks.suite.standings import REFERENCE
-from benchmarks.suite.trials import Record
+from benchmarks.suite.variants import VARIED, defaults, variant
+from examples.shared.records import Record
 
 __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
 
@@ -114,7 +115,7 @@ class Sweep(NamedTuple):
     """One option of an optimizer at several values, all others the same.
 
     Attributes:
-        base: A name in `methods.VARIED`.
+        base: A name in `variants.VARIED`.
         option: The option's name.
         others: The other options that are not at their default.
         methods: The methods' names by value, from the smallest; the default may be among them.
@@ -132,9 +133,9 @@ def sweeps(names: Sequence[str]) -> list[Sweep]:
     Options without a number (``max_kl=None``) are no points of a sweep.
 
     Examples:
-        >>> [sweep] = sweeps(["adler", "adler@max_kl=0.3", "adler@max_kl=0.03", "sgd"])
+        >>> [sweep] = sweeps(["adler", "adler@lr=0.5", "adler@lr=2.0", "sgd"])
         >>> sweep.option, sweep.methods
-        ('max_kl', {0.03: 'adler@max_kl=0.03', 0.1: 'adler', 0.3: 'adler@max_kl=0.3'})
+        ('lr', {0.5: 'adler@lr=0.5', 1.0: 'adler', 2.0: 'adler@lr=2.0'})
     """
     points: dict[tuple[str, str, str], tuple[dict[str, Any], dict[float, str]]] = {}
     for name in names:

@@ -25,8 +25,8 @@ from benchmarks.suite.methods import method
 from benchmarks.suite.steppers import Setting, Stepper
 from benchmarks.suite.tasks import TASKS, Task
 from benchmarks.suite.trials import Trial
-from examples.cifar.models import parameter_count
 from examples.cifar.train import Curves
+from examples.shared.networks import parameter_count
 
 __all__ = ["evaluate", "exploded", "minibatches", "run", "shifted_and_mirrored", "work"]
 
@@ -101,6 +101,7 @@ def run(trial: Trial, examples: Data) -> dict[str, Any]:
         "diverged": exploded(first_loss, trained["train_loss"], tested["test_loss"]),
         "seconds": sum(curves.seconds),
         **stepper.counts(),
+        "passes": chosen.passes,
         "versions": _versions(chosen.package),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "curves": told,

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from benchmarks.suite.methods import METHODS, method
-from benchmarks.suite.trials import Record
+from examples.shared.records import Record
 
 __all__ = [
     "REFERENCE",

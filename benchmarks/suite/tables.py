@@ -11,12 +11,12 @@ from typing import Any
 from benchmarks.suite import standings
 from benchmarks.suite.methods import method
 from benchmarks.suite.standings import REFERENCE, TUNED, Runs
-from benchmarks.suite.trials import Record
+from examples.shared.records import Record
 
 __all__ = [
     "BESIDE",
     "BUDGETS",
-    "EXACT",
+    "DEFAULT",
     "MODES",
     "beside",
     "cell",
@@ -26,11 +26,10 @@ __all__ = [
     "row",
 ]
 
-# The exact measurement, and what stands in for it.
-EXACT, MODES = (
-    "adler-schedulefree",
-    ("adler-schedulefree-difference", "adler-schedulefree-low-cost"),
-)
+# The default, and the same measured otherwise.
+DEFAULT = "adler-schedulefree"
+_LOW_COST = "adler-schedulefree-low-cost"
+MODES = ("adler-schedulefree-every-step", "adler-schedulefree-difference", _LOW_COST)
 # Of time, in SGD runs: one, and what the exact engine may cost.
 BUDGETS = (1.0, 2.2)
 _MARKS = {"win": "+", "tie": "=", "loss": "−", "dead": "†", "diverged": "‡"}
@@ -49,14 +48,15 @@ def markdown(found: Sequence[Record], preset: str) -> str:
     runs, everything = standings.contests(main), standings.contests(found)
     sections = {
         "summary": ("In short", _summary(main, runs)),
+        "readme": ("In shorter", _summary(main, runs, most=6)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
         "untuned": ("Against the best of all untuned methods", _untuned(main, runs)),
-        "losses": (f"Where {method(EXACT).label} is behind", _losses(main, runs)),
+        "losses": (f"Where {method(DEFAULT).label} is behind", _losses(main, runs)),
         "time": ("Against time", _time(timed, standings.contests(timed))),
         "matrix": ("Method against method", _matrix(main, runs)),
         "failures": ("Runs that failed", _failures(main, runs)),
         "transformers": ("Beside a tuned AdamW", _beside_tuned(found, everything)),
-        "modes": ("What cheaper measurements do", _modes(found, everything)),
+        "modes": ("What other measurements do", _modes(found, everything)),
         "variants": ("Variants", _variants(found, everything)),
         "families": ("Task by task", _families(main, runs)),
     }
@@ -95,16 +95,15 @@ def _heading(found: Sequence[Record], preset: str) -> list[str]:
 # --- one row for each method ---------------------------------------------------------------------
 
 
-def _summary(found: Sequence[Record], runs: Runs) -> list[str]:
+def _summary(found: Sequence[Record], runs: Runs, most: int | None = None) -> list[str]:
     methods = _finished(found, runs)
     ranks, _ = standings.mean_ranks(runs, methods)
+    untuned = [name for name in methods if method(name).grid is None]
     lines = head(
         "Untuned", "Mean rank", "Above / level with / below the best of ten SGD rates", "Dead",
         "Accuracy gained (points)",
     )  # fmt: skip
-    for name in sorted(methods, key=lambda name: ranks.get(name, 0)):
-        if method(name).grid is not None:
-            continue
+    for name in sorted(untuned, key=lambda name: ranks.get(name, 0))[:most]:
         count = Counter(standings.verdicts(runs, name).values())
         gained = list(standings.gains(runs, name).values())
         lost = count["loss"] + count["dead"] + count["diverged"]
@@ -202,10 +201,10 @@ def _untuned(found: Sequence[Record], runs: Runs) -> list[str]:
 def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
     """The tasks that the exact method loses to SGD, or on which it is not near the best."""
     untuned = [name for name in standings.names(found) if method(name).grid is None]
-    if EXACT not in untuned:
+    if DEFAULT not in untuned:
         return ["It has not run."]
-    given = standings.verdicts(runs, EXACT)
-    lines = head("Task", method(EXACT).label, "Best of ten SGD rates", "Best untuned", "which")
+    given = standings.verdicts(runs, DEFAULT)
+    lines = head("Task", method(DEFAULT).label, "Best of ten SGD rates", "Best untuned", "which")
     for task, verdict in given.items():
         here = {contest: m for contest, m in runs.items() if contest[0] == task}
         there = [name for name in untuned if all(name in m for m in here.values())]
@@ -215,9 +214,9 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
         }
         best = max(means, key=lambda name: means[name])
         told, _ = standings.behind(here, there)
-        if verdict in ("win", "tie") and told[EXACT].near:
+        if verdict in ("win", "tie") and told[DEFAULT].near:
             continue
-        cells = [cell(runs, task, name, {}) for name in (EXACT, REFERENCE, best)]
+        cells = [cell(runs, task, name, {}) for name in (DEFAULT, REFERENCE, best)]
         mark = {"win": "", "tie": ""}.get(verdict, " −")
         lines.append(row(task, cells[0] + mark, *cells[1:], method(best).label))
     return [
@@ -257,7 +256,7 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
             row(
                 method(name).label,
                 "–" if cost is None else f"{cost:.2f}",
-                f"{method(name).passes / method(REFERENCE).passes:.2f}",
+                f"{_passes(found, name) / _passes(found, REFERENCE):.2f}",
                 *entries,
             )
         )
@@ -270,6 +269,13 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
         "the tasks with classes. Between epochs it is interpolated. Schedules that "
         "end with the run lose most by the cut.",
     ]
+
+
+def _passes(found: Sequence[Record], name: str) -> float:
+    """Of a step, as the records say; those that do not are of a measurement at every step."""
+    told = {r["passes"] for r in found if r["method"] == name and "passes" in r}
+    every_step = name.startswith("adler") and method(name).passes != method(_LOW_COST).passes
+    return max(told) if told else 3.0 if every_step else method(name).passes
 
 
 def _matrix(found: Sequence[Record], runs: Runs) -> list[str]:
@@ -340,21 +346,22 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
 def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
     by_loss, seconds = standings.contests(found, "test_loss"), standings.seconds_of(found)
     lines = head("Method", *BESIDE, "Skipped steps", "Time / one SGD run")
-    for name in (EXACT, *MODES):
-        cells = ["", "", "", "", "+0.0", "1.00"] if name == EXACT else None
-        cells = cells or beside(runs, by_loss, name, EXACT)
+    for name in (DEFAULT, *MODES):
+        cells = ["", "", "", "", "+0.0", "1.00"] if name == DEFAULT else None
+        cells = cells or beside(runs, by_loss, name, DEFAULT)
         mine = [by_method[name] for by_method in runs.values() if name in by_method]
         cost = standings.cost_ratio(runs, name, seconds)
-        if cells is None or cost is None:
-            return ["They have not run."]
-        skipped = sum(record["skipped"] for record in mine)
-        lines.append(row(method(name).label, *cells, skipped, f"{cost:.2f}"))
+        if cells is not None and cost is not None:
+            skipped = sum(record["skipped"] for record in mine)
+            lines.append(row(method(name).label, *cells, skipped, f"{cost:.2f}"))
+    if len(lines) < 4:
+        return ["They have not run."]
     return [
         *lines,
         "",
-        "Against the exact measurement, on the tasks and seeds on which both have run. Time: "
-        "median over them, of training without evaluation; of `low_cost` half of these short runs "
-        "is its warm-up of a hundred steps, all of which measure.",
+        f"Against {method(DEFAULT).label} at its defaults, on the tasks and seeds on which both "
+        "have run. Time: median over them, of training without evaluation; what measures rarely "
+        "does so after a hundred steps, about half of these short runs.",
     ]
 
 

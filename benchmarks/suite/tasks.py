@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.suite import data, networks
-from benchmarks.suite.data import Data, Loader
-from examples.cifar.models import CNN, ViT
+from benchmarks.suite import data
+from benchmarks.suite.data import CONTEXT, Data, Loader
+from benchmarks.suite.initialisations import INITIALISATIONS
+from examples.shared import networks
 
 __all__ = ["LONGER", "LONG_EPOCH_STEPS", "TASKS", "Network", "Task"]
 
@@ -46,7 +47,7 @@ class Task:
         epochs: Passes over the training examples.
         score: What methods are compared by at the end: test ``"accuracy"`` or test ``"loss"``.
         archive: The CIFAR archive that it reads, if any.
-        initialisation: A name in `networks.INITIALISATIONS`.
+        initialisation: A name in `initialisations.INITIALISATIONS`.
         reduction: The criterion's.
         held_back: Whether it belongs to the half that is looked at once.
         long: Whether it is trained for thousands of steps; see `_long`.
@@ -79,7 +80,7 @@ class Task:
         """The network of a seed. Sets PyTorch's global seed."""
         torch.manual_seed(seed)
         model = self.network(examples)
-        networks.INITIALISATIONS[self.initialisation](model)
+        INITIALISATIONS[self.initialisation](model)
         return model
 
     def criterion(self, reduction: str | None = None) -> nn.Module:
@@ -113,16 +114,16 @@ _EPOCHS = {16: 2, 64: 4, 256: 6, 1024: 30}
 # network(activation)(data); the sizes of the CIFAR grid's smallest preset.
 _NETWORKS: dict[str, Callable[[str], Network]] = {
     "mlp": lambda phi: lambda d: networks.mlp(3072, (128, 128), d.outputs, phi),
-    "cnn": lambda phi: lambda d: CNN(d.outputs, width=12, depth=3, activation=phi),
+    "cnn": lambda phi: lambda d: networks.CNN(d.outputs, width=12, depth=3, activation=phi),
     "cnn-bn": lambda phi: (
-        lambda d: CNN(d.outputs, width=12, depth=3, activation=phi, normalisation="batch")
+        lambda d: networks.CNN(d.outputs, width=12, depth=3, activation=phi, normalisation="batch")
     ),
     "resnet": lambda phi: (
-        lambda d: CNN(
+        lambda d: networks.CNN(
             d.outputs, width=8, depth=2, activation=phi, normalisation="batch", residual=True
         )
     ),
-    "vit": lambda phi: lambda d: ViT(d.outputs, width=32, depth=2, activation=phi),
+    "vit": lambda phi: lambda d: networks.ViT(d.outputs, width=32, depth=2, activation=phi),
     "vgg-gn": lambda phi: lambda d: networks.vgg(d.outputs, 8, phi),
     "mixer": lambda phi: lambda d: networks.Mixer(d.outputs, 48, 2, phi),
 }
@@ -242,7 +243,7 @@ _OTHERS = (
         name="characters/transformer/b32",
         family="characters",
         load=data.characters,
-        network=lambda d: networks.Transformer(d.outputs, 64, 2),
+        network=lambda d: networks.Transformer(d.outputs, 64, 2, CONTEXT),
         loss=nn.CrossEntropyLoss,
         train_examples=1664,
         test_examples=256,
@@ -341,7 +342,7 @@ def _long() -> Iterator[Task]:
     )
     yield text(
         name="long/novels/transformer",
-        network=lambda d: networks.Transformer(d.outputs, 64, 2),
+        network=lambda d: networks.Transformer(d.outputs, 64, 2, CONTEXT),
     )
     yield text(
         name="long/novels/gru",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.tasks import LONGER, TASKS, Task
+from examples.shared import records
+from examples.shared.records import Record
 
-__all__ = ["PRESETS", "Preset", "Record", "Trial", "read"]
-
-Record = Mapping[str, Any]
+__all__ = ["PRESETS", "Preset", "Trial", "read"]
 
 
 @dataclass(frozen=True)
@@ -187,22 +186,5 @@ PRESETS = {
 
 
 def read(directories: Sequence[Path]) -> list[Record]:
-    """All records in the directories' ``*.jsonl``, by key; of several with one key the first.
-
-    Raises:
-        ValueError: If a line is not a record. The message names file and line.
-    """
-    found: dict[str, Record] = {}
-    for path in (path for directory in directories for path in sorted(directory.glob("*.jsonl"))):
-        # What follows the last newline is being written by another shard, or was cut off.
-        for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-                key = Trial.of(record).key()
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not a record ({error}): delete the line, and its "
-                    "trial is repeated"
-                ) from error
-            found.setdefault(key, record)
-    return [found[key] for key in sorted(found)]
+    """All records in the directories' ``*.jsonl``, by key: `examples.shared.records.read`."""
+    return records.read(directories, lambda record: Trial.of(record).key())

@@ -12,7 +12,7 @@ from pathlib import Path
 from examples.cifar import records
 from examples.cifar.optimizers import OPTIMIZERS
 from examples.cifar.presets import PRESETS
-from examples.cifar.records import Record
+from examples.shared.records import Record
 
 __all__ = ["CHOICES", "markdown", "read"]
 

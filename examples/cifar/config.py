@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from examples.cifar.data import ARCHIVES
-from examples.cifar.models import ACTIVATIONS, NORMALISATIONS
 from examples.cifar.optimizers import OPTIMIZERS
+from examples.shared.networks import ACTIVATIONS, NORMALISATIONS
 
 __all__ = ["Run"]
 

@@ -10,7 +10,7 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -131,6 +131,24 @@ def _subset(available: int, wanted: int | None, name: str) -> Labels:
 
 def _pictures(pixels: Pixels, device: torch.device | str) -> Tensor:
     return torch.from_numpy(pixels).to(device).view(-1, 3, 32, 32).float().div_(255)
+
+
+def prepare(datasets: Iterable[str], root: Path, synthetic_too: bool = False) -> None:
+    """Downloads or makes what is missing, before several processes look for it.
+
+    Args:
+        datasets: Names in `ARCHIVES`.
+        root: See `load`.
+        synthetic_too: Whether a data set is made where its folder is not there.
+
+    Raises:
+        ValueError, FileNotFoundError: See `locate`.
+    """
+    for dataset in datasets:
+        archive = ARCHIVES[dataset]
+        if synthetic_too and not (root / archive.folder).is_dir():
+            synthetic(root, dataset)
+        locate(archive, root)
 
 
 def locate(archive: Archive, root: Path) -> Path:

@@ -46,6 +46,8 @@ OPTIMIZERS: dict[str, Entry] = {
         "Adler (cap only)",
         False,
         3,
-        lambda p, m, c, lr: adler.Adler(p, m, c, max_kl=None, max_relative_change=None),
+        lambda p, m, c, lr: adler.Adler(
+            p, m, c, guard=adler.Guard(max_kl=None, max_relative_change=None)
+        ),
     ),
 }

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from examples.cifar import data as cifar
 from examples.cifar import records
 from examples.cifar.optimizers import OPTIMIZERS
-from examples.cifar.records import Record
+from examples.shared.records import Record
 
 __all__ = ["draw", "learning_curves", "learning_rates"]
 

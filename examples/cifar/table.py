@@ -8,23 +8,22 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from examples.cifar import data as cifar
-from examples.cifar import grid, records
+from examples.cifar import records
 from examples.cifar.config import Run
 from examples.cifar.optimizers import OPTIMIZERS
 from examples.cifar.plots import draw
-from examples.cifar.presets import PRESETS, Preset
-from examples.cifar.records import Record
+from examples.cifar.presets import PRESETS
 from examples.cifar.thesis import REPORTED, comparison
+from examples.cifar.train import work
+from examples.shared.jobs import record_all, shard
+from examples.shared.records import Record, repair
 
 __all__ = ["markdown"]
 
@@ -183,57 +182,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--data", type=Path, required=True, help="directory of the archives")
     option("--preset", choices=tuple(PRESETS), required=True)
     option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
-    option("--shard", type=_shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
+    option("--shard", type=shard, default=(1, 1), metavar="i/n", help="the i-th of n parts")
     option("--results", type=Path, help="default: examples/cifar/results/PRESET")
     option("--limit-minutes", type=float, help="start no run after this time")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        index, count = map(int, text.split("/"))
-    except ValueError:
-        index, count = 0, 0
-    if not 1 <= index <= count:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 1 <= i <= n, such as 2/8")
-    return index, count
-
-
 def part(runs: Sequence[Run], index: int, count: int) -> Sequence[Run]:
     """The index-th of so many parts, counted from 1; each is spread over the whole grid."""
     return runs[index - 1 :: count]
-
-
-def _prepare(preset: Preset, root: Path) -> None:
-    """Downloads or makes what is missing, before several processes look for it."""
-    for dataset in preset.datasets:
-        archive = cifar.ARCHIVES[dataset]
-        if preset.synthetic and not (root / archive.folder).is_dir():
-            cifar.synthetic(root, dataset)
-        cifar.locate(archive, root)
-
-
-def _run(
-    runs: Sequence[Run],
-    finished: int,
-    work: Callable[[Run], dict[str, Any]],
-    options: argparse.Namespace,
-    path: Path,
-) -> int:
-    """Runs and records; the number of crashes."""
-    limit = options.limit_minutes
-    deadline = None if limit is None else time.monotonic() + 60 * limit
-    crashes = 0
-    with tqdm(total=len(runs), desc=f"runs ({finished} done before)", unit="run") as bar:
-        for run, outcome in grid.run_all(runs, work, options.jobs, deadline):
-            if isinstance(outcome, str):
-                crashes += 1
-                tqdm.write(f"crashed: {run.key()}: {outcome}", file=sys.stderr)
-            else:
-                records.append(path, outcome)
-            bar.update()
-    return crashes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -246,15 +204,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = results / f"shard-{index}-of-{count}.jsonl"
     preset = PRESETS[options.preset]
     try:
-        _prepare(preset, options.data)
-        records.repair(path)
+        cifar.prepare(preset.datasets, options.data, preset.synthetic)
+        repair(path)
         finished = {Run.of(r).key() for r in records.read(results)}
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     wanted = part(list(preset.runs()), index, count)
     missing = [run for run in wanted if run.key() not in finished]
-    work = functools.partial(grid.work, root=options.data, device=options.device)
-    crashes = _run(missing, len(wanted) - len(missing), work, options, path)
+    crashes = record_all(
+        missing,
+        len(wanted) - len(missing),
+        functools.partial(work, root=options.data, device=options.device),
+        path,
+        jobs=options.jobs,
+        minutes=options.limit_minutes,
+    )
     _write(results, options.preset, (run.key() for run in preset.runs()))
     if crashes:
         raise SystemExit(f"error: {crashes} runs crashed; the same command tries them again")

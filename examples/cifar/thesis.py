@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from examples.cifar import data as cifar
 from examples.cifar import records
-from examples.cifar.records import Record
+from examples.shared.records import Record
 
 __all__ = ["REPORTED", "comparison"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -29,10 +30,12 @@ from tqdm import tqdm
 import adler
 from examples.cifar import data as cifar
 from examples.cifar.config import Run
-from examples.cifar.models import ACTIVATIONS, build, parameter_count
+from examples.cifar.models import build
 from examples.cifar.optimizers import OPTIMIZERS
+from examples.shared.networks import ACTIVATIONS, parameter_count
+from examples.shared.records import finite
 
-__all__ = ["Curves", "train"]
+__all__ = ["Curves", "train", "work"]
 
 _EVALUATION_BATCH = 200
 _CHECK_EVERY = 25  # steps between looks at the loss, each of which waits for the device
@@ -63,7 +66,7 @@ class Curves:
 
     def as_dict(self) -> dict[str, list[float | None]]:
         """For JSON, which has no word for a number that is not finite: None."""
-        return {f.name: [_finite(v) for v in getattr(self, f.name)] for f in fields(self)}
+        return {f.name: finite(getattr(self, f.name)) for f in fields(self)}
 
 
 def train(
@@ -120,7 +123,7 @@ def train(
         "parameters": parameter_count(model),
         "test_accuracy": curves.test_accuracy[-1],
         "best_test_accuracy": max(curves.test_accuracy),
-        "train_loss": _finite(curves.train_loss[-1]),
+        "train_loss": finite(curves.train_loss[-1]),
         "diverged": diverged,
         "seconds": sum(curves.seconds),
         "peak_memory_mb": _peak_memory(device),
@@ -133,6 +136,14 @@ def train(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "curves": curves.as_dict(),
     }
+
+
+def work(run: Run, root: Path, device: str) -> dict[str, Any]:
+    """Trains one run; the data stays in memory for the next."""
+    return train(run, _data(run.dataset, root, device, run.train_examples, run.test_examples))
+
+
+_data = functools.lru_cache(maxsize=2)(cifar.load)
 
 
 def _epoch(
@@ -266,10 +277,6 @@ def _restart(log: Path, epochs: int) -> None:
 
 
 # --- what is measured ----------------------------------------------------------------------------
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _now(device: torch.device) -> float:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import adler
 from examples.digits.plots import draw
+from examples.shared.records import rounded
 
 SGD_RATES = [float(rate) for rate in np.logspace(np.log10(1e-5), np.log10(3e-1), 10)]
 
@@ -239,15 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(results["runs"], best_sgd(results["runs"]), options.out / "digits.png")
     print(table(results))
     print(f"The picture is {options.out / 'digits.png'}")
-
-
-def rounded(value: Any) -> Any:
-    """Floats to six significant digits, to keep the file small."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from examples.cifar import data as cifar
-from examples.cifar.grid import run_all
-from examples.cifar.records import append, repair
 from examples.pl_theory import claims, experiments, figures, records
 from examples.pl_theory.config import Experiment
 from examples.pl_theory.presets import FIGURES, PRESETS, Preset
+from examples.shared.jobs import record_all
+from examples.shared.records import repair
 
 __all__ = ["main"]
 
@@ -44,22 +42,6 @@ def _wanted(preset: Preset, chosen: Sequence[str]) -> list[Experiment]:
     return [e for e in preset.experiments() if any(FIGURES[name](e) for name in chosen)]
 
 
-def _run(missing: Sequence[Any], finished: int, options: argparse.Namespace, path: Path) -> int:
-    """Runs and records; the number of crashes."""
-    work = functools.partial(experiments.run, root=options.data, device=options.device)
-    crashes = 0
-    label = f"experiments ({finished} done before)"
-    with tqdm(total=len(missing), desc=label, unit="experiment") as bar:
-        for experiment, outcome in run_all(missing, work, options.jobs):
-            if isinstance(outcome, str):
-                crashes += 1
-                tqdm.write(f"crashed: {experiment.key()}: {outcome}", file=sys.stderr)
-            else:
-                append(path, outcome)
-            bar.update()
-    return crashes
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the preset's missing experiments, draws and writes."""
     options = _arguments(argv)
@@ -73,13 +55,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if preset.dataset in cifar.ARCHIVES:
             if options.data is None:
                 raise ValueError(f"--preset {options.preset}: pass --data, where CIFAR is")
-            cifar.locate(cifar.ARCHIVES[preset.dataset], options.data)
+            cifar.prepare([preset.dataset], options.data)
         repair(path)
         finished = {Experiment.of(r).key() for r in records.read(path)}
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     missing = [e for e in wanted if e.key() not in finished]
-    crashes = _run(missing, len(wanted) - len(missing), options, path)
+    crashes = record_all(
+        missing,
+        len(wanted) - len(missing),
+        functools.partial(experiments.run, root=options.data, device=options.device),
+        path,
+        jobs=options.jobs,
+        unit="experiment",
+    )
     keys = {e.key() for e in preset.experiments()}
     found = [r for r in records.read(path) if Experiment.of(r).key() in keys]
     if found:

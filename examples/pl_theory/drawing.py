@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from examples.pl_theory.records import Record
+from examples.shared.records import Record
 
 __all__ = [
     "COLOURS",

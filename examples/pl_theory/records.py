@@ -1,28 +1,17 @@
-"""What is written of an experiment, and read again."""
+"""What is read of an experiment's records."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from adler.diagnostics.gram import Conditioning
 from examples.pl_theory.config import Experiment
+from examples.shared import records
+from examples.shared.records import Record, finite
 
 __all__ = ["Record", "columns", "finite", "gram_rows", "of_kind", "read"]
-
-Record = Mapping[str, Any]
-
-
-def finite(value: Any) -> Any:
-    """What JSON can hold: None in place of an infinity or NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list) else value
 
 
 def columns(found: Iterable[Conditioning]) -> dict[str, list[float]]:
@@ -32,24 +21,8 @@ def columns(found: Iterable[Conditioning]) -> dict[str, list[float]]:
 
 
 def read(path: Path) -> list[Record]:
-    """All whole records of a file, by key; of several with one key the first.
-
-    Raises:
-        ValueError: If a line is not a record. The message names file and line.
-    """
-    found: dict[str, Record] = {}
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            key = Experiment.of(record).key()
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a record ({error}): delete the line, and its "
-                "experiment is repeated"
-            ) from error
-        found.setdefault(key, record)
-    return [found[key] for key in sorted(found)]
+    """All records of a file, by key: `examples.shared.records.read`."""
+    return records.read([path], lambda record: Experiment.of(record).key())
 
 
 def of_kind(found: Iterable[Record], kind: str, **values: Any) -> list[Record]:

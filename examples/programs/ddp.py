@@ -46,9 +46,9 @@ def main(mode: str, epochs: int, checkpoint: str | None) -> None:
         torch.cuda.set_device(device)
 
     model, criterion = wrapped(mode, device), nn.CrossEntropyLoss()
-    # Shards have no forward-mode derivative: without jvp= one warning says so.
-    jvp = "forward" if mode == "ddp" else "finite_difference"
-    optimizer = adler.Adler(model.parameters(), model, criterion, jvp=jvp)
+    # Shards have no forward-mode derivative: without this one warning says so.
+    measure = adler.Measure() if mode == "ddp" else adler.Measure.low_cost()
+    optimizer = adler.Adler(model.parameters(), model, criterion, measure=measure)
 
     data = TensorDataset(*blobs(500, seed=1))
     sampler: DistributedSampler[object] = DistributedSampler(data)  # as many batches on every rank

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from adler._averaging import Average, DiscountedMean, arithmetic
 from adler._options import Guard
+from adler._tensors import widest
 from adler.curvature import learning_rate
 
 __all__ = ["Measurement", "Rule", "SearchState", "StepLength", "step_length"]
@@ -93,9 +94,7 @@ class SearchState(NamedTuple):
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> SearchState:
         """Before the first step."""
-        rates, ratios = Average.empty(device), Average.empty(device)
-        unbounded, unknown = (torch.full_like(rates.total, x) for x in (math.inf, math.nan))
-        return cls(rates, ratios, unbounded, unknown, 0)
+        return cls.of({}, device)
 
     def curvature(self, squared_norm: Tensor) -> Tensor:
         """By the remembered ratio, along a direction of that squared norm; NaN if there is none."""
@@ -109,19 +108,17 @@ class SearchState(NamedTuple):
     @classmethod
     def of(cls, group: Mapping[str, Any], device: torch.device | str) -> SearchState:
         """From a param group; what it does not hold is as before the first step."""
-        fresh = cls.empty(device)
+        dtype = widest(torch.device(device))
 
-        def held(key: str, otherwise: Tensor) -> Tensor:
-            return torch.as_tensor(group.get(key, otherwise)).to(otherwise)
+        def held(key: str, otherwise: float) -> Tensor:
+            # Straight to its dtype: a plain number would pass through float32.
+            return torch.as_tensor(group.get(key, otherwise), dtype=dtype, device=device)
 
         return cls(
-            Average(held("rate_total", fresh.rates.total), held("rate_weight", fresh.rates.weight)),
-            Average(
-                held("curvature_total", fresh.ratios.total),
-                held("curvature_weight", fresh.ratios.weight),
-            ),
-            held("loss_per_nat", fresh.loss_per_nat),
-            held("minibatch_lr", fresh.minibatch_lr),
+            Average(held("rate_total", 0.0), held("rate_weight", 0.0)),
+            Average(held("curvature_total", 0.0), held("curvature_weight", 0.0)),
+            held("loss_per_nat", math.inf),
+            held("minibatch_lr", math.nan),
             int(group.get("steps", 0)),
         )
 

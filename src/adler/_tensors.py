@@ -27,6 +27,7 @@ __all__ = [
     "shifted",
     "squared_norm",
     "squared_norm_and_lengths",
+    "stacked",
     "widest",
 ]
 
@@ -161,6 +162,22 @@ def squared_norm_and_lengths(
 def lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor; 0-dim, on its device."""
     return squared_norm_and_lengths(tensors)[1]
+
+
+def stacked(scalars: Sequence[Tensor], like: Tensor) -> Tensor:
+    """0-dim tensors as one of one dimension; one copy where all are on one device.
+
+    Args:
+        scalars: Of any floating dtypes and devices, at least one.
+        like: Gives the result its dtype and device.
+
+    Examples:
+        >>> stacked([torch.tensor(1.0), torch.tensor(2.0)], torch.zeros((), dtype=torch.float64))
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) == 1:
+        return torch.stack(list(scalars)).to(like)
+    return torch.stack([scalar.to(like) for scalar in scalars])
 
 
 def descend_(

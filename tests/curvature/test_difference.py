@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.cases import batches, network
 from support.loops import NoSynchronisation
+from support.options import measuring
 from torch import nn
 
 from adler import Adler
@@ -96,7 +97,7 @@ def test_the_height_is_what_was_backpropagated():
 def test_the_measured_curvature_does_not_depend_on_the_scale_of_the_loss(factor):
     def measured(scale):
         model, criterion = network("mlp-relu").float(), nn.CrossEntropyLoss()
-        optimizer = Adler(model.parameters(), model, criterion, jvp="finite_difference")
+        optimizer = Adler(model.parameters(), model, criterion, **measuring("finite_difference"))
         found = []
         for x, y in batches("mlp-relu", criterion, 3, size=32):
             optimizer.zero_grad()
@@ -118,7 +119,7 @@ def test_a_first_step_that_was_too_long_is_followed_by_a_shorter_one():
             return criterion(outputs, targets) + 3e8
 
     raised = Raised()
-    optimizer = Adler(model.parameters(), model, raised, jvp="finite_difference")
+    optimizer = Adler(model.parameters(), model, raised, **measuring("finite_difference"))
     skipped = []
     for x, y in batches("mlp-tanh", criterion, 5):
         optimizer.zero_grad()
@@ -140,7 +141,7 @@ def test_where_forward_mode_falls_back_the_first_step_is_a_finite_differences(au
             nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 3)),
             nn.CrossEntropyLoss(),
         )
-        optimizer = Adler(model.parameters(), model, criterion, jvp=jvp)
+        optimizer = Adler(model.parameters(), model, criterion, **measuring(jvp))
         x, y = torch.randint(10, (8, 3)), torch.randint(3, (8,))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = criterion(model(x), y)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from support.loops import train
+from support.options import EXACT
 from torch import nn
 from torch.nn import functional as F
 
@@ -370,11 +371,11 @@ def test_the_mask_is_that_of_the_training_pass(layout):
     torch.manual_seed(0)
     model = (MODELS[layout]() if layout in MODELS else Dropped(LAYOUTS[layout])).double()
     criterion = nn.CrossEntropyLoss()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     for _ in range(3):
         x, y = torch.randn(6, 5, 4).double(), torch.randint(3, (6,))
         train(model, criterion, optimizer, [(x, y)])
-        assert optimizer.param_groups[0]["jvp"] == "forward"
+        assert optimizer.measure.jvp == "forward"
         assert float(optimizer.last_step.consistency) == pytest.approx(1, rel=1e-9)
 
 
@@ -396,7 +397,7 @@ def test_a_convolution_may_follow_a_norm_under_autocast(norm, dtype):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), NORMS[norm](), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()]
     model, criterion = nn.Sequential(*layers, nn.Linear(64, 3)), nn.CrossEntropyLoss()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     for _ in range(3):
         x, y = torch.randn(32, 3, 8, 8), torch.randint(3, (32,))
         optimizer.zero_grad()
@@ -407,7 +408,7 @@ def test_a_convolution_may_follow_a_norm_under_autocast(norm, dtype):
         along = [p.grad.double() for p in model.parameters()]
         exact = curvature.quadratic_form(twin, twin.parameters(), x.double(), y, criterion, along)
         optimizer.step()
-        assert optimizer.param_groups[0]["jvp"] == "forward"
+        assert optimizer.measure.jvp == "forward"
         # Three digits of a bfloat16, through six layers.
         assert float(optimizer.last_step.curvature) == pytest.approx(float(exact), rel=0.03)
 
@@ -416,7 +417,7 @@ def test_networks_in_half_precision_throughout_are_left_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)).bfloat16()
     x, criterion = torch.randn(16, 4).bfloat16(), nn.CrossEntropyLoss()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     train(model, criterion, optimizer, [(x, torch.randint(3, (16,)))] * 2)
     assert float(optimizer.last_step.consistency) == pytest.approx(1, rel=0.05)
 

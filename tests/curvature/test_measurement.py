@@ -6,15 +6,17 @@ import math
 import random
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import CRITERIA, KINDS, MODES, NETWORKS, batches, flat, network
+from support.cases import CRITERIA, KINDS, NETWORKS, batches, flat, network
 from support.loops import NoSynchronisation, train, unchanged
+from support.options import EXACT, MODES, measuring
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adler import Adler, AdlerAdam, curvature
+from adler import Adler, AdlerAdam, Guard, Measure, curvature
 from adler import _tensors as update
 
 ENGINES = ["forward", "finite_difference", "double_backward"]
@@ -22,6 +24,7 @@ ENGINES = ["forward", "finite_difference", "double_backward"]
 
 def setting(name="mlp-tanh", kind=Adler, criterion=None, **options):
     model, criterion = network(name), criterion or nn.CrossEntropyLoss()
+    options = {**EXACT, **options}
     return model, criterion, kind(model.parameters(), model, criterion, **options)
 
 
@@ -42,7 +45,8 @@ def curvature_beside_exact(jvp, autocast=False, cast=lambda outputs: outputs):
     """Curvatures of three steps, and those along the same directions in float64."""
     model, data = images()
     criterion, found, exact = nn.CrossEntropyLoss(), [], []
-    optimizer = Adler(model.parameters(), model, criterion, jvp=jvp, output_fn=cast)
+    options = {**measuring(jvp), "output_fn": cast}
+    optimizer = Adler(model.parameters(), model, criterion, **options)
     for x, y in data:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -96,7 +100,7 @@ class Trap(nn.Module):
 
 
 @pytest.mark.parametrize("error", [ValueError("half way"), KeyboardInterrupt()], ids=type)
-@pytest.mark.parametrize("options", [{}, {"curvature_fraction": 0.5}], ids=["whole", "part"])
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}], ids=["whole", "part"])
 @pytest.mark.parametrize("jvp", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_in_the_replay_leaves_every_bit(kind, jvp, options, error):
@@ -104,7 +108,8 @@ def test_an_error_in_the_replay_leaves_every_bit(kind, jvp, options, error):
     layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), Trap(), nn.Linear(8, 3)]
     model, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
     x, y = torch.randn(16, 4), torch.randint(3, (16,))
-    optimizer = KINDS[kind](model.parameters(), model, criterion, jvp=jvp, **options)
+    options = measuring(jvp, **options)
+    optimizer = KINDS[kind](model.parameters(), model, criterion, **options)
     train(model, criterion, optimizer, [(x, y)])
     optimizer.zero_grad()
     criterion(model(x), y).backward()
@@ -130,7 +135,7 @@ def test_an_error_in_the_replay_leaves_every_bit(kind, jvp, options, error):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_outputs_move_along_the_direction_as_the_gradient_says(name, criterion_name, kind, jvp):
     criterion = CRITERIA[criterion_name]()
-    model, criterion, optimizer = setting(name, KINDS[kind], criterion, jvp=jvp)
+    model, criterion, optimizer = setting(name, KINDS[kind], criterion, **measuring(jvp))
     for batch in batches(name, criterion, 3):
         train(model, criterion, optimizer, [batch])
         error = abs(float(optimizer.last_step.consistency) - 1)
@@ -221,7 +226,7 @@ def unscaled(model, optimizer):
 
 @pytest.mark.parametrize("change", [clipped, replaced, unscaled], ids=lambda c: c.__name__)
 def test_gradients_that_the_loop_has_changed_are_not_judged(change):
-    model, criterion, optimizer = setting(jvp="finite_difference")
+    model, criterion, optimizer = setting(**measuring("finite_difference"))
     ((x, y),) = batches("mlp-tanh", criterion, 1)
     criterion(model(x), y).backward()
     change(model, optimizer)
@@ -242,11 +247,11 @@ class UnseenDropout(nn.Module):
         return 2 * x * torch.tensor(mask, dtype=x.dtype)
 
 
-def unrepeatable(jvp, steps, **options):
+def unrepeatable(jvp, steps):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), UnseenDropout(), nn.Linear(32, 3))
     model, criterion = model.double(), nn.CrossEntropyLoss()
-    optimizer = Adler(model.parameters(), model, criterion, jvp=jvp, **options)
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(jvp))
     x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
     train(model, criterion, optimizer, [(x, y)] * steps)
     return optimizer
@@ -276,7 +281,7 @@ def test_an_exact_engine_shows_a_wrong_mask_and_goes_on():
 
 
 def test_after_a_wrong_measurement_the_average_goes_on_under_the_last_bound():
-    model, criterion, optimizer = setting(jvp="finite_difference")
+    model, criterion, optimizer = setting(**measuring("finite_difference"))
     data = batches("mlp-tanh", criterion, 6)
     train(model, criterion, optimizer, data[:5])
     group = optimizer.param_groups[0]
@@ -310,14 +315,15 @@ def test_what_the_check_keeps_is_freed_with_the_step():
 
 # --- measuring every so many steps ----------------------------------------------------------------
 
-GUARDS = {"trust_region": 2.0, "max_kl": 0.01, "max_relative_change": None}
-
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["adler", "adam", "gauss-newton"])
 @pytest.mark.parametrize("name", ["mlp-relu", "cnn", "batchnorm"])
 def test_no_step_between_measurements_exceeds_the_guard(name, kind, fraction):
-    options = {"curvature_every": 4, "curvature_fraction": fraction, **GUARDS}
+    options = {**measuring(every=4, fraction=fraction), "beta": 0.99}
+    options["guard"] = Guard(trust_region=2.0, max_kl=0.01, max_relative_change=None)
+    if kind != "adam":
+        options["interpolation"] = None
     model, criterion, optimizer = setting(name, KINDS[kind], **options)
     bounds = Counter()
     for number, (x, y) in enumerate(batches(name, criterion, 32)):
@@ -337,7 +343,7 @@ def test_no_step_between_measurements_exceeds_the_guard(name, kind, fraction):
         else:
             squared_norm = float(last.slope / last.minibatch_lr - 0) / rho
         c, rate = rho * squared_norm, float(last.effective_lr)
-        kl = math.sqrt(2 * 0.01 * float(group["nat"]) / c)
+        kl = math.sqrt(2 * 0.01 * float(group["loss_per_nat"]) / c)
         assert rate <= min(2 * float(last.slope) / c, kl) * (1 + 1e-6)
         bounds["clipped" if last.clipped else "free"] += 1
     assert bounds["clipped"] > 3
@@ -346,7 +352,7 @@ def test_no_step_between_measurements_exceeds_the_guard(name, kind, fraction):
 def test_the_average_forgets_by_steps_not_by_measurements():
     weights = {}
     for every in (1, 4):
-        model, criterion, optimizer = setting(beta=0.9, curvature_every=every)
+        model, criterion, optimizer = setting(beta=0.9, **measuring(every=every))
         train(model, criterion, optimizer, batches("mlp-tanh", criterion, 200))
         weights[every] = float(optimizer.param_groups[0]["rate_weight"])
     assert weights[1] == pytest.approx(1 / (1 - 0.9), rel=1e-2)
@@ -354,7 +360,7 @@ def test_the_average_forgets_by_steps_not_by_measurements():
 
 
 def test_parts_are_averaged_over_one_batch():
-    model, criterion, optimizer = setting(curvature_fraction=0.25)
+    model, criterion, optimizer = setting(**measuring(fraction=0.25))
     train(model, criterion, optimizer, batches("mlp-tanh", criterion, 100, size=8))
     weight = float(optimizer.param_groups[0]["curvature_weight"])
     assert weight == pytest.approx(4, rel=1e-6)
@@ -367,12 +373,12 @@ def test_parts_are_averaged_over_one_batch():
 def test_low_cost_is_a_preset_of_every_optimizer(kind):
     model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss()
     make = KINDS[kind].low_cost
-    optimizer = make(model.parameters(), model, criterion, curvature_every=3, beta=0.5)
+    optimizer = make(model.parameters(), model, criterion, beta=0.5)
     assert type(optimizer) is KINDS[kind]
-    group = optimizer.param_groups[0]
-    assert (group["jvp"], group["curvature_fraction"]) == ("finite_difference", 0.25)
-    assert (group["curvature_every"], group["beta"]) == (3, 0.5)
-    assert make(model.parameters(), model, criterion).defaults["curvature_every"] == 8
+    assert optimizer.measure == Measure("finite_difference", every=8, fraction=0.25, warmup=100)
+    assert optimizer.beta == 0.5
+    other = measuring("double_backward")
+    assert make(model.parameters(), model, criterion, **other).measure == other["measure"]
     with pytest.raises(TypeError, match="momentun"):
         make(model.parameters(), model, criterion, momentun=0.9)
 
@@ -395,7 +401,8 @@ def test_low_cost_survives_the_plateau_where_a_network_without_normalisation_sta
 
 def test_low_cost_runs_two_forwards_on_a_quarter_every_eighth_step():
     model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss()
-    optimizer = Adler.low_cost(model.parameters(), model, criterion, curvature_warmup=3)
+    measure = replace(Measure.low_cost(), warmup=3)
+    optimizer = Adler(model.parameters(), model, criterion, measure=measure)
     rows = []
     model.register_forward_hook(
         lambda _, args, __: None if torch.is_grad_enabled() else rows.append(len(args[0]))
@@ -423,34 +430,20 @@ def test_low_cost_learns_as_the_exact_optimizer_does(kind):
                 total += float(criterion(model(x), (5 * teacher(x)).argmax(1)))
         return total / 3
 
-    exact, cheap = loss(kind), loss(kind.low_cost)
+    exact, cheap = loss(functools.partial(kind, **EXACT)), loss(kind.low_cost)
     assert exact < 0.6  # guessing: 1.39
     assert cheap == pytest.approx(exact, abs=0.1)
 
 
-def test_a_state_of_before_the_curvature_was_carried_loads():
-    model, criterion, optimizer = setting(curvature_every=4)
-    data = batches("mlp-tanh", criterion, 8)
-    train(model, criterion, optimizer, data[:6])
+def test_what_a_checkpoint_does_not_hold_is_as_before_the_first_step():
+    model, criterion, optimizer = setting()
+    train(model, criterion, optimizer, batches("mlp-tanh", criterion, 3))
     state = copy.deepcopy(optimizer.state_dict())
-    for group in state["param_groups"]:
-        for key in ("curvature_total", "curvature_weight", "nat", "curvature_fraction"):
-            del group[key]
-        group["rate_bound"] = 2 * group["minibatch_lr"]
-    twin = copy.deepcopy(model)
-    old = Adler(twin.parameters(), twin, criterion)
-    old.load_state_dict(state)
-    assert "rate_bound" not in old.param_groups[0]
-    train(model, criterion, optimizer, data[6:7])
-    train(twin, criterion, old, data[6:7])  # a step between measurements
-    torch.testing.assert_close(flat(twin), flat(model), rtol=1e-9, atol=1e-12)
-    rates = [float(each.last_step.minibatch_lr) for each in (old, optimizer)]
-    assert rates[0] == pytest.approx(rates[1], rel=1e-6)
-    fresh = Adler(twin.parameters(), twin, criterion)
-    state = fresh.state_dict()
-    del state["param_groups"][0]["curvature_total"]
-    fresh.load_state_dict(state)
-    assert float(fresh.param_groups[0]["curvature_weight"]) == 0
+    del state["param_groups"][0]["curvature_weight"]
+    optimizer.load_state_dict(state)
+    group = optimizer.param_groups[0]
+    assert float(group["curvature_weight"]) == 0
+    assert float(group["rate_weight"]) > 0
 
 
 # --- what a step may not do -----------------------------------------------------------------------
@@ -517,7 +510,8 @@ def test_kernels_do_not_grow_with_the_number_of_parameters(kind, options, step, 
 
 
 def test_on_the_host_a_step_between_measurements_is_a_pass_over_the_gradients_and_one_more():
-    options = {"curvature_every": 2, "max_relative_change": None}  # whose norms are two passes more
+    options = {**measuring(every=2), "interpolation": None}
+    options["guard"] = Guard(max_kl=0.1, max_relative_change=None)  # its norms are two passes more
     counts = [kernels(Adler, depth, 1, **options) for depth in (2, 12)]
     assert counts[0] == counts[1]
     assert counts[0]["aten._foreach_norm.Scalar"] == counts[0]["aten._foreach_add_.List"] == 1
@@ -541,6 +535,7 @@ def test_a_healthy_run_says_nothing():
         warnings.simplefilter("error")
         for make in (Adler, AdlerAdam):
             model, criterion = network("mlp-relu"), nn.CrossEntropyLoss()
-            optimizer = make.low_cost(model.parameters(), model, criterion, curvature_every=1)
+            measure = replace(Measure.low_cost(), every=1)
+            optimizer = make(model.parameters(), model, criterion, measure=measure)
             train(model, criterion, optimizer, batches("mlp-relu", criterion, 40, size=16))
             assert not optimizer.last_step.skipped_total

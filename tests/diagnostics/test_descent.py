@@ -8,7 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.cases import Quadratic, Wavy, draw
 
-from adler.diagnostics.descent import accumulated_bound, measured_smoothness, predicted_decrease
+from adler.diagnostics.descent import (
+    accumulated_bound,
+    convergence_radius,
+    measured_smoothness,
+    predicted_contraction,
+    predicted_decrease,
+)
 from adler.diagnostics.polyak import pl_coefficient
 
 examples = settings(deadline=None, max_examples=50, derandomize=True)
@@ -127,6 +133,64 @@ def test_with_the_measured_smoothness_the_prediction_is_exact():
     assert float(accumulated_bound(losses[0], pls, L, lrs=lr)[1]) == pytest.approx(float(losses[1]))
 
 
+# --- Lemma 1's radius -----------------------------------------------------------------------------
+
+
+@examples
+@given(seed=seeds)
+def test_gradient_descent_stays_within_the_radius(seed):
+    f = Quadratic(seed)
+    start = x = f.centre + draw(5, seed=seed + 3)
+    radius = float(convergence_radius(f(x) - f.least, f.pl, f.smoothness))
+    for _ in range(200):
+        x = x - f.gradient(x) / f.smoothness
+        assert float((x - start).norm()) <= radius * (1 + SLACK)
+
+
+@pytest.mark.parametrize("L", [0.01, 1.0, 50.0])
+def test_a_parabola_attains_the_radius_and_the_printed_formula_does_not_hold(L):
+    start = 3.0
+    radius = float(convergence_radius(L * start**2 / 2, L, L))
+    assert radius == pytest.approx(start)  # one step leads to 0
+    if L < 1:  # (4.4) bounds the distance over L by the same: the distance by L times the radius
+        assert L * radius < start
+
+
+# --- under PL⁺ and PL -----------------------------------------------------------------------------
+
+
+@examples
+@given(seed=seeds, fraction=st.floats(0.0, 1.0))
+def test_the_contraction_holds_on_quadratics(seed, fraction):
+    f = Quadratic(seed)
+    lr = fraction / f.smoothness
+    x = f.centre + draw(5, seed=seed + 3)
+    for _ in range(5):
+        after = x - lr * f.gradient(x)
+        factor = float(predicted_contraction(f.pl, f.smoothness, lr))
+        before, now = ((z - f.centre).square().sum() for z in (x, after))
+        assert float(now) <= factor * float(before) * (1 + SLACK)
+        x = after
+
+
+@examples
+@given(gap=st.floats(0.1, 10), mu=st.floats(0.01, 1.0), ratio=st.floats(1.0, 50), f=st.floats(0, 1))
+def test_the_contraction_is_attained_where_all_three_inequalities_are(gap, mu, ratio, f):
+    L = mu * ratio
+    # ‖v‖² = 2 gap/μ, ‖g‖² = 2 L gap, ⟨g, v⟩ = gap: in the plane, with a cosine of ½ √(μ/L).
+    v = torch.tensor([math.sqrt(2 * gap / mu), 0.0], dtype=torch.float64)
+    cosine = math.sqrt(mu / L) / 2
+    g = math.sqrt(2 * L * gap) * torch.tensor(
+        [cosine, math.sqrt(1 - cosine**2)], dtype=torch.float64
+    )
+    lr = f / L
+    found = float((v - lr * g).square().sum() / v.square().sum())
+    assert float(predicted_contraction(mu, L, lr)) == pytest.approx(found, rel=1e-9, abs=1e-12)
+    best = float(predicted_contraction(mu, L))
+    assert best == pytest.approx(1 - mu / (4 * L))
+    assert best <= found + 1e-12
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"pl: the least is -1.0"):
         predicted_decrease(-1.0, 1.0)
@@ -144,3 +208,11 @@ def test_bad_input_is_named():
         measured_smoothness(1.0, 1.0, 0.0, 0.1)
     with pytest.raises(ValueError, match=r"lr=0.0: expected a positive number"):
         measured_smoothness(1.0, 1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"pl=2.0, smoothness=1.0"):
+        convergence_radius(1.0, 2.0, 1.0)
+    with pytest.raises(ValueError, match=r"gap=-1.0"):
+        convergence_radius(-1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="lr: expected numbers between 0 and 1/L"):
+        predicted_contraction(1.0, 1.0, 1.1)
+    with pytest.raises(ValueError, match=r"upper_pl: the least is 0.0"):
+        predicted_contraction(1.0, 0.0)

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from support.cases import symmetric
 from torch import nn
 
-from adler.diagnostics.gram import conditioning, correlation, degradation_bound, gram
+from adler.diagnostics.gram import (
+    conditioning,
+    correlation,
+    degradation_bound,
+    eigenvalue_perturbation,
+    gram,
+)
 
 examples = settings(deadline=None, max_examples=50, derandomize=True)
 seeds = st.integers(0, 10**6)
@@ -128,6 +134,35 @@ def test_the_degradation_bound_is_attained_along_the_smallest_eigenvector(sign):
     smallest = float(torch.linalg.eigvalsh(B)[0])
     assert bounds[(1 + sign) // 2] == pytest.approx(smallest, abs=1e-12)
     assert abs(smallest - float(values[0])) > 0.9 * (bounds[1] - bounds[0]) / 2
+
+
+@examples
+@given(n=st.integers(1, 6), seed=seeds, scale=st.floats(-3, 1).map(lambda e: 10**e))
+def test_no_eigenvalue_moves_further_than_either_norm(n, seed, scale):
+    A = symmetric(n, seed)
+    B = A + scale * symmetric(n, seed + 1)
+    operator = eigenvalue_perturbation(A, B)
+    frobenius = eigenvalue_perturbation(A, B, "frobenius")
+    moved = (torch.linalg.eigvalsh(A) - torch.linalg.eigvalsh(B)).abs().max()
+    assert float(moved) <= operator + 1e-12
+    assert operator <= frobenius * (1 + 1e-12)
+    assert frobenius == pytest.approx(float((A - B).norm()), rel=1e-12)
+    assert degradation_bound(A, B, "frobenius")[1] - float(torch.linalg.eigvalsh(A)[0]) == (
+        pytest.approx(frobenius, rel=1e-9, abs=1e-12)
+    )
+
+
+def test_the_norms_agree_on_a_change_of_rank_one_and_differ_on_the_identity():
+    A = symmetric(4, seed=3)
+    u = symmetric(4, seed=4)[0]
+    one = A + torch.outer(u, u)
+    assert eigenvalue_perturbation(A, one) == pytest.approx(float(u @ u), rel=1e-9)
+    assert eigenvalue_perturbation(A, one, "frobenius") == pytest.approx(float(u @ u), rel=1e-9)
+    shifted = A + 3 * torch.eye(4, dtype=A.dtype)
+    assert eigenvalue_perturbation(A, shifted) == pytest.approx(3.0)  # attained by all eigenvalues
+    assert eigenvalue_perturbation(A, shifted, "frobenius") == pytest.approx(6.0)
+    with pytest.raises(ValueError, match="norm='nuclear'"):
+        eigenvalue_perturbation(A, shifted, "nuclear")
 
 
 def test_degradation_bound_refuses_different_shapes():

@@ -12,11 +12,13 @@ from torch import nn
 
 from adler.diagnostics.polyak import (
     kernel_pl_bound,
+    kernel_upper_pl_bound,
     loss_pl_coefficient,
+    loss_upper_pl_coefficient,
+    mean_pl_coefficient,
     pl_coefficient,
     satisfies_pl_star,
-    weak_pl_bound,
-    weak_pl_coefficient,
+    satisfies_upper_pl,
 )
 
 examples = settings(deadline=None, max_examples=50, derandomize=True)
@@ -126,58 +128,84 @@ def test_an_eigenvalue_below_zero_is_rounding():
     assert kernel_pl_bound(-1e-9, torch.zeros(2), torch.ones(2), nn.MSELoss()) == 0
 
 
-# --- cross-entropy --------------------------------------------------------------------------------
+# --- from above -----------------------------------------------------------------------------------
 
 
-def gradient_and_losses(logits, y, reduction):
-    logits = logits.clone().requires_grad_()
-    loss = nn.functional.cross_entropy(logits, y, reduction=reduction)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    losses = nn.functional.cross_entropy(logits, y, reduction="none").detach()
-    return float(gradient.square().sum()), losses, float(loss.detach())
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), nn.MSELoss(reduction="sum"), nn.CrossEntropyLoss()]
+)
+@pytest.mark.parametrize("name", ["linear", "mlp-tanh", "cnn"])
+def test_the_kernel_bounds_the_coefficient_from_above(name, criterion):
+    for seed in range(5):
+        model = network(name, seed)
+        ((x, y),) = batches(name, criterion, 1, size=3, seed=seed)
+        dense = Dense(model, criterion)
+        J, outputs = dense.jacobian(dense.flat(), x), dense.outputs(dense.flat(), x)
+        largest = torch.linalg.eigvalsh(J @ J.T)[-1]
+        bound = kernel_upper_pl_bound(largest, outputs, y, criterion)
+        g, loss = dense.gradient(dense.flat(), x, y), criterion(outputs, y)
+        assert float(pl_coefficient(loss, g)) <= bound * (1 + SLACK)
+        assert satisfies_upper_pl(loss, g, bound * (1 + SLACK))
+
+
+def test_the_upper_kernel_bound_is_attained_where_the_residual_is_the_first_eigenvector():
+    criterion = nn.MSELoss()
+    model, ((x, _),) = network("mlp-tanh"), batches("mlp-tanh", criterion, 1, size=3)
+    dense = Dense(model, criterion)
+    J, outputs = dense.jacobian(dense.flat(), x), dense.outputs(dense.flat(), x).detach()
+    values, vectors = torch.linalg.eigh(J @ J.T)
+    y = outputs - vectors[:, -1].view_as(outputs)
+    loss, g = criterion(outputs, y), dense.gradient(dense.flat(), x, y)
+    bound = kernel_upper_pl_bound(values[-1], outputs, y, criterion)
+    assert bound == pytest.approx(float(pl_coefficient(loss, g)), rel=1e-8)
+    assert not satisfies_upper_pl(loss, g, 0.999 * bound)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @examples
-@given(seed=seeds, classes=st.integers(2, 6), size=st.integers(1, 5), scale=st.floats(0.01, 20))
-def test_the_weak_bounds_hold(reduction, seed, classes, size, scale):
-    logits = scale * draw(size, classes, seed=seed)
-    y = torch.randint(classes, (size,), generator=torch.Generator().manual_seed(seed))
-    squared, losses, loss = gradient_and_losses(logits, y, reduction)
-    bound = float(weak_pl_bound(losses, classes, reduction))
-    coefficient = weak_pl_coefficient(float(losses.max()), classes, size)
-    assert coefficient * loss**2 <= bound * (1 + SLACK)
-    # The gradient p - e_y itself is rounded where p_y is nearly 1.
-    assert bound <= squared * (1 + SLACK) + 1e-20
+@given(seed=seeds, scale=st.floats(0.01, 20))
+def test_cross_entropy_has_an_upper_coefficient(reduction, seed, scale):
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    F = (scale * draw(4, 3, seed=seed)).requires_grad_()
+    y = torch.randint(3, (4,), generator=torch.Generator().manual_seed(seed))
+    loss = criterion(F, y)
+    (gradient,) = torch.autograd.grad(loss, F)
+    beta = loss_upper_pl_coefficient(F, y, criterion)
+    assert float(pl_coefficient(loss, gradient)) <= beta * (1 + SLACK)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("classes", [2, 3, 7])
-@pytest.mark.parametrize("margin", [-9.0, -1.0, 0.0, 3.0])
-def test_the_weak_bounds_are_attained_where_the_wrong_classes_agree(margin, classes, reduction):
-    logits = torch.zeros(4, classes, dtype=torch.float64)
-    logits[:, 0] = margin
-    y = torch.zeros(4, dtype=torch.long)
-    squared, losses, loss = gradient_and_losses(logits, y, reduction)
-    assert float(weak_pl_bound(losses, classes, reduction)) == pytest.approx(squared, rel=1e-9)
-    coefficient = weak_pl_coefficient(float(losses.max()), classes, 4)
-    assert coefficient * loss**2 == pytest.approx(squared, rel=1e-9)
+def test_a_fifth_less_is_no_upper_coefficient_of_cross_entropy():
+    # Two classes at margin 1 the wrong way: ½‖∇ℓ‖² = σ(1)², 0.81 of ½ log(1 + e).
+    F = torch.tensor([[0.5, -0.5]], dtype=torch.float64, requires_grad=True)
+    loss = nn.functional.cross_entropy(F, torch.tensor([1]))
+    (gradient,) = torch.autograd.grad(loss, F)
+    beta = loss_upper_pl_coefficient(F, torch.tensor([1]), nn.CrossEntropyLoss())
+    assert satisfies_upper_pl(loss, gradient, beta)
+    assert not satisfies_upper_pl(loss, gradient, 0.8 * beta)
 
 
-def test_the_weak_coefficient_falls_with_the_largest_loss():
-    found = [weak_pl_coefficient(m, 10, 8) for m in (0.0, 1e-12, 0.1, 1.0, 10.0, 1e4)]
-    assert found[0] == pytest.approx(10 / 9 / 8)
-    assert found == sorted(found, reverse=True)
+# --- of the examples' own losses ------------------------------------------------------------------
 
 
-def test_cross_entropy_has_no_pl_coefficient():
-    # Its local coefficient falls like the loss: no constant bounds it from below.
-    for margin in (5.0, 10.0, 15.0):
-        logits = torch.tensor([[margin, 0.0]], dtype=torch.float64, requires_grad=True)
-        loss = nn.functional.cross_entropy(logits, torch.tensor([0]))
-        (gradient,) = torch.autograd.grad(loss, logits)
-        found = float(pl_coefficient(loss, gradient))
-        assert found == pytest.approx(float(loss.detach()), rel=0.01)
+@pytest.mark.parametrize("name", ["linear", "mlp-tanh", "cnn"])
+def test_the_mean_coefficient_is_that_of_dense_gradients_and_bounds_the_other(name):
+    criterion, model = nn.MSELoss(), network(name)
+    ((x, y),) = batches(name, criterion, 1)
+    dense = Dense(model, criterion)
+    theta = dense.flat()
+    losses = torch.stack([criterion(dense.outputs(theta, a[None]), b[None]) for a, b in zip(x, y)])
+    squares = torch.stack(
+        [dense.gradient(theta, a[None], b[None]).square().sum() for a, b in zip(x, y)]
+    )
+    found = float(mean_pl_coefficient(losses, squares))
+    expected = float(squares.mean() / (2 * losses.mean()))
+    assert found == pytest.approx(expected, rel=1e-12)
+    whole = pl_coefficient(criterion(dense.outputs(theta, x), y), dense.gradient(theta, x, y))
+    assert float(whole) < found
+    # One gradient for all: equal.
+    one = float(mean_pl_coefficient(losses[:1], squares[:1]))
+    alone = pl_coefficient(losses[0], dense.gradient(theta, x[:1], y[:1]))
+    assert one == pytest.approx(float(alone), rel=1e-12)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -197,21 +225,19 @@ def test_bad_input_is_named():
         pl_coefficient(1.0, g, 2.0)
     with pytest.raises(ValueError, match=r"coefficient=0.0"):
         satisfies_pl_star(1.0, g, 0.0)
-    with pytest.raises(ValueError, match="weak_pl_bound"):
+    with pytest.raises(ValueError, match="weak_polyak"):
         loss_pl_coefficient(torch.zeros(2, 3), torch.zeros(2).long(), nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=r"targets: shape \(4,\) does not broadcast"):
         loss_pl_coefficient(torch.zeros(4, 1), torch.zeros(4), nn.MSELoss())
     with pytest.raises(ValueError, match="smallest_eigenvalue=nan"):
         kernel_pl_bound(math.nan, g, g, nn.MSELoss())
-    with pytest.raises(ValueError, match="reduction='none'"):
-        weak_pl_bound(g, 2, "none")
-    with pytest.raises(ValueError, match=r"losses: shape \(0,\)"):
-        weak_pl_bound(torch.zeros(0), 2)
-    with pytest.raises(ValueError, match=r"losses: the least is -1.0"):
-        weak_pl_bound(-g, 2)
-    with pytest.raises(ValueError, match="classes=1"):
-        weak_pl_bound(g, 1)
-    with pytest.raises(ValueError, match="largest_loss=inf"):
-        weak_pl_coefficient(math.inf, 2, 1)
-    with pytest.raises(ValueError, match="examples=0"):
-        weak_pl_coefficient(1.0, 2, 0)
+    with pytest.raises(ValueError, match=r"largest_eigenvalue=-1.0"):
+        kernel_upper_pl_bound(-1.0, g, g, nn.MSELoss())
+    with pytest.raises(ValueError, match=r"criterion=HuberLoss\(\)"):
+        loss_upper_pl_coefficient(g, g, nn.HuberLoss())
+    with pytest.raises(ValueError, match=r"coefficient=-1.0"):
+        satisfies_upper_pl(1.0, g, -1.0)
+    with pytest.raises(ValueError, match="losses, squared_norms: shapes"):
+        mean_pl_coefficient(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="squared_norms: expected finite"):
+        mean_pl_coefficient(torch.zeros(2), torch.tensor([1.0, -1.0]))

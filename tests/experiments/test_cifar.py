@@ -20,10 +20,13 @@ from support.launch import ROOT
 from torch import nn
 
 import adler
-from examples.cifar import data, grid, models, plots, records, table
+from examples.cifar import data, models, plots, records, table
 from examples.cifar.config import Run
 from examples.cifar.presets import GRID, PRESETS, Preset
 from examples.cifar.train import minibatches, train
+from examples.shared import jobs
+from examples.shared.networks import ACTIVATIONS, parameter_count
+from examples.shared.records import append
 
 CIFAR10 = data.ARCHIVES["cifar10"]
 RUN = Run("cifar10", "cnn", "relu", "none", 4, 2, "adler", None, 32, 2, 160, 100, 0)
@@ -245,8 +248,8 @@ def test_networks(model, normalisation, width, depth, parameters, activation):
         activation=activation,
     )  # fmt: skip
     network = models.build(run, classes=10)
-    assert models.parameter_count(network) == parameters
-    assert any(isinstance(m, models.ACTIVATIONS[activation]) for m in network.modules())
+    assert parameter_count(network) == parameters
+    assert any(isinstance(m, ACTIVATIONS[activation]) for m in network.modules())
     x, y = torch.randn(6, 3, 32, 32), torch.arange(6)
     criterion = nn.CrossEntropyLoss()
     before = [p.detach().clone() for p in network.parameters()]
@@ -423,7 +426,7 @@ def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path):
 
     whole = tmp_path / "whole.jsonl"
     for run in TINY.runs():
-        records.append(whole, train(run, load(run, root)))
+        append(whole, train(run, load(run, root)))
     uninterrupted = table.markdown(records.read(tmp_path), "smoke").partition("## Cost")[0]
     assert (results / "table.md").read_text().partition("## Cost")[0] == uninterrupted
 
@@ -431,7 +434,7 @@ def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path):
 def test_shards_are_the_grid():
     runs = list(PRESETS["quick"].runs())
     assert len({run.key() for run in runs}) == len(runs) == 756
-    parts = [table.part(runs, *table._shard(text)) for text in ("1/3", "2/3", "3/3")]
+    parts = [table.part(runs, *jobs.shard(text)) for text in ("1/3", "2/3", "3/3")]
     assert [len(part) for part in parts] == [252, 252, 252]
     assert set(itertools.chain(*parts)) == set(runs)
 
@@ -454,7 +457,7 @@ def work(run):
 
 def test_a_crash_is_reported_and_loses_no_other_run():
     runs = [replace(RUN, seed=seed) for seed in range(6)]
-    outcomes = dict(grid.run_all(runs, work, jobs=1))
+    outcomes = dict(jobs.run_all(runs, work, jobs=1))
     assert "ArithmeticError: a crash" in outcomes[runs[1]]
     assert "died" in outcomes[runs[3]]
     for seed in (0, 2, 4, 5):
@@ -462,7 +465,7 @@ def test_a_crash_is_reported_and_loses_no_other_run():
 
 
 def test_after_the_deadline_nothing_starts():
-    assert list(grid.run_all([RUN], work, jobs=1, deadline=time.monotonic())) == []
+    assert list(jobs.run_all([RUN], work, jobs=1, deadline=time.monotonic())) == []
 
 
 # --- records, table, figures ---------------------------------------------------------------------
@@ -558,7 +561,7 @@ Medians over networks and seeds, of training without evaluation; the grid is 2 r
 def test_the_table_of_fixed_records(tmp_path):
     path = tmp_path / "shard-1-of-1.jsonl"
     for entry in fixed_records():
-        records.append(path, entry)
+        append(path, entry)
     assert table.markdown(records.read(tmp_path), "laptop") == TABLE
     assert table.markdown(fixed_records()[::-1], "laptop") == TABLE
 

@@ -24,6 +24,7 @@ from examples.pl_theory import claims, experiments, figures, inputs, records, tr
 from examples.pl_theory.config import Experiment
 from examples.pl_theory.networks import activation_of, features, fully_connected, mean_square
 from examples.pl_theory.presets import FIGURES, PRESETS
+from examples.shared.records import rounded
 
 TRAINING = Experiment(
     "training", "digits", "tanh", False, 12, 2, (6,), "mse", 6, 3, 20
@@ -340,15 +341,6 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def rounded(value):
-    """As `append` rounds."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, list) else value
-
-
 def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
     path = tmp_path / "records.jsonl"
     chosen = ["6.10"]
@@ -542,12 +534,6 @@ def test_of_several_records_of_one_experiment_the_first_counts(smoke, tmp_path):
 def test_a_command_that_makes_no_sense(arguments, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         command.main([*arguments, "--results", str(tmp_path)])
-
-
-def test_what_json_cannot_hold_becomes_null():
-    assert records.finite({"a": [1.0, math.inf], "b": math.nan, "c": "x"}) == {
-        "a": [1.0, None], "b": None, "c": "x",
-    }  # fmt: skip
 
 
 # --- the committed results ------------------------------------------------------------------------

@@ -11,12 +11,14 @@ from support.needs import needing
 from torch import nn
 
 from benchmarks.suite import __main__ as command
-from benchmarks.suite import data, networks, run, tables
+from benchmarks.suite import data, run, tables
+from benchmarks.suite.initialisations import INITIALISATIONS
 from benchmarks.suite.methods import METHODS
 from benchmarks.suite.tasks import LONG_EPOCH_STEPS, TASKS
 from benchmarks.suite.trials import PRESETS, Trial, read
 from examples.cifar import data as cifar
 from examples.cifar.presets import GRID
+from examples.shared import jobs, networks
 
 CNN = "cifar10/cnn-bn-relu/b64"
 DIABETES = "diabetes/mlp-relu/b32"
@@ -240,12 +242,12 @@ def test_steps_are_neither_few_nor_many():
 def test_initialisations():
     model = networks.mlp(8, (6,), 3, "relu")
     usual = [p.detach().clone() for p in model.parameters()]
-    networks.INITIALISATIONS["default"](model)
+    INITIALISATIONS["default"](model)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), usual))
-    networks.INITIALISATIONS["large"](model)
+    INITIALISATIONS["large"](model)
     for p, q in zip(model.parameters(), usual):
         torch.testing.assert_close(p, 3 * q if p.dim() > 1 else q)
-    networks.INITIALISATIONS["orthogonal"](model)
+    INITIALISATIONS["orthogonal"](model)
     weight = model[1].weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(6), atol=1e-5, rtol=0)
 
@@ -468,7 +470,7 @@ def test_what_is_finished_is_not_repeated_and_what_was_cut_is(smoke, tmp_path, m
         asked.extend(trials)
         return ((trial, work(trial)) for trial in trials)
 
-    monkeypatch.setattr(command, "run_all", run_all)
+    monkeypatch.setattr(jobs, "run_all", run_all)
     for _ in range(2):
         command.main(["--preset", "smoke", "--results", str(results)])
     assert [t.key() for t in asked] == [Trial.of(json.loads(last)).key()]
@@ -483,7 +485,7 @@ def test_what_is_finished_is_not_repeated_and_what_was_cut_is(smoke, tmp_path, m
 
 def test_shards_are_the_preset(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(command, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
+    monkeypatch.setattr(jobs, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
     for index in (1, 2, 3):
         arguments = ["--preset", "smoke", "--results", str(tmp_path), "--shard", f"{index}/3"]
         command.main(arguments)
@@ -496,7 +498,7 @@ def test_full_uses_the_records_of_its_parts(smoke, tmp_path, root, monkeypatch):
     (tmp_path / "development").mkdir()
     (tmp_path / "development" / "a.jsonl").write_text(json.dumps(record) + "\n")
     asked = []
-    monkeypatch.setattr(command, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
+    monkeypatch.setattr(jobs, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
     monkeypatch.setattr(command, "_prepare", lambda *rest: None)
     arguments = ["--preset", "full", "--results", str(tmp_path / "full"), "--data", str(root)]
     command.main([*arguments, "--methods", "adler", "--tasks", "diabetes"])

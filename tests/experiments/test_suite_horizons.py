@@ -13,6 +13,7 @@ from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.standings import TUNED
 from benchmarks.suite.tasks import TASKS
 from benchmarks.suite.trials import PRESETS, Preset, Trial, read
+from examples.shared import jobs
 
 DIABETES, WINE = "diabetes/mlp-relu/b32", "wine/mlp-tanh/b16"
 LIMITS = {"epochs": 2, "train_examples": 112, "test_examples": 60}
@@ -246,7 +247,7 @@ def test_horizons_from_end_to_end(tmp_path, monkeypatch):
     assert "| Adler | 0." in text
 
     asked = []
-    monkeypatch.setattr(command, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
+    monkeypatch.setattr(jobs, "run_all", lambda trials, *rest: asked.extend(trials) or iter(()))
     command.main(common)
     assert {t.epochs for t in asked} == {8}
     assert len(asked) == 5 + 1 + 1

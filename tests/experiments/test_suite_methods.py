@@ -1,6 +1,8 @@
 """`benchmarks/suite`: the methods that are compared, and how each makes its steps."""
 
 import copy
+import dataclasses
+import inspect
 import itertools
 import math
 
@@ -10,14 +12,15 @@ from support.needs import needing
 from torch import nn
 
 import adler
-from benchmarks.suite import methods, networks, steppers
+from benchmarks.suite import methods, steppers
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.muon import MuonAdamW, hidden_matrices
 from benchmarks.suite.nadamw import NAdamW
 from benchmarks.suite.schedulefree_plus import ScheduleFreePlus
 from benchmarks.suite.steppers import Setting, Stepper
-from examples.cifar.models import CNN, ViT
 from examples.cifar.presets import GRID
+from examples.shared import networks
+from examples.shared.networks import CNN, ViT
 
 # --- methods -------------------------------------------------------------------------------------
 
@@ -42,7 +45,9 @@ def train(stepper, x, y, steps):
         stepper.after_backward(loss)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "adler@lr=0.5", "adler-adam@max_kl=None,beta=0.9"])
+@pytest.mark.parametrize(
+    "name", [*METHODS, "adler@lr=0.5", "adler-adam@max_kl=None,beta=0.9,every=4"]
+)
 def test_a_method_lowers_the_loss(name):
     chosen = needing(name)
     made, x, y = setting(rate=chosen.grid[-2] if chosen.grid else math.nan)
@@ -93,8 +98,12 @@ def test_variants_are_the_class_with_those_options():
     optimizer = stepper.optimizer
     assert type(optimizer) is adler.Adler
     group = optimizer.param_groups[0]
-    assert (group["max_kl"], group["trust_region"], group["lr"]) == (0.03, None, 0.5)
-    assert group["beta"] == methods.defaults("adler")["beta"]
+    assert (optimizer.guard.max_kl, optimizer.guard.trust_region, group["lr"]) == (0.03, None, 0.5)
+    usual = inspect.signature(adler.Adler).parameters["guard"].default
+    assert optimizer.guard.max_relative_change == usual.max_relative_change
+    optimizer = method("adler-schedulefree@every=4,jvp='finite_difference'").make(setting()[0])
+    expected = dataclasses.replace(adler.Measure(), every=4, jvp="finite_difference")
+    assert optimizer.optimizer.measure == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,9 @@ def test_variants_are_the_class_with_those_options():
     [
         ("adam", "method 'adam': expected one of sgd"),
         ("adamw@lr=1", "only adler, adler-adam, adler-schedulefree have variants"),
-        ("adler@kappa=0.1", "'kappa' is none of lr, beta"),
+        ("adler@kappa=0.1", "'kappa' is none of lr, momentum"),
+        ("adler@guard=None", "'guard' is none of"),
+        ("adler@max_kl=-1", "max_kl=-1: expected a positive number"),
         ("adler@output_fn=None", "'output_fn' is none of"),
         ("adler@", "expected adler@option=value"),
         ("adler@0.1", "expected adler@option=value"),

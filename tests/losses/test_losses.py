@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pkgutil
 
 import pytest
@@ -217,17 +218,31 @@ def test_products_are_the_forms_polarised_and_norms_bound_them(name, sizes, seed
     close(product.flatten(), Q @ problem.v.flatten())
     largest = torch.linalg.eigvalsh(Q).abs().max()
     norm = hessian.spectral_norm(problem.F, problem.y)
-    if name.startswith(("ce", "nll")):  # Gershgorin: exact for two classes
-        assert norm >= largest * (1 - 1e-9)
-        assert norm <= 2 * largest + 1e-12
-        if problem.F.shape[1] == 2:
-            close(norm, largest)
-    else:
-        close(norm, largest)
+    close(norm, largest)
     if not isinstance(problem.criterion, NLL):
         generic = AutogradHessian(problem.criterion)
         close(generic.product(problem.F, problem.y, problem.v), product)
         assert generic.spectral_norm(problem.F, problem.y) <= largest * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 10, 100])
+def test_the_norm_of_cross_entropy_is_exact_for_any_distribution(classes, dtype):
+    # In exact arithmetic never below: bisection keeps the upper end.
+    slack = 4 * torch.finfo(dtype).eps
+    for scale in (0.0, 1e-3, 0.1, 1.0, 5.0, 40.0):  # uniform to one-hot: ties and poles
+        F = scale * torch.randn(20, classes, generator=torch.Generator().manual_seed(classes))
+        p = F.double().softmax(1)
+        matrices = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        exact = float(torch.linalg.eigvalsh(matrices)[:, -1].max()) / 20
+        y = torch.zeros(20, dtype=torch.long)
+        found = float(loss_hessian(nn.CrossEntropyLoss()).spectral_norm(F.to(dtype), y))
+        assert exact - slack <= found <= exact + slack
+    masked = torch.tensor([[0.3, 0.1, -math.inf]], dtype=dtype)
+    pair = loss_hessian(nn.CrossEntropyLoss()).spectral_norm(masked[:, :2], y[:1])
+    assert float(loss_hessian(nn.CrossEntropyLoss()).spectral_norm(masked, y[:1])) == pytest.approx(
+        float(pair), rel=1e-6
+    )
 
 
 def test_power_iteration_finds_the_norm_of_any_loss():

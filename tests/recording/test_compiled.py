@@ -8,6 +8,7 @@ import torch
 from support import loops
 from support.cases import batches, flat, network
 from support.loops import train
+from support.options import EXACT, measuring
 from torch import nn
 
 from adler import Adler, AdlerScheduleFree
@@ -54,11 +55,11 @@ def setting(name, backend, kind=Adler, **options):
 
 
 ENGINES = {
-    "forward": ({}, 1),
-    "finite difference": ({"jvp": "finite_difference"}, 1),  # and the training forward's outputs
-    "finite difference on a part": ({"jvp": "finite_difference", "curvature_fraction": 0.5}, 2),
-    "forward on a part": ({"curvature_fraction": 0.5}, 1),
-    "double backward": ({"jvp": "double_backward"}, 0),
+    "forward": (EXACT, 1),
+    "finite difference": (measuring("finite_difference"), 1),  # and the training forward's outputs
+    "finite difference on a part": (measuring("finite_difference", fraction=0.5), 2),
+    "forward on a part": (measuring(fraction=0.5), 1),
+    "double backward": (measuring("double_backward"), 0),
 }
 
 
@@ -81,7 +82,7 @@ def test_the_replay_is_compiled_and_the_steps_are_the_same(name, engine):
 
 def test_other_directions_and_autocast_too():
     compiled, twin, criterion, optimizer, plain = setting(
-        "mlp-tanh", Backend(), AdlerScheduleFree, jvp="finite_difference"
+        "mlp-tanh", Backend(), AdlerScheduleFree, **measuring("finite_difference")
     )
     data = batches("mlp-tanh", criterion, 5)
     for model, one in ((compiled, optimizer), (twin, plain)):
@@ -92,7 +93,7 @@ def test_other_directions_and_autocast_too():
 
 def test_an_explicit_batch_is_compiled_too():
     backend = Backend()
-    compiled, _, criterion, optimizer, _ = setting("mlp-tanh", backend)
+    compiled, _, criterion, optimizer, _ = setting("mlp-tanh", backend, **EXACT)
     for x, y in batches("mlp-tanh", criterion, 4):
         optimizer.zero_grad()
         criterion(compiled(x), y).backward()
@@ -105,7 +106,7 @@ def test_an_explicit_batch_is_compiled_too():
 @pytest.mark.parametrize("engine", ["forward", "finite_difference"])
 def test_trouble_is_told_once_and_the_steps_are_the_same(trouble, engine):
     backend = Backend(**{trouble: 2})  # the model's own graph is the first
-    compiled, twin, criterion, optimizer, plain = setting("mlp-tanh", backend, jvp=engine)
+    compiled, twin, criterion, optimizer, plain = setting("mlp-tanh", backend, **measuring(engine))
     data = batches("mlp-tanh", criterion, 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -122,7 +123,7 @@ def test_dropouts_masks_are_the_training_forwards():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).double()
     criterion, twin = nn.CrossEntropyLoss(), copy.deepcopy(model)
     compiled = torch.compile(model, backend="eager")
-    optimizer, plain = (Adler(m.parameters(), m, criterion) for m in (compiled, twin))
+    optimizer, plain = (Adler(m.parameters(), m, criterion, **EXACT) for m in (compiled, twin))
     data = batches("mlp-tanh", criterion, 4)
     for network_, one in ((compiled, optimizer), (twin, plain)):
         torch.manual_seed(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import flat
 from support.loops import NoSynchronisation
+from support.options import EXACT, measuring
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,10 +62,10 @@ class Logits(nn.Module):
         return self.body.logits(tokens).mT
 
 
-def plain_step(make, batches, heeds_items):
+def plain_step(make, batches, heeds_items, options=EXACT):
     """Parameters and record after a step of the ordinary loop over micro-batches."""
     network, criterion = Logits(LanguageModel()), nn.CrossEntropyLoss()
-    optimizer = make(network.parameters(), network, criterion)
+    optimizer = make(network.parameters(), network, criterion, **options)
     labels = [F.pad(labels[:, 1:], (0, 1), value=-100) for _, labels in batches]
     counts = [int((of != -100).sum()) for of in labels]
     for (tokens, _), targets, count in zip(batches, labels, counts):
@@ -80,7 +81,7 @@ OPTIMIZERS = [Adler, AdlerAdam, GaussNewton, SpectralSGD]
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_a_model_with_its_loss_steps_as_the_plain_loop(make):
     model = LanguageModel()
-    optimizer = make(model.parameters(), model, causal_lm())
+    optimizer = make(model.parameters(), model, causal_lm(), **EXACT)
     tokens, labels = sentences()
     model(tokens, labels=labels)["loss"].backward()
     optimizer.step()
@@ -95,7 +96,7 @@ def test_micro_batches_are_weighted_by_their_items_if_the_model_heeds_them(make,
     batches = [sentences(4, 9, 0), sentences(1, 5, 1), sentences(3, 6, 2)]
     items = torch.stack([(labels[:, 1:] != -100).sum() for _, labels in batches]).sum()
     model = LanguageModel(heeds_items=heeds_items)
-    optimizer = make(model.parameters(), model, causal_lm())
+    optimizer = make(model.parameters(), model, causal_lm(), **EXACT)
     for tokens, labels in batches:
         model(tokens, labels=labels, num_items_in_batch=items)["loss"].backward()
     optimizer.step()
@@ -104,23 +105,24 @@ def test_micro_batches_are_weighted_by_their_items_if_the_model_heeds_them(make,
     torch.testing.assert_close(optimizer.last_step.curvature, record.curvature)
 
 
+@pytest.mark.parametrize("options", [EXACT, measuring(fraction=0.5)], ids=["whole", "part"])
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_a_micro_batch_without_targets_adds_nothing(make):
+def test_a_micro_batch_without_targets_adds_nothing(make, options):
     batches = [sentences(4, 9, 0), (torch.zeros(2, 4).long(), torch.full((2, 4), -100))]
     items = (batches[0][1][:, 1:] != -100).sum()
     model = LanguageModel()
-    optimizer = make(model.parameters(), model, causal_lm())
+    optimizer = make(model.parameters(), model, causal_lm(), **options)
     for tokens, labels in batches:
         model(tokens, labels=labels, num_items_in_batch=items)["loss"].backward()
     optimizer.step()
-    expected, _ = plain_step(make, batches[:1], True)
+    expected, _ = plain_step(make, batches[:1], True, options)
     assert not optimizer.last_step.skipped
     torch.testing.assert_close(flat(model), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_batch_without_targets_is_skipped():
     model = LanguageModel()
-    optimizer = Adler(model.parameters(), model, causal_lm())
+    optimizer = Adler(model.parameters(), model, causal_lm(), **EXACT)
     before = flat(model)
     labels = torch.full((2, 4), -100)
     model(torch.zeros(2, 4).long(), labels=labels)["loss"].backward()
@@ -132,7 +134,7 @@ def test_a_batch_without_targets_is_skipped():
 def test_a_loss_scaled_by_the_loop_in_place():
     def curvature(scale):
         model = LanguageModel()
-        optimizer = Adler(model.parameters(), model, causal_lm())
+        optimizer = Adler(model.parameters(), model, causal_lm(), **EXACT)
         tokens, labels = sentences()
         loss = model(tokens, labels=labels)["loss"]
         loss *= scale
@@ -151,7 +153,7 @@ def test_under_a_gradient_scaler_with_micro_batches(unscales):
     batches = [sentences(4, 9, 0), sentences(1, 5, 1)]
     items = torch.stack([(labels[:, 1:] != -100).sum() for _, labels in batches]).sum()
     model, scaler = LanguageModel(), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = Adler(model.parameters(), model, causal_lm())
+    optimizer = Adler(model.parameters(), model, causal_lm(), **EXACT)
     for tokens, labels in batches:
         loss = model(tokens, labels=labels, num_items_in_batch=items)["loss"]
         scaler.scale(loss).backward()
@@ -183,11 +185,11 @@ def test_a_criterion_that_the_model_calls_is_not_counted_twice():
         targets=lambda x, y: (y,),
         loss=lambda result: result[0],
     )
-    optimizer = Adler(model.parameters(), model, described)
+    optimizer = Adler(model.parameters(), model, described, **EXACT)
     model(x, y)[0].backward()
     optimizer.step()
     body = Classifier(criterion).body
-    expected = Adler(body.parameters(), body, criterion)
+    expected = Adler(body.parameters(), body, criterion, **EXACT)
     criterion(body(x), y).backward()
     expected.step()
     torch.testing.assert_close(flat(model), flat(body), rtol=1e-12, atol=1e-12)
@@ -204,7 +206,7 @@ def test_a_criterion_that_the_model_calls_is_not_counted_twice():
     ids=["not shifted", "shifted once", "shifted", "an extra term"],
 )
 def test_a_wrong_description_is_an_error_and_changes_nothing(model, described):
-    optimizer = Adler(model.parameters(), model, described)
+    optimizer = Adler(model.parameters(), model, described, **EXACT)
     before, state = flat(model), copy.deepcopy(optimizer.state_dict())
     tokens, labels = sentences()
     model(tokens, labels=labels)["loss"].backward()
@@ -217,7 +219,7 @@ def test_a_wrong_description_is_an_error_and_changes_nothing(model, described):
 
 def test_the_check_waits_for_a_finite_loss_and_then_is_over():
     model = LanguageModel(shift=2)
-    optimizer = Adler(model.parameters(), model, causal_lm())
+    optimizer = Adler(model.parameters(), model, causal_lm(), **EXACT)
     tokens, labels = sentences()
     model(tokens, labels=torch.full_like(labels, -100))["loss"].backward()
     optimizer.step()
@@ -239,7 +241,7 @@ def test_the_check_waits_for_a_finite_loss_and_then_is_over():
 
 def test_a_call_without_labels_is_an_error_that_says_so():
     model = LanguageModel()
-    optimizer = Adler(model.parameters(), model, causal_lm())
+    optimizer = Adler(model.parameters(), model, causal_lm(), **EXACT)
     model(sentences()[0])["logits"].sum().backward()
     with pytest.raises(RuntimeError, match=r"labels=\.\.\."):
         optimizer.step()
@@ -260,7 +262,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_and_pickles_train_on_alike(copies):
     model = LanguageModel()
-    optimizer = AdlerAdam(model.parameters(), model, causal_lm())
+    optimizer = AdlerAdam(model.parameters(), model, causal_lm(), **EXACT)
     tokens, labels = sentences()
     model(tokens, labels=labels)["loss"].backward()
     optimizer.step()
@@ -282,7 +284,7 @@ def test_scalars_hold_the_record_and_each_groups_rate():
     torch.manual_seed(0)
     model, criterion = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), nn.CrossEntropyLoss()
     groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 0.25}]
-    optimizer = Adler(groups, model, criterion)
+    optimizer = Adler(groups, model, criterion, **EXACT)
     assert optimizer.scalars() == {}
     criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
     optimizer.step()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.cases import classification, flat
 from support.loops import train
+from support.options import EXACT, measuring
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ def hooks(module):
 def plain_step():
     """Parameters after one step of the ordinary loop."""
     model, criterion, x, y = setting()
-    train(model, criterion, Adler(model.parameters(), model, criterion), [(x, y)])
+    train(model, criterion, Adler(model.parameters(), model, criterion, **EXACT), [(x, y)])
     return flat(model)
 
 
@@ -36,7 +37,7 @@ def plain_step():
 
 def test_a_functional_loss_with_explicit_targets():
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     F.cross_entropy(model(x), y).backward()
     optimizer.step(targets=y)
     torch.testing.assert_close(flat(model), plain_step(), rtol=1e-12, atol=1e-12)
@@ -44,7 +45,7 @@ def test_a_functional_loss_with_explicit_targets():
 
 def test_a_criterion_that_is_a_function():
     model, _, x, y = setting()
-    optimizer = Adler(model.parameters(), model, F.cross_entropy)
+    optimizer = Adler(model.parameters(), model, F.cross_entropy, **EXACT)
     F.cross_entropy(model(x), y).backward()
     optimizer.step(targets=y)
     torch.testing.assert_close(flat(model), plain_step(), rtol=1e-9, atol=1e-12)
@@ -52,7 +53,7 @@ def test_a_criterion_that_is_a_function():
 
 def test_explicit_inputs_and_targets_without_any_hook():
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     optimizer.remove_hooks()
     criterion(model(x), y).backward()
     optimizer.step(inputs=x, targets=y)
@@ -73,7 +74,7 @@ def test_a_loss_computed_inside_the_model():
     body, criterion, x, y = setting()
     model = WithLoss(body)
     optimizer = Adler(
-        model.parameters(), model, criterion, output_fn=lambda output: output["logits"]
+        model.parameters(), model, criterion, output_fn=lambda output: output["logits"], **EXACT
     )
     model(x, labels=y)["loss"].backward()
     optimizer.step(targets=y)
@@ -86,12 +87,16 @@ def test_outputs_reshaped_before_the_loss():
     twin, criterion = copy.deepcopy(model), nn.CrossEntropyLoss()
     tokens = torch.randint(7, (5, 6))
     shift = lambda out: out[:, :-1].reshape(-1, 7)  # noqa: E731
-    optimizer = Adler(model.parameters(), model, criterion, output_fn=shift)
+    optimizer = Adler(model.parameters(), model, criterion, output_fn=shift, **EXACT)
     criterion(shift(model(tokens)), tokens[:, 1:].reshape(-1)).backward()
     optimizer.step()
     criterion(twin(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:]).backward()
     expected = Adler(
-        twin.parameters(), twin, criterion, output_fn=lambda out: out[:, :-1].transpose(1, 2)
+        twin.parameters(),
+        twin,
+        criterion,
+        output_fn=lambda out: out[:, :-1].transpose(1, 2),
+        **EXACT,
     )
     expected.step(inputs=tokens, targets=tokens[:, 1:])
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-12)
@@ -103,7 +108,7 @@ def test_explicit_inputs_that_were_recorded_bring_their_dropout_mask():
         model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.8), nn.Linear(50, 3)).double()
         criterion = nn.CrossEntropyLoss()
         x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
-        optimizer = Adler(model.parameters(), model, criterion)
+        optimizer = Adler(model.parameters(), model, criterion, **EXACT)
         criterion(model(x), y).backward()
         torch.randn(100)
         optimizer.step(**({"inputs": x, "targets": y} if explicit else {}))
@@ -126,10 +131,10 @@ def test_several_inputs_targets_and_keyword_criterion():
     a, b = torch.randn(2, 5, 3).double()
     y, var = torch.randn(5, 2).double(), torch.rand(5, 2).double()
     twin = copy.deepcopy(model)
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     criterion(target=y, input=model(a, b=b), var=var).backward()
     optimizer.step()
-    other = Adler(twin.parameters(), twin, criterion)
+    other = Adler(twin.parameters(), twin, criterion, **EXACT)
     criterion(twin(a, b=b), y, var).backward()
     other.step()
     assert flat(model).equal(flat(twin))
@@ -145,8 +150,8 @@ def test_two_networks_in_one_loop():
     generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     critic = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     both, criterion = nn.Sequential(generator, critic), nn.BCEWithLogitsLoss()
-    for_critic = Adler(critic.parameters(), critic, criterion)
-    for_generator = Adler(generator.parameters(), both, criterion)
+    for_critic = Adler(critic.parameters(), critic, criterion, **EXACT)
+    for_generator = Adler(generator.parameters(), both, criterion, **EXACT)
     one, zero = torch.ones(16, 1).double(), torch.zeros(16, 1).double()
     for _ in range(5):
         real, noise = torch.randn(16, 2).double() + 3, torch.randn(16, 2).double()
@@ -170,8 +175,8 @@ def test_two_networks_in_one_loop():
 
 def test_two_optimizers_on_one_model():
     model, criterion, x, y = setting()
-    first = Adler(model[0].parameters(), model, criterion)
-    second = Adler(model[2].parameters(), model, criterion)
+    first = Adler(model[0].parameters(), model, criterion, **EXACT)
+    second = Adler(model[2].parameters(), model, criterion, **EXACT)
     for _ in range(3):
         first.zero_grad()
         second.zero_grad()
@@ -188,7 +193,7 @@ def test_two_optimizers_on_one_model():
 def test_a_retained_graph_counts_twice_and_after_the_step_anew():
     model, criterion, x, y = setting()
     twin, _, _, _ = setting()
-    optimizer, other = (Adler(m.parameters(), m, criterion) for m in (model, twin))
+    optimizer, other = (Adler(m.parameters(), m, criterion, **EXACT) for m in (model, twin))
     loss = criterion(model(x), y)
     loss.backward(retain_graph=True)
     loss.backward(retain_graph=True)
@@ -201,7 +206,7 @@ def test_a_retained_graph_counts_twice_and_after_the_step_anew():
 def test_a_model_called_by_another_in_grad_mode_does_not_disturb():
     model, criterion, x, y = setting()
     copied = copy.deepcopy(model)
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     ema = copy.deepcopy(model)  # carries the hooks' inert copies
     criterion(model(x), y).backward()
     criterion(ema(x), y).backward()
@@ -216,7 +221,7 @@ def test_a_model_called_by_another_in_grad_mode_does_not_disturb():
 def refuses(match, act, error=RuntimeError, **options):
     """``act`` raises, and neither parameters nor state have changed."""
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion, **options)
+    optimizer = Adler(model.parameters(), model, criterion, **{**EXACT, **options})
     train_options = options.get("output_fn")
     if train_options is None:
         train(model, criterion, optimizer, [(x, y)])
@@ -263,28 +268,12 @@ def test_criterion_not_called():
     refuses(r"pass step\(targets=...\)", act)
 
 
-def test_outputs_changed_on_the_way():
-    def act(model, criterion, optimizer, x, y):
-        criterion(model(x) / 2, y).backward()
-        optimizer.step()
-
-    refuses("not the one that the model returned.*output_fn=", act)
-
-
 def test_outputs_that_do_not_depend_on_the_parameters():
     def act(model, criterion, optimizer, x, y):
         criterion(model(x).detach().requires_grad_(), y).backward()
         optimizer.step()
 
     refuses("on a loss that depends on the parameters", act)
-
-
-def test_targets_that_depend_on_the_parameters():
-    def act(model, criterion, optimizer, x, y):
-        criterion(model(x), model(x).softmax(1)).backward()
-        optimizer.step()
-
-    refuses("targets require grad.*detach", act)
 
 
 def test_a_criterion_that_does_not_reduce():
@@ -294,49 +283,10 @@ def test_a_criterion_that_does_not_reduce():
 
     model, _, x, y = setting()
     criterion = Vector()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     criterion(model(x), y).mean().backward()
     with pytest.raises(RuntimeError, match=r"returned shape \(12,\), not a scalar"):
         optimizer.step()
-
-
-@pytest.mark.parametrize("kind", [dict, tuple])
-def test_a_model_that_returns_no_tensor(kind):
-    class Wrapped(nn.Module):
-        def __init__(self, body):
-            super().__init__()
-            self.body = body
-
-        def forward(self, x):
-            out = self.body(x)
-            return {"logits": out} if kind is dict else (out,)
-
-    body, criterion, x, y = setting()
-    model = Wrapped(body)
-    optimizer = Adler(model.parameters(), model, criterion)
-    output = model(x)
-    criterion(output["logits"] if kind is dict else output[0], y).backward()
-    before = flat(model)
-    with pytest.raises(RuntimeError, match=f"returned {kind.__name__}.*output_fn="):
-        optimizer.step()
-    assert flat(model).equal(before)
-
-
-def test_an_output_fn_that_does_something_else_than_the_loop():
-    def act(model, criterion, optimizer, x, y):
-        criterion(model(x), y).backward()
-        optimizer.step()
-
-    refuses("do in output_fn what the loop does", act, output_fn=lambda out: out[:, :2])
-
-
-def test_with_output_fn_an_ambiguous_call_is_refused():
-    def act(model, criterion, optimizer, x, y):
-        first, _ = model(x), model(x[:3])
-        criterion(first, y).backward()
-        optimizer.step()
-
-    refuses("called 2 times before the criterion", act, output_fn=lambda out: out)
 
 
 def test_explicit_targets_are_refused_when_it_is_not_certain_which_call():
@@ -348,19 +298,27 @@ def test_explicit_targets_are_refused_when_it_is_not_certain_which_call():
     refuses("called 2 times.*pass inputs=", act)
 
 
-def test_explicit_targets_that_do_not_fit():
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (EXACT, r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]"),
+        (measuring(fraction=0.25), "received 5 rows for a batch of 12 examples"),
+    ],
+    ids=["whole", "part"],
+)
+def test_explicit_targets_that_do_not_fit(options, match):
     def act(model, criterion, optimizer, x, y):
         F.cross_entropy(model(x), y).backward()
         optimizer.step(inputs=x, targets=y[:5])
 
-    refuses(r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]", act, ValueError)
+    refuses(match, act, ValueError, **options)
 
 
 def test_explicit_targets_that_would_broadcast():
     torch.manual_seed(0)
     model, criterion = nn.Linear(4, 1), nn.MSELoss()
     x, y = torch.randn(6, 4), torch.randn(6)
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     (model(x).squeeze(1) - y).square().mean().backward()
     with pytest.raises(ValueError, match=r"\(6, 1\).*\(6,\)"):
         optimizer.step(targets=y)
@@ -379,9 +337,9 @@ def test_inputs_without_targets():
 
 def test_hooks_go_with_the_optimizer():
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
-    assert hooks(model) == 2
-    assert hooks(criterion) == 1
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
+    assert hooks(model) == 3  # two record; one follows the model's mode
+    assert hooks(criterion) == 2
     train(model, criterion, optimizer, [(x, y)] * 2)
     alive = weakref.ref(optimizer)
     del optimizer
@@ -392,7 +350,7 @@ def test_hooks_go_with_the_optimizer():
 
 def test_the_batch_is_freed_after_the_step_and_the_graph_never_held():
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     batch, loss = x.clone(), None
     alive = weakref.ref(batch)
     outputs = model(batch)
@@ -408,7 +366,7 @@ def test_the_batch_is_freed_after_the_step_and_the_graph_never_held():
 
 def test_a_forward_that_nobody_differentiates_leaves_nothing():
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     seen = []
     for _ in range(5):
         batch = x.clone()
@@ -423,7 +381,7 @@ def test_a_forward_that_nobody_differentiates_leaves_nothing():
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_models_copy_and_pickle_with_their_hooks_inert(copier):
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     twin = copier(model)
     criterion(twin(x), y).backward()
     for p in model.parameters():
@@ -434,7 +392,7 @@ def test_models_copy_and_pickle_with_their_hooks_inert(copier):
 
 def test_models_save_whole():
     model, criterion, x, _ = setting()
-    optimizer = Adler(model.parameters(), model, criterion)
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.cases import CRITERIA, NETWORKS, batches, network
 from support.loops import train, unchanged
+from support.options import measuring
 from torch import nn
 
 from adler import Adler, AdlerAdam, GaussNewton, curvature
@@ -32,7 +33,7 @@ def test_the_curvature_is_that_of_the_first_examples_along_the_whole_gradient(
 ):
     model, twin, criterion = network(name), network(name), CRITERIA[criterion_name]()
     ((x, y),) = batches(name, criterion, 1, size=10)
-    gradient, last = first_step(model, criterion, x, y, jvp=jvp, curvature_fraction=0.25)
+    gradient, last = first_step(model, criterion, x, y, **measuring(jvp, fraction=0.25))
     c = curvature.quadratic_form(twin, twin.parameters(), x[:3], y[:3], criterion, gradient)
     factor = 10 / 3 if criterion.reduction == "sum" else 1.0
     exact = jvp != "finite_difference"
@@ -40,7 +41,7 @@ def test_the_curvature_is_that_of_the_first_examples_along_the_whole_gradient(
     size = sum(float(g.square().sum()) for g in gradient)
     assert float(last.slope) == pytest.approx(size)
     assert float(last.minibatch_lr) == pytest.approx(size / float(last.curvature), rel=1e-6)
-    assert math.isnan(float(last.consistency))  # the slope is the whole batch's
+    assert float(last.consistency) == pytest.approx(1, abs=1e-3)  # of a look at the whole batch
 
 
 @pytest.mark.parametrize("criterion_name", CRITERIA)
@@ -51,7 +52,7 @@ def test_parts_that_make_up_the_batch_average_to_its_curvature(kind, criterion_n
 
     def measured(shift, fraction):
         rolled = x.roll(shift, 0), y.roll(shift, 0)
-        options = {"kind": kind, "curvature_fraction": fraction}
+        options = {"kind": kind, **measuring(fraction=fraction)}
         return float(first_step(network("mlp-tanh"), criterion, *rolled, **options)[1].curvature)
 
     parts = [measured(shift, 0.25) for shift in (0, 3, 6, 9)]
@@ -66,7 +67,7 @@ def test_both_forwards_of_a_finite_difference_draw_the_same_mask():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Tanh(), nn.Linear(32, 3))
         x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
-        options = {"jvp": jvp, "curvature_fraction": 0.5}
+        options = measuring(jvp, fraction=0.5)
         return float(first_step(model.double(), criterion, x, y, **options)[1].curvature)
 
     assert measured("finite_difference") == pytest.approx(measured("forward"), rel=1e-3)
@@ -84,7 +85,7 @@ def test_flattened_outputs_keep_each_examples_rows_together():
     torch.manual_seed(0)
     model, criterion = Tagger().double(), nn.CrossEntropyLoss(ignore_index=0)
     tokens, tags = torch.randint(11, (6, 7)), torch.randint(5, (6, 7))
-    options = {"output_fn": lambda out: out.flatten(0, 1), "curvature_fraction": 0.5}
+    options = {"output_fn": lambda out: out.flatten(0, 1), **measuring(fraction=0.5)}
     optimizer = Adler(model.parameters(), model, criterion, **options)
     criterion(model(tokens).flatten(0, 1), tags.flatten()).backward()
     gradient = [p.grad.clone() for p in model.parameters()]
@@ -122,7 +123,7 @@ def test_amp_scale_and_sum_do_not_disturb_each_other():
     def measured(unscale):
         model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss(reduction="sum")
         ((x, y),) = batches("mlp-tanh", criterion, 1, size=8)
-        optimizer = Adler(model.parameters(), model, criterion, curvature_fraction=0.5)
+        optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.5))
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=unscale is not None)
         scaler.scale(criterion(model(x), y)).backward()
         if unscale:
@@ -167,7 +168,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_advice(model, args, matc
     loss = RecordedLoss(Call.of(model, args), targets)
     with pytest.raises(ValueError, match=match) as caught:
         part([loss], 0.5, nn.CrossEntropyLoss())
-    assert "use curvature_fraction=1.0" in str(caught.value)
+    assert "use measure=Measure(fraction=1.0)" in str(caught.value)
 
 
 def test_numbers_and_scalars_beside_the_batch_stay():
@@ -177,15 +178,14 @@ def test_numbers_and_scalars_beside_the_batch_stay():
     assert float(found.call.args[2]) == 2.0
 
 
-def test_a_refusal_changes_nothing():
+def test_a_batch_that_cannot_be_divided_is_measured_whole():
     model, criterion = Masked(), nn.CrossEntropyLoss()
-    optimizer = Adler(model.parameters(), model, criterion, curvature_fraction=0.5)
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.5))
     criterion(model(torch.randn(8, 4), torch.ones(4)), torch.randint(3, (8,))).backward()
-    before = [p.detach().clone() for p in model.parameters()]
-    with unchanged(model), pytest.raises(ValueError, match="curvature_fraction"):
+    with unchanged(model), pytest.warns(RuntimeWarning, match="whole batches.*beside 8 rows"):
         optimizer.step()
-    assert all(p.equal(b) for p, b in zip(model.parameters(), before))
-    assert optimizer.param_groups[0]["steps"] == 0
+    assert bool(optimizer.last_step.trusted)
+    assert not bool(optimizer.last_step.skipped)
 
 
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam])
@@ -195,7 +195,7 @@ def test_parts_lead_to_the_rates_of_the_whole(kind):
 
     def rate(fraction):
         model = network("mlp-tanh")
-        optimizer = kind(model.parameters(), model, criterion, curvature_fraction=fraction)
+        optimizer = kind(model.parameters(), model, criterion, **measuring(fraction=fraction))
         train(model, criterion, optimizer, data)
         return float(optimizer.last_step.effective_lr)
 

@@ -154,12 +154,19 @@ class Preconditioned(Direction):
             size = _tensors.squared_norm(squares)
             # In place: a new tensor costs the host more than a pass over an old one.
             torch._foreach_reciprocal_(squares)
-            torch._foreach_mul_(squares, g)
+            parts = self._times(mine, squares, g)
             # A square that overflows would stay in the moment for ever: NaN, and so no step.
-            squares[0].add_((size - size).to(squares[0]))
-            found.update((p, like(part, p)) for p, part in zip(mine, squares, strict=True))
+            parts[0].add_((size - size).to(parts[0]))
+            found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
         super().__init__([found[p] for p in params])
         self._of = found
+
+    def _times(
+        self, params: list[Tensor], inverses: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """The preconditioned gradients of some parameters; the inverses are not needed again."""
+        torch._foreach_mul_(inverses, gradients)
+        return inverses
 
     def advance(
         self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
@@ -188,18 +195,24 @@ class Adam(Preconditioned):
         r"""$\hat m / (\sqrt{\hat v} + \epsilon_A)$; see `Direction.advance`."""
         super().advance(group, params, skipped)
         states = [moments(self._state, p, *self.moments) for p in params]
-        firsts = [mine["exp_avg"] for mine in states]
-        _tensors.lerp_(firsts, gradients_of(params), 1 - group["betas"][0], skipped)
+        firsts, discount = [mine["exp_avg"] for mine in states], group["betas"][0]
+        _tensors.lerp_(firsts, gradients_of(params), 1 - discount, skipped)
         steps = [mine["step"] for mine in states]
         if self._equal[id(group)]:
             steps = steps[:1]
-        squares = [mine.clone() for mine in local([mine["exp_avg_sq"] for mine in states])]
-        adam_denominators(squares, steps, group["betas"][1], group["adam_eps"])
-        counts = torch.stack([step.to(squares[0].device) for step in steps]).double()
-        corrections = 1 - group["betas"][0] ** counts
-        directions = list(torch._foreach_div(local(firsts), squares))
+        directions = list(torch._foreach_mul(local(firsts), [self._inverses[p] for p in params]))
+        corrections = 1 - discount ** torch.stack([t.to(steps[0].device) for t in steps]).double()
         _divide_(directions, torch.where(corrections == 0, 1.0, corrections))
         return directions
+
+    def _times(
+        self, params: list[Tensor], inverses: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        self._inverses = {
+            **getattr(self, "_inverses", {}),
+            **dict(zip(params, inverses, strict=True)),
+        }
+        return list(torch._foreach_mul(inverses, gradients))
 
 
 def second_moments_(

@@ -10,7 +10,9 @@ $$
 
 Of a step of $z$ only the share $s_t$ arrives at once at $y$, where its length was measured. Divided
 by it, the step moves $y$ by $\eta\, u$: the measured length is that of the move where it was
-measured. The share falls from 1 to $1 - \beta$, which is a warm-up of $z$ for nothing.
+measured. The share falls from 1 to $1 - \beta$, which is a warm-up of $z$ for nothing. A direction
+with a momentum $\mu$ of its own has each gradient act $1 / (1 - \mu)$ times already, and is
+multiplied by $\max(1, (1 - \mu) / s_t)$ instead.
 
 While training, the parameters are $y$; of the others only $z$ is stored. They follow the model's
 mode: a call of the model after ``model.eval()``, without gradients, finds $x$ in their place, and
@@ -277,6 +279,7 @@ class Interpolation(Direction):
             rate,
             skipped,
             interpolation=interpolation,
+            momentum=group.get("momentum", 0.0),
             equal=self._equal[id(group)],
         )
 
@@ -305,12 +308,14 @@ def interpolate_(
     skip: Tensor,
     *,
     interpolation: float,
+    momentum: float = 0.0,
     equal: bool = False,
 ) -> None:
     r"""In place, a step of $y$ and $z$, or nothing at all; the average $x$ is not stored.
 
     $$
-    y \leftarrow y + \tfrac1t (z - y) - \eta\, u, \qquad z \leftarrow z - \frac{\eta}{s_t}\, u
+    y \leftarrow y + \tfrac1t (z - y) - \zeta s_t\, u, \qquad z \leftarrow z - \zeta\, u, \qquad
+    \zeta = \eta \max\Bigl(1, \frac{1 - \mu}{s_t}\Bigr)
     $$
 
     Args:
@@ -319,9 +324,11 @@ def interpolate_(
             skipped.
         fast: ``z``; updated.
         steps: ``t`` of each, with this step; 0-dim float32.
-        rate: ``η``, 0-dim: how far ``y`` moves.
+        rate: ``η``, 0-dim: how far ``y`` moves where there is no momentum.
         skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
         interpolation: ``β``.
+        momentum: ``μ`` of the direction: it has each gradient act ``1 / (1 − μ)`` times, so that
+            the step of ``z`` need not be made longer for ``y`` to move as far.
         equal: Whether all steps are known to be equal, which takes fewer kernels.
     """
     for (device, _, _), (y, u, z, counts) in _tensors.local_alike(
@@ -329,15 +336,17 @@ def interpolate_(
     ).items():
         veto, mine = skip.to(device), rate.to(device)
         new = shares(counts, equal, device)
-        of_z = mine / (1 - interpolation * (1 - new))
+        share = 1 - interpolation * (1 - new)
+        of_z = mine * ((1 - momentum) / share).clamp(min=1)
+        of_y = of_z * share
         if equal and _tensors.is_on_host(device) and _tensors.is_on_host(rate.device):
             # The same without temporaries, each of which is as dear there as a step of SGD.
             if not veto.numpy():
                 torch._foreach_lerp_(y, z, float(new[0].numpy()))
-                torch._foreach_add_(y, u, alpha=-float(mine.detach().numpy()))
+                torch._foreach_add_(y, u, alpha=-float(of_y[0].detach().numpy()))
                 torch._foreach_add_(z, u, alpha=-float(of_z[0].detach().numpy()))
             continue
         apart = torch._foreach_sub(y, z)
         _tensors.descend_each_(y, list(apart), new, veto, equal)
-        _tensors.descend_(y, u, mine, veto)
+        _tensors.descend_each_(y, u, of_y, veto, equal)
         _tensors.descend_each_(z, u, of_z, veto, equal)

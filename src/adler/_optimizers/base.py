@@ -24,6 +24,7 @@ from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
 from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
+from adler._optimizers.multiplier import MultiplierCheck
 from adler._optimizers.record import Log, StepRecord
 from adler._optimizers.step_counts import StepCounts
 from adler._options import Guard, Measure
@@ -180,6 +181,7 @@ class MeasuredOptimizer(Optimizer):
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
         state = SearchState.of(self.param_groups[0], self._scalar_device)
+        self._multiplier.observe(self.param_groups, state.steps)
         measures = self.measure.is_due(state.steps)
         # What can be refused is refused before anything changes.
         ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
@@ -199,6 +201,9 @@ class MeasuredOptimizer(Optimizer):
         for group in self.param_groups:
             group.update(state.entries())
         self._recorder.clear()
+        if self._to_say:
+            said, self._to_say = self._to_say, ""
+            warn(said)
         self._log.write(found, seen, consistency, self._checks if measures else {})
         return loss
 
@@ -314,7 +319,7 @@ class MeasuredOptimizer(Optimizer):
             return part(batch, self.measure.fraction, self.criterion)
         except IndivisibleError as error:
             self._indivisible = True
-            warn(f"curvature is measured on whole batches, which costs more: {error}")
+            self._to_say = f"curvature is measured on whole batches, which costs more: {error}"
             return batch
 
     def _measure(
@@ -595,9 +600,8 @@ class MeasuredOptimizer(Optimizer):
             for key, default in self.defaults.items():
                 group.setdefault(key, first.get(key, default))
             group.update(search.entries())
-            group["effective_lr"] = torch.as_tensor(group.get("effective_lr", 0.0)).to(
-                search.minibatch_lr
-            )
+            like, rate = search.minibatch_lr, group.get("effective_lr", 0.0)
+            group["effective_lr"] = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
 
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
@@ -617,7 +621,8 @@ class MeasuredOptimizer(Optimizer):
         self._recorder = Recorder(
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
-        self._log, self._memory, self._indivisible = Log(), Memory(), False
+        self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
+        self._indivisible, self._to_say = False, ""
         self._checks: Mapping[str, Tensor] = {}
 
     @property

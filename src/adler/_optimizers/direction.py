@@ -90,8 +90,8 @@ class Reach:
         known = [self._known.get(id(d)) for d in directions]
         if any(length is None for length in known):  # along an average of gradients
             known = list(_tensors.lengths(directions))
-        lengths = torch.stack([length.to(rate) for length in known if length is not None])
-        sizes = torch.stack([self._state[p]["initial_size"].to(rate) for p in params])
+        lengths = _tensors.stacked([length for length in known if length is not None], rate)
+        sizes = _tensors.stacked([self._state[p]["initial_size"] for p in params], rate)
         return (self._fraction * sizes / (rate * lengths)).clamp(max=1)
 
     def shorten(

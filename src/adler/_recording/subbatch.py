@@ -103,8 +103,8 @@ def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
     sizes = [len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim]
     if not sizes:
         raise IndivisibleError(
-            "the model received no tensor with a batch dimension, so there is no part of the "
-            "batch to take: use Measure(fraction=1.0)"
+            "the model received no tensor with a batch dimension, so there "
+            "is no part of the batch to take: use measure=Measure(fraction=1.0)"
         )
     size = sizes[0]
     count = min(size, max(2, math.ceil(fraction * size)))
@@ -123,7 +123,8 @@ def _rows(loss: RecordedLoss, size: int) -> int:
     if rows % size:
         raise IndivisibleError(
             f"the criterion received {rows} rows for a batch of {size} "
-            "examples, so it is not known which belong to a part of it: use Measure(fraction=1.0)"
+            "examples, so it is not known which belong to a part of it: use "
+            "measure=Measure(fraction=1.0)"
         )
     return rows
 
@@ -138,7 +139,7 @@ def _first(tree: Any, size: int, count: int, where: str) -> Any:
             raise IndivisibleError(
                 f"the {where} received a tensor of shape "
                 f"{tuple(tensor.shape)} beside {size} rows; a part of the batch needs the batch as "
-                "the first dimension of every tensor: use Measure(fraction=1.0)"
+                "the first dimension of every tensor: use measure=Measure(fraction=1.0)"
             )
         return tensor[:count]
 

@@ -60,8 +60,8 @@ class TangentKernel:
     Raises:
         ValueError: If there is no parameter or no output, or one is not finite.
 
-    Source: A. Jacot, F. Gabriel, C. Hongler, arXiv 1806.07572; its spectrum in training:
-    D. Balboni, PhD thesis, SNS 2025, ch. 5 and 6.
+    Source: A. Jacot, F. Gabriel, C. Hongler, arXiv 1806.07572; D. Balboni, PhD thesis, SNS 2025,
+    sections 2.3, 4.3, 4.4 and (7.5).
 
     Examples:
         >>> model = torch.nn.Linear(3, 2)

@@ -452,7 +452,8 @@ class _Measurement:
             form = self._form(loss, at, targets, tangents)
             if one and self.wants_nat:
                 nat = self._hessian_of(loss).nat(at, targets, at_height)
-        finite = torch.isfinite(at_height)
+        # That of a part may be a mean over no targets.
+        finite = torch.isfinite(at_height if loss.value is None else loss.value)
         replaced = self.substitute and not form.ndim and (ascends or not curved)
         if not wanted and not replaced:
             return _Seen(form, nat, finite)

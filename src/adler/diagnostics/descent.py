@@ -6,10 +6,13 @@ Where a loss ``h`` is $\mu$-PL (`adler.diagnostics.polyak`), the descent inequal
 | function | what it gives |
 |---|---|
 | `predicted_decrease`, `accumulated_bound` | one step's factor, and the loss's bound over many |
+| `predicted_contraction` | a step's factor of the squared distance, under PL⁺ and PL |
+| `convergence_radius` | how far from its start gradient descent can end |
 | `measured_smoothness` | the ``L`` of a step that was taken |
 
 Source: H. Karimi, J. Nutini, M. Schmidt, *Linear convergence of gradient and proximal-gradient
-methods under the Polyak-Łojasiewicz condition*, ECML 2016; D. Balboni, PhD thesis, SNS 2025, ch. 4.
+methods under the Polyak-Łojasiewicz condition*, ECML 2016; D. Balboni, PhD thesis, SNS 2025,
+sections 4.1, 6.2 and 7.3.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ from torch import Tensor
 
 from adler.diagnostics.scalars import Numbers, excess, numbers, scalar
 
-__all__ = ["accumulated_bound", "measured_smoothness", "predicted_decrease"]
+__all__ = [
+    "accumulated_bound",
+    "convergence_radius",
+    "measured_smoothness",
+    "predicted_contraction",
+    "predicted_decrease",
+]
 
 
 def predicted_decrease(pl: Numbers, smoothness: Numbers, lr: Numbers | None = None) -> Tensor:
@@ -82,8 +91,8 @@ def accumulated_bound(
     $$
 
     with the factors of `predicted_decrease` at other rates than $1/L$. A negative factor counts as
-    0, which says no more than $h \ge h^*$. In the role of Lemma 11 of the thesis; the proof is that
-    of `predicted_decrease`, step by step.
+    0, which says no more than $h \ge h^*$. It is Lemma 11 of the thesis (section 6.2); the proof is
+    that of `predicted_decrease`, step by step.
 
     Args:
         initial: ``h_0``, at least ``h*``.
@@ -114,6 +123,94 @@ def accumulated_bound(
     factors = predicted_decrease(mu, smoothnesses, lrs).clamp(min=0)
     gap = excess("initial", initial, optimum, factors)
     return torch.cat([gap.new_ones(1), factors.cumprod(0)]) * gap + scalar("optimum", optimum, gap)
+
+
+def convergence_radius(
+    gap: float | Tensor, pl: float | Tensor, smoothness: float | Tensor
+) -> Tensor:
+    r"""How far from its start gradient descent at rate $1/L$ can ever be.
+
+    $$
+    \|\theta_k - \theta_0\| \le \sqrt{\frac{2 (h_0 - h^*)}{L}}\;
+        \frac{1}{1 - \sqrt{1 - \mu/L}} .
+    $$
+
+    Proof: smoothness gives $\|\nabla h_k\|^2 \le 2 L (h_k - h^*)$, so a step is at most $\sqrt{2
+    (h_k - h^*) / L}$ long, and PL makes these lengths a geometric series. Attained in one step by
+    $\tfrac12 L \theta^2$. It is (4.4) of the thesis, Lemma 1, without the factor $1/L$ before the
+    distance there, which is a slip: from $\theta_0 = 1$ with $L = \mu = 0.01$ that quadratic moves
+    by 1, where the printed formula allows 0.01.
+
+    Args:
+        gap: $h_0 - h^*$, not negative.
+        pl: ``μ``, positive, at most ``L``.
+        smoothness: ``L``.
+
+    Raises:
+        ValueError: If an argument is out of range or not a single number.
+
+    Source:
+        Lemma 1 of D. Balboni, PhD thesis, SNS 2025, section 4.1.
+
+    Examples:
+        >>> float(convergence_radius(gap=2.0, pl=4.0, smoothness=4.0))  # 2 θ² from 1
+        1.0
+    """
+    xi = scalar("gap", gap)
+    mu, L = scalar("pl", pl, xi), scalar("smoothness", smoothness, xi)
+    if xi < 0:
+        raise ValueError(f"gap={float(xi)!r}: expected a number of at least 0")
+    if not 0 < mu <= L:
+        raise ValueError(
+            f"pl={float(mu)!r}, smoothness={float(L)!r}: expected positive numbers, pl no larger"
+        )
+    return (2 * xi / L).sqrt() / (1 - (1 - mu / L).sqrt())
+
+
+def predicted_contraction(pl: Numbers, upper_pl: Numbers, lr: Numbers | None = None) -> Tensor:
+    r"""The factor by which $\|\theta - \theta^*\|^2$ shrinks at least in a step, under PL⁺ and PL.
+
+    $$
+    1 - \mu \eta (1 - L \eta), \qquad 1 - \frac{\mu}{4 L} \ \text{ at its minimiser } \eta = 1/2L ,
+    $$
+
+    for a loss that is $\mathrm{PL}^-(\mu)$ and $\mathrm{PL}^+(L)$, $\mu (h - h^*) \le \tfrac12
+    \|\nabla h\|^2 \le L (h - h^*)$, and star-convex about $\theta^*$, the nearest minimiser; it
+    need not be smooth. Proof: $\|\theta - \eta \nabla h - \theta^*\|^2 = \|\theta - \theta^*\|^2 -
+    2 \eta \langle \nabla h, \theta - \theta^* \rangle + \eta^2 \|\nabla h\|^2$; star-convexity
+    bounds the second term by $-2 \eta (h - h^*)$, PL⁺ the third by $2 L \eta^2 (h - h^*)$, and $h -
+    h^* \ge \tfrac{\mu}{2} \|\theta - \theta^*\|^2$, which PL⁻ implies.
+
+    Args:
+        pl: ``μ``, not negative; numbers or tensors, elementwise.
+        upper_pl: ``L``, positive.
+        lr: ``η``, between 0 and ``1/L``. Default: ``1/2L``.
+
+    Returns:
+        Of the shape of the arguments.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        C. Guille-Escuret, M. Girotti, B. Goujaud, I. Mitliagkas, *A study of condition numbers for
+        first-order optimization*, AISTATS 2021, table 2; D. Balboni, PhD thesis, SNS 2025, section
+        7.3.
+
+    Examples:
+        >>> float(predicted_contraction(1.0, 4.0))
+        0.9375
+    """
+    mu = numbers(pl)
+    L = numbers(upper_pl, mu)
+    if not bool((mu >= 0).all()):
+        raise ValueError(f"pl: the least is {float(mu.min())!r}; expected none below 0")
+    if not bool((L > 0).all()):
+        raise ValueError(f"upper_pl: the least is {float(L.min())!r}; expected positive numbers")
+    eta = 1 / (2 * L) if lr is None else numbers(lr, mu)
+    if not bool(((eta >= 0) & (eta * L <= 1)).all()):
+        raise ValueError("lr: expected numbers between 0 and 1/L")
+    return 1 - mu * eta * (1 - L * eta)
 
 
 def measured_smoothness(

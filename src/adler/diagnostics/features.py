@@ -11,8 +11,8 @@ linear layer is the entrywise product of the Gram matrix $G^m$ of what enters th
 the output's derivatives $\delta$ by what leaves it. By Schur's product theorem the smallest
 eigenvalue of this part is at least $\lambda_{\min}(G^m) \min_i \|\delta_i\|^2$.
 
-Source: the quantities are those of D. Balboni, *An Optimization Perspective on Deep Neural
-Networks*, PhD thesis, Scuola Normale Superiore, 2025, ch. 4-6.
+Source: $G^m$ is that of (4.9) in D. Balboni, *An Optimization Perspective on Deep Neural Networks*,
+PhD thesis, Scuola Normale Superiore, 2025, section 4.4.
 """
 
 from __future__ import annotations

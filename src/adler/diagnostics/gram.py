@@ -3,21 +3,28 @@ r"""Gram matrices: how well conditioned they are, and how far a change can degra
 For features $f(x_i)$ of $b$ examples, flattened, $G_{ij} = \langle f(x_i), f(x_j) \rangle$.
 `adler.diagnostics.features` takes them from a network.
 
-Source: the quantities are those of D. Balboni, *An Optimization Perspective on Deep Neural
-Networks*, PhD thesis, Scuola Normale Superiore, 2025, ch. 4-6.
+Source: D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola
+Normale Superiore, 2025, section 4.4; row sums and entries as proxies: section 6.3.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adler.losses.base import wide
 
-__all__ = ["Conditioning", "conditioning", "correlation", "degradation_bound", "gram"]
+__all__ = [
+    "Conditioning",
+    "conditioning",
+    "correlation",
+    "degradation_bound",
+    "eigenvalue_perturbation",
+    "gram",
+]
 
 
 class Conditioning(NamedTuple):
@@ -155,35 +162,35 @@ def conditioning(gram: Tensor) -> Conditioning:
     )
 
 
-def degradation_bound(before: Tensor, after: Tensor) -> tuple[float, float]:
-    r"""Where the smallest eigenvalue can be after a symmetric matrix has changed.
+def eigenvalue_perturbation(
+    before: Tensor, after: Tensor, norm: Literal["operator", "frobenius"] = "operator"
+) -> float:
+    r"""How far each eigenvalue can have moved while a symmetric matrix changed.
 
     $$
-    |\lambda_{\min}(A) - \lambda_{\min}(B)| \le \|A - B\|_2 .
+    |\lambda_i(A) - \lambda_i(B)| \le \|A - B\|_{\text{op}} \le \|A - B\|_F .
     $$
 
-    Proof: for every unit vector $u$, $u^\top B u \ge u^\top A u - \|A - B\|_2 \ge
-    \lambda_{\min}(A) - \|A - B\|_2$; minimise over $u$, then exchange $A$ and $B$.
+    For the smallest: for every unit vector $u$, $u^\top B u \ge u^\top A u - \|A - B\| \ge
+    \lambda_{\min}(A) - \|A - B\|$; minimise over $u$, then exchange $A$ and $B$. Applied to the
+    features themselves, the same holds of singular values.
 
     Args:
         before: ``A``, symmetric, shape ``(b, b)``.
         after: ``B``, likewise.
-
-    Returns:
-        ``(lower, upper)``, which bracket the smallest eigenvalue of ``after``, found from the
-        smallest eigenvalue of ``before`` and the norm of the change. A ``lower`` of 0 or less says
-        nothing about a Gram matrix.
+        norm: ``"operator"``, or ``"frobenius"``, which is larger and needs no eigenvalue.
 
     Raises:
         ValueError: If a matrix is empty, not square, not symmetric or not finite, or if the shapes
-            differ.
+            differ, or the norm is another.
 
     Source:
-        H. Weyl, 1912.
+        H. Weyl, 1912; (4.11) of D. Balboni, PhD thesis, SNS 2025, section 4.4.
 
     Examples:
-        >>> degradation_bound(torch.eye(2), torch.diag(torch.tensor([1.25, 0.5])))
-        (0.5, 1.5)
+        >>> A, B = torch.eye(2), torch.diag(torch.tensor([4.0, 5.0]))
+        >>> eigenvalue_perturbation(A, B), eigenvalue_perturbation(A, B, "frobenius")
+        (4.0, 5.0)
     """
     _refuse_asymmetric("before", before)
     _refuse_asymmetric("after", after)
@@ -191,10 +198,39 @@ def degradation_bound(before: Tensor, after: Tensor) -> tuple[float, float]:
         raise ValueError(
             f"after: shape {tuple(after.shape)} differs from that of before, {tuple(before.shape)}"
         )
-    A, B = _double(before), _double(after).to(_double(before).device)
+    if norm not in ("operator", "frobenius"):
+        raise ValueError(f"norm={norm!r}: expected 'operator' or 'frobenius'")
+    change = _double(before) - _double(after).to(_double(before).device)
+    if norm == "frobenius":
+        return float(torch.linalg.matrix_norm(change))
+    return float(torch.linalg.eigvalsh((change + change.T) / 2).abs().max())
+
+
+def degradation_bound(
+    before: Tensor, after: Tensor, norm: Literal["operator", "frobenius"] = "operator"
+) -> tuple[float, float]:
+    r"""Where the smallest eigenvalue can be after a symmetric matrix has changed.
+
+    Args:
+        before: See `eigenvalue_perturbation`.
+        after: See `eigenvalue_perturbation`.
+        norm: See `eigenvalue_perturbation`.
+
+    Returns:
+        ``(lower, upper)``, which bracket the smallest eigenvalue of ``after``, found from the
+        smallest eigenvalue of ``before`` and the norm of the change. A ``lower`` of 0 or less says
+        nothing about a Gram matrix.
+
+    Raises:
+        ValueError: As `eigenvalue_perturbation`.
+
+    Examples:
+        >>> degradation_bound(torch.eye(2), torch.diag(torch.tensor([1.25, 0.5])))
+        (0.5, 1.5)
+    """
+    radius = eigenvalue_perturbation(before, after, norm)
+    A = _double(before)
     smallest = float(torch.linalg.eigvalsh((A + A.T) / 2)[0])
-    change = A - B
-    radius = float(torch.linalg.eigvalsh((change + change.T) / 2).abs().max())
     return smallest - radius, smallest + radius
 
 

@@ -13,8 +13,8 @@ in its parameters, which wide networks approach: $\|\nabla^2 F_i\|$ falls like t
 root of the width in the NTK parametrisation, and within a ball of radius ``R`` an output differs
 from its linearisation by at most $\tfrac12 R^2 \sup \|\nabla^2 F_i\|$.
 
-Source: D. Balboni, PhD thesis, SNS 2025, section 7.3; C. Liu, L. Zhu, M. Belkin, *On the linearity
-of large non-linear models: when and why the tangent kernel is constant*, NeurIPS 2020.
+Source: D. Balboni, PhD thesis, SNS 2025, sections 7.4 and 7.5; C. Liu, L. Zhu, M. Belkin, *On the
+linearity of large non-linear models: when and why the tangent kernel is constant*, NeurIPS 2020.
 """
 
 from __future__ import annotations

@@ -12,12 +12,15 @@ coefficient. `adler.diagnostics.descent` predicts gradient descent from it.
 | function | what it gives |
 |---|---|
 | `pl_coefficient` | the largest $\mu$ at one point |
-| `kernel_pl_bound` | a lower bound of it from the tangent kernel |
-| `weak_pl_bound`, `weak_pl_coefficient` | what cross-entropy has in its place |
+| `mean_pl_coefficient` | that of the examples' own losses |
+| `kernel_pl_bound`, `kernel_upper_pl_bound` | bounds of it from the tangent kernel |
+
+Cross-entropy has no PL coefficient, but a weak one: `adler.diagnostics.weak_polyak`.
 
 Source: H. Karimi, J. Nutini, M. Schmidt, *Linear convergence of gradient and proximal-gradient
 methods under the Polyak-Łojasiewicz condition*, ECML 2016; C. Liu, L. Zhu, M. Belkin, arXiv
-2003.00307; D. Balboni, PhD thesis, SNS 2025, ch. 4.
+2003.00307; D. Balboni, PhD thesis, SNS 2025, sections
+4.1, 4.3, 4.4, 6.2, 7.3 and 7.4.
 """
 
 from __future__ import annotations
@@ -30,16 +33,19 @@ import torch
 from torch import Tensor
 
 from adler.diagnostics.scalars import excess
-from adler.losses import LossHessian, MSEHessian, loss_hessian
+from adler.losses import CrossEntropyHessian, LossHessian, MSEHessian, loss_hessian
 from adler.losses.base import wide
 
 __all__ = [
+    "Gradients",
     "kernel_pl_bound",
+    "kernel_upper_pl_bound",
     "loss_pl_coefficient",
+    "loss_upper_pl_coefficient",
+    "mean_pl_coefficient",
     "pl_coefficient",
     "satisfies_pl_star",
-    "weak_pl_bound",
-    "weak_pl_coefficient",
+    "satisfies_upper_pl",
 ]
 
 Gradients = Tensor | Iterable[Tensor | None] | Mapping[str, Tensor | None]
@@ -78,9 +84,47 @@ def pl_coefficient(
         >>> float(pl_coefficient(theta.square().sum(), 2 * theta))  # of |θ|²: L = μ = 2
         2.0
     """
-    squared = _squared_norm(gradients)
+    squared = squared_norm(gradients)
     gap = excess("loss", loss, optimum, squared)
     return torch.where(gap == 0, torch.full_like(gap, math.inf), squared / (2 * gap))
+
+
+def mean_pl_coefficient(losses: Tensor, squared_norms: Tensor) -> Tensor:
+    r"""The PL coefficient of the examples' own losses, on average.
+
+    $$
+    \bar\mu(\theta) = \frac{\sum_i \|\nabla \ell_i(\theta)\|^2}{2 \sum_i \ell_i(\theta)} .
+    $$
+
+    It is (6.3) of the thesis (section 6.2), which takes it for the coefficient of the mean loss,
+    (6.2) there and `pl_coefficient` here. It is not: $\|\sum_i \nabla \ell_i\|^2 / b^2$ is at most
+    $\sum_i \|\nabla \ell_i\|^2 / b$, so that ``pl_coefficient <= mean_pl_coefficient``, and the two
+    agree only where all examples have one gradient.
+
+    Args:
+        losses: $\ell_i$, shape ``(b,)``, not negative, with infimum 0.
+        squared_norms: $\|\nabla \ell_i\|^2$, likewise.
+
+    Returns:
+        0-dim, float32 or wider; infinite where all losses are 0.
+
+    Raises:
+        ValueError: If the shapes differ or are empty, or a number is negative or not finite.
+
+    Examples:
+        >>> float(mean_pl_coefficient(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 4.0])))
+        1.0
+    """
+    if losses.shape != squared_norms.shape or losses.numel() == 0:
+        raise ValueError(
+            f"losses, squared_norms: shapes {tuple(losses.shape)} and "
+            f"{tuple(squared_norms.shape)}; expected one number an example each"
+        )
+    h, squared = (t.detach().to(wide(t.dtype)).sum() for t in (losses, squared_norms))
+    for name, several in (("losses", losses), ("squared_norms", squared_norms)):
+        if not bool(((several >= 0) & torch.isfinite(several)).all()):
+            raise ValueError(f"{name}: expected finite numbers, none below 0")
+    return torch.where(h == 0, torch.full_like(h, math.inf), squared / (2 * h))
 
 
 def satisfies_pl_star(
@@ -104,7 +148,7 @@ def satisfies_pl_star(
     """
     if not coefficient > 0:
         raise ValueError(f"coefficient={float(coefficient)!r}: expected a positive number")
-    squared = _squared_norm(gradients)
+    squared = squared_norm(gradients)
     return bool(squared / 2 >= float(coefficient) * excess("loss", loss, 0.0, squared))
 
 
@@ -136,7 +180,7 @@ def loss_pl_coefficient(
     if not isinstance(hessian, MSEHessian):
         raise ValueError(
             f"criterion={criterion!r}: no PL coefficient is known that holds for all outputs; "
-            "cross-entropy has none, weak_pl_bound holds in its place"
+            "cross-entropy has none, adler.diagnostics.weak_polyak has what holds in its place"
         )
     # Outputs that are repeated to meet larger targets cannot fit them: the infimum is not 0.
     try:
@@ -182,94 +226,113 @@ def kernel_pl_bound(
     return loss_pl_coefficient(outputs, targets, criterion) * max(eigenvalue, 0.0)
 
 
-# --- cross-entropy -------------------------------------------------------------------------------
+# --- from above ----------------------------------------------------------------------------------
 
 
-def weak_pl_bound(losses: Tensor, classes: int, reduction: str = "mean") -> Tensor:
-    r"""A lower bound of $\|\nabla L\|^2$ for cross-entropy, from the examples' losses.
+def satisfies_upper_pl(
+    loss: float | Tensor, gradients: Gradients, coefficient: float | Tensor
+) -> bool:
+    r"""Whether $\tfrac12 \|\nabla h\|^2 \le L h$ at one point: the condition PL⁺, with infimum 0.
 
-    $$
-    \|\nabla L\|^2 \ge \frac{C}{C - 1} \sum_i \omega^2 (1 - e^{-\ell_i})^2 ,
-    $$
-
-    with $\omega = 1/b$ for the mean, 1 for the sum. Per example the gradient is $p - e_y$ with
-    $p_y = e^{-\ell}$. Its entry at ``y`` has modulus $1 - p_y$, the others sum to as much, so by
-    Cauchy-Schwarz their squares sum to at least $(1 - p_y)^2 / (C - 1)$; equality where they agree.
-
-    The gradient vanishes as the loss does, only faster: no PL inequality, but this one, in the role
-    of Lemma 22 of the thesis. Then $\|\nabla h\|^2 \ge \lambda_{\min}(K) \|\nabla L\|^2$. As
-    $\nabla L$ has mean zero over the classes of each example, the smallest eigenvalue of ``K`` on
-    such vectors is enough.
+    `pl_coefficient` is the least such ``L`` there. An ``L``-smooth loss has it everywhere, but
+    PL⁺ does not make a loss smooth.
 
     Args:
-        losses: Cross-entropy of each example, of hard targets, without class weights; ``(b,)`` or
-            any shape.
-        classes: ``C``.
-        reduction: ``"mean"`` or ``"sum"``: how ``L`` combines them.
-
-    Returns:
-        0-dim, float32 or wider.
+        loss: ``h``, not negative.
+        gradients: See `pl_coefficient`.
+        coefficient: ``L``, positive.
 
     Raises:
-        ValueError: If there is no loss, one is negative or not a number, or another argument is out
-            of range.
+        ValueError: As `satisfies_pl_star`.
+
+    Source:
+        Definition 9 of D. Balboni, PhD thesis, SNS 2025, section 7.3; C. Guille-Escuret, M.
+        Girotti, B. Goujaud, I. Mitliagkas, *A study of condition numbers for first-order
+        optimization*, 2021.
 
     Examples:
-        >>> bound = weak_pl_bound(torch.tensor([2.0]).log(), classes=2)  # p = ½: (-½, ½)
-        >>> round(float(bound), 6)
-        0.5
+        >>> satisfies_upper_pl(4.0, torch.tensor([4.0]), 2.0)  # θ² at 2
+        True
+        >>> satisfies_upper_pl(4.0, torch.tensor([4.0]), 1.9)
+        False
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
-    if losses.numel() == 0:
-        raise ValueError(f"losses: shape {tuple(losses.shape)}; expected at least one example")
-    if not bool((losses >= 0).all()):
-        raise ValueError(f"losses: the least is {float(losses.min())}; expected none below 0")
-    errors = -torch.expm1(-losses.detach().to(wide(losses.dtype)))
-    bound = _simplex(classes) * errors.square().sum()
-    return bound if reduction == "sum" else bound / losses.numel() ** 2
+    if not coefficient > 0:
+        raise ValueError(f"coefficient={float(coefficient)!r}: expected a positive number")
+    squared = squared_norm(gradients)
+    return bool(squared / 2 <= float(coefficient) * excess("loss", loss, 0.0, squared))
 
 
-def weak_pl_coefficient(largest_loss: float, classes: int, examples: int) -> float:
-    r"""The constant $\omega$ of $\|\nabla L\|^2 \ge \omega L^2$ for cross-entropy.
+def loss_upper_pl_coefficient(
+    outputs: Tensor, targets: Any, criterion: Callable[..., Tensor] | LossHessian
+) -> float:
+    r"""A PL⁺ coefficient $\beta$ of a loss as a function of the outputs.
 
-    While no example's loss exceeds ``M``,
-
-    $$
-    \omega = \frac1b\, \frac{C}{C - 1} \left(\frac{1 - e^{-M}}{M}\right)^2 ,
-    $$
-
-    for the mean and for the sum alike: $1 - e^{-\ell}$ is concave, so at least
-    $\ell\,(1 - e^{-M})/M$ on $[0, M]$, and $\sum_i \ell_i^2 \ge (\sum_i \ell_i)^2 / b$; the rest is
-    `weak_pl_bound`. Equality where all examples have loss ``M`` and equal wrong probabilities.
-
-    Under it the loss falls like $1/k$, not geometrically: with rate $1/L$, a step has
-    $h_{k+1} \le h_k - \omega \lambda_{\min}(K)\, h_k^2 / (2L)$.
+    That is, $\tfrac12 \|\nabla L\|^2 \le \beta L$. A convex loss that is $\beta$-smooth everywhere
+    has it. For the mean squared error over ``n`` entries $\beta = 2/n$, with equality; for the sum,
+    2. For cross-entropy with weights $\omega_i$, $\beta = \tfrac12 \max_i \omega_i$, as in
+    `adler.diagnostics.theory.smoothness.loss_bounds`.
 
     Args:
-        largest_loss: ``M``, not negative.
-        classes: ``C``, at least 2.
-        examples: ``b``, at least 1.
+        outputs: ``F``.
+        targets: What the criterion receives after them.
+        criterion: `torch.nn.MSELoss` or `torch.nn.CrossEntropyLoss`, or their functions.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If the criterion is another one.
 
     Examples:
-        >>> weak_pl_coefficient(0.0, classes=2, examples=4)
-        0.5
+        >>> F, y = torch.zeros(4, 3), torch.zeros(4).long()
+        >>> loss_upper_pl_coefficient(F, y, torch.nn.CrossEntropyLoss())
+        0.125
     """
-    if not 0 <= largest_loss < math.inf:
-        raise ValueError(f"largest_loss={largest_loss!r}: expected a finite number, at least 0")
-    if examples < 1:
-        raise ValueError(f"examples={examples!r}: expected at least 1")
-    chord = -math.expm1(-largest_loss) / largest_loss if largest_loss > 0 else 1.0
-    return _simplex(classes) * chord**2 / examples
+    hessian = loss_hessian(criterion)
+    if isinstance(hessian, MSEHessian):
+        return loss_pl_coefficient(outputs, targets, hessian)
+    if type(hessian) is CrossEntropyHessian:
+        return float(hessian.example_weights(outputs, targets).max()) / 2
+    raise ValueError(
+        f"criterion={criterion!r}: known for MSELoss and CrossEntropyLoss; for a convex loss that "
+        "is β-smooth everywhere, β itself"
+    )
+
+
+def kernel_upper_pl_bound(
+    largest_eigenvalue: float | Tensor,
+    outputs: Tensor,
+    targets: Any,
+    criterion: Callable[..., Tensor] | LossHessian,
+) -> float:
+    r"""A PL⁺ coefficient of the network's loss: $\beta\, \lambda_{\max}(K(\theta))$.
+
+    Because $\|\nabla h\|^2 = \nabla L^\top K\, \nabla L \le \lambda_{\max}(K) \|\nabla L\|^2$: the
+    upper half of Lemma 12 of the thesis (section 7.4). It bounds `pl_coefficient` with
+    ``optimum=0`` from above.
+
+    Args:
+        largest_eigenvalue: Of the tangent kernel of all outputs of the batch.
+        outputs: See `loss_upper_pl_coefficient`.
+        targets: See `loss_upper_pl_coefficient`.
+        criterion: See `loss_upper_pl_coefficient`.
+
+    Raises:
+        ValueError: As `loss_upper_pl_coefficient`; or if the eigenvalue is negative or not finite.
+
+    Examples:
+        >>> F, y = torch.zeros(2), torch.ones(2)
+        >>> kernel_upper_pl_bound(3.0, F, y, torch.nn.MSELoss(reduction="sum"))
+        6.0
+    """
+    eigenvalue = float(largest_eigenvalue)
+    if not 0 <= eigenvalue < math.inf:
+        raise ValueError(f"largest_eigenvalue={eigenvalue!r}: expected a finite number, at least 0")
+    return loss_upper_pl_coefficient(outputs, targets, criterion) * eigenvalue
 
 
 # --- helpers -------------------------------------------------------------------------------------
 
 
-def _squared_norm(gradients: Gradients) -> Tensor:
+def squared_norm(gradients: Gradients) -> Tensor:
+    """``‖∇h‖²``, 0-dim, float32 or wider; gradients as for `pl_coefficient`."""
     if isinstance(gradients, Tensor):
         gradients = [gradients]
     elif isinstance(gradients, Mapping):
@@ -284,9 +347,3 @@ def _squared_norm(gradients: Gradients) -> Tensor:
             f"gradients: their squared norm is {float(squared)}; expected a finite one"
         )
     return squared
-
-
-def _simplex(classes: int) -> float:
-    if classes < 2:
-        raise ValueError(f"classes={classes!r}: expected at least 2")
-    return classes / (classes - 1)

@@ -51,14 +51,14 @@ class CrossEntropyHessian(LossHessian):
         return torch.where(weights == 0, 0, weights * q).sum()
 
     def spectral_norm(self, outputs: Tensor, targets: Any) -> Tensor:
-        r"""Gershgorin's bound $\max_i \omega_i \max_c 2 p_{ic} (1 - p_{ic})$, at most $\omega/2$.
+        r"""Exact: $\max_i \omega_i\, \lambda_{\max}(\mathrm{diag}(p_i) - p_i p_i^\top)$.
 
-        Of $\mathrm{diag}(p) - p p^\top$, row ``c`` sums to ``2 p_c (1 - p_c)`` in modulus.
+        At most $\max_i \omega_i / 2$, which two equal probabilities attain.
         """
         p = outputs.to(wide(outputs.dtype)).softmax(class_axis(outputs))
-        rows = (2 * p * (1 - p)).amax(class_axis(outputs))
+        largest = _largest_eigenvalue(p, class_axis(outputs))
         weights = self.example_weights(outputs, targets)
-        return torch.where(weights == 0, 0, weights * rows).max()
+        return torch.where(weights == 0, 0, weights * largest).max()
 
     def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """``Σ_i ω_i``: 1 for the plain mean."""
@@ -111,3 +111,23 @@ class NLLHessian(CrossEntropyHessian):
 
     def __init__(self, criterion: nn.NLLLoss | None = None) -> None:
         super().__init__(nn.NLLLoss() if criterion is None else criterion)
+
+
+def _largest_eigenvalue(p: Tensor, axis: int) -> Tensor:
+    r"""$\lambda_{\max}(\mathrm{diag}(p) - p p^\top)$ of the distributions along an axis.
+
+    The eigenvalues interlace with the entries of ``p``: the largest lies between the two largest
+    entries, and is the root there of the secular equation $\sum_c p_c^2 / (p_c - \lambda) = 1$,
+    whose left side grows. Bisection keeps the upper end, so that the result bounds the root.
+    """
+    if p.shape[axis] == 1:
+        return torch.zeros_like(p.sum(axis))
+    top = p.topk(2, dim=axis).values
+    high, low = (top.select(axis, i).unsqueeze(axis) for i in (0, 1))
+    for _ in range(24 if p.dtype == torch.float32 else 52):
+        middle = (low + high) / 2
+        # At a pole the terms are infinite of both signs, or 0/0: no root below it is lost.
+        above = (p.square() / (p - middle)).sum(axis, keepdim=True) > 1
+        high = torch.where(above, middle, high)
+        low = torch.where(above, low, middle)
+    return high.squeeze(axis)

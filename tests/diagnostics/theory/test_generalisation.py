@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from adler.diagnostics.theory.generalisation import (
     Bound,
     generalisation_bound,
+    generalisation_gap,
     pointwise_hypothesis_stability,
 )
 
@@ -188,6 +189,27 @@ def test_the_bound_is_that_of_theorem_11(risk, beta, n, M, confidence):
     found = generalisation_bound(risk, beta, n, M, confidence)
     assert found.value == pytest.approx(expected, rel=1e-12)
     assert found.vacuous == (found.value >= M)
+
+
+@examples
+@given(beta=st.floats(0, 10), n=st.integers(2, 10**6), M=positive, confidence=st.floats(0.01, 0.99))
+def test_the_gap_is_that_of_equation_4_13(beta, n, M, confidence):
+    gap = generalisation_gap(beta, n, M, confidence)
+    delta = 1 - confidence
+    assert gap == pytest.approx(math.sqrt((M**2 + 12 * M * n * beta) / (2 * n * delta)), rel=1e-9)
+    assert generalisation_bound(0.0, beta, n, M, confidence).value == pytest.approx(gap, rel=1e-12)
+
+
+def test_the_gap_holds_on_both_sides_for_a_mean_and_a_tenth_of_it_does_not():
+    # What is trained does not depend on the sample: β = 0, and the loss is a fair coin's.
+    n, confidence = 25, 0.5
+    gap = generalisation_gap(0.0, n, 1.0, confidence)
+    generator = torch.Generator().manual_seed(0)
+    risks = torch.randint(2, (4000, n), generator=generator).double().mean(1)
+    far = (risks - 0.5).abs()
+    assert float((far <= gap).double().mean()) >= confidence
+    assert float((risks - 0.5 > gap / 10).double().mean()) > 1 - confidence - 0.1
+    assert float((far <= gap / 10).double().mean()) < confidence
 
 
 def test_a_memoriser_has_a_vacuous_bound():

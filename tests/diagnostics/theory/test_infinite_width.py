@@ -14,6 +14,7 @@ from adler.diagnostics.theory.duals import dual_activation
 from adler.diagnostics.theory.infinite_width import (
     eigenvalue_lower_bound,
     iterated_gram,
+    largest_correlation_change,
     maximal_distortion,
 )
 
@@ -157,21 +158,87 @@ def test_gram_matrices_that_do_not_fit_are_refused():
             function(torch.ones(2, 3), torch.relu, 1)
 
 
+# --- Lemma 24 -------------------------------------------------------------------------------------
+
+
+@examples
+@given(n=st.integers(2, 8), d=st.integers(1, 12), seed=seeds, name=st.sampled_from([*ACTIVATIONS]))
+def test_lemma_24_holds_and_the_combined_bound_is_never_below_it(n, d, seed, name):
+    G = unit_gram(n, d, seed)
+    thesis = eigenvalue_lower_bound(G, ACTIVATIONS[name], depth=6, method="lemma-24")
+    combined = eigenvalue_lower_bound(G, ACTIVATIONS[name], depth=6)
+    truth = smallest(iterated_gram(G, ACTIVATIONS[name], depth=6))
+    assert bool((thesis <= combined + 1e-14).all())
+    assert bool((combined <= truth + 1e-12).all())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_lemma_24_is_the_difference_of_the_dual(name):
+    dual = dual_activation(ACTIVATIONS[name])
+    G = unit_gram(5, 8, seed=3)
+    bound = eigenvalue_lower_bound(G, ACTIVATIONS[name], depth=1, method="lemma-24")
+    delta = float(smallest(G))
+    expected = (dual(1.0) - dual(1 - delta)) / dual(1.0)
+    # The series knows its tail at ±1 alone: 1e-5 of a kink's.
+    assert float(bound[1]) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_equal_correlations_attain_lemma_24(name):
+    # δI + (1 - δ)11ᵀ: f of it is (f(1) - f(1 - δ))I + f(1 - δ)11ᵀ, whatever the number of examples.
+    dual, n, delta = dual_activation(ACTIVATIONS[name]), 6, 0.3
+    G = delta * torch.eye(n, dtype=torch.float64) + (1 - delta)
+    truth = smallest(iterated_gram(G, ACTIVATIONS[name], depth=4))
+    bound = eigenvalue_lower_bound(G, ACTIVATIONS[name], depth=4, method="lemma-24")
+    torch.testing.assert_close(bound, truth, rtol=0, atol=2e-5)
+    assert float(dual(G).diagonal()[0]) == pytest.approx(dual(1.0))
+
+
+def test_the_combined_bound_gains_where_correlations_shrink():
+    G = unit_gram(21, 20, seed=0)  # singular, which Lemma 24 never gets away from
+    relu = normalised_activation(torch.relu)
+    thesis = eigenvalue_lower_bound(G, relu, depth=30, method="lemma-24")
+    combined = eigenvalue_lower_bound(G, relu, depth=30)
+    assert float(thesis[-1]) < 1e-6
+    assert float(combined[-1]) > 0.9
+    with pytest.raises(ValueError, match="method='other'"):
+        eigenvalue_lower_bound(G, relu, 1, method="other")
+
+
 # --- distortion -----------------------------------------------------------------------------------
 
 
-def test_maximal_distortion_in_closed_form():
-    assert maximal_distortion(torch.relu) == (-1.0, 1.0)
-    assert maximal_distortion(torch.cos) == (-1.0, 2.0)
-    assert maximal_distortion(nn.Identity()).value == 0
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("delta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_distortion_is_the_supremum_of_the_definition(name, delta):
+    dual = dual_activation(ACTIVATIONS[name])
+    rho = torch.linspace(delta - 1, 1 - delta, 4001, dtype=torch.float64)
+    supremum = float(dual(rho).max())
+    found = maximal_distortion(ACTIVATIONS[name], delta)
+    assert found == pytest.approx(supremum, rel=1e-12, abs=1e-14)
+
+
+def test_the_distortion_of_the_normalised_relu():
+    relu = normalised_activation(torch.relu)
+    found = [maximal_distortion(relu, delta) for delta in (0.1, 0.5, 0.9)]
+    assert found == pytest.approx([0.867, 0.426, 0.076], abs=5e-4)
+    assert maximal_distortion(relu, 0.0) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"delta=1.5"):
+        maximal_distortion(relu, 1.5)
+
+
+def test_the_largest_change_in_closed_form():
+    assert largest_correlation_change(torch.relu) == (-1.0, 1.0)
+    assert largest_correlation_change(torch.cos) == (-1.0, 2.0)
+    assert largest_correlation_change(nn.Identity()).value == 0
     # x³ - 3x: |ρ³ - ρ| at 1 / sqrt(3)
-    found = maximal_distortion(lambda x: x**3 - 3 * x)
+    found = largest_correlation_change(lambda x: x**3 - 3 * x)
     assert found.correlation == pytest.approx(1 / math.sqrt(3), abs=1e-5)
     assert found.value == pytest.approx(2 / 3**1.5, rel=1e-10)
     # erf: d/dρ asin(2ρ/3) / asin(2/3) = 1
     angle = math.asin(2 / 3)
     rho = 1.5 * math.sqrt(1 - (2 / 3 / angle) ** 2)
-    found = maximal_distortion(torch.erf)
+    found = largest_correlation_change(torch.erf)
     assert found.correlation == pytest.approx(rho, abs=1e-5)
     assert found.value == pytest.approx(rho - math.asin(2 * rho / 3) / angle, rel=1e-10)
 
@@ -179,7 +246,7 @@ def test_maximal_distortion_in_closed_form():
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_no_correlation_moves_further(name):
     dual = dual_activation(ACTIVATIONS[name])
-    found = maximal_distortion(ACTIVATIONS[name])
+    found = largest_correlation_change(ACTIVATIONS[name])
     rho = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     moved = (dual(rho) / dual(1.0) - rho).abs()
     assert float(moved.max()) <= found.value + 1e-12
@@ -187,9 +254,9 @@ def test_no_correlation_moves_further(name):
     assert at == pytest.approx(found.value, abs=1e-14)
 
 
-def test_maximal_distortion_refuses_an_activation_that_is_zero():
+def test_the_largest_change_refuses_an_activation_that_is_zero():
     with pytest.raises(ValueError, match="is zero almost everywhere"):
-        maximal_distortion(torch.zeros_like)
+        largest_correlation_change(torch.zeros_like)
 
 
 def test_everything_public_is_listed():

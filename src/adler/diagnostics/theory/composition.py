@@ -12,8 +12,9 @@ batch included. Each layer turns the bounds of what enters it into bounds of wha
 loss is one more layer. `adler.diagnostics.theory.smoothness` walks through a network with
 these rules.
 
-In the role of appendix B, Lemmas 16–21, of D. Balboni, *An Optimization Perspective on Deep Neural
-Networks*, PhD thesis, SNS 2025.
+In the parameters what Lemmas 16–21 of D. Balboni, *An Optimization Perspective on Deep Neural
+Networks*, PhD thesis, SNS 2025, appendix B.1.1, are in the inputs, which
+`adler.diagnostics.theory.input_smoothness` has.
 """
 
 from __future__ import annotations

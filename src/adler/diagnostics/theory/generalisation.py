@@ -4,8 +4,9 @@ Let $f_S(w) = \frac1n \sum_i \ell(w; z_i)$ be the empirical risk of a sample $S$
 examples. Training is *stable* if the loss on an example hardly depends on whether that example was
 trained on. A Polyak-Łojasiewicz (PL) coefficient $\mu$ of $f_S$ and a Lipschitz constant $L$ of the
 loss give such stability (`pointwise_hypothesis_stability`), and stability bounds the expected loss
-(`generalisation_bound`). Together they stand in the role of Lemma 3 of D. Balboni, *An Optimization
-Perspective on Deep Neural Networks*, PhD thesis, Scuola Normale Superiore, 2025.
+(`generalisation_bound`, `generalisation_gap`). They are (4.12) and (4.13), Lemma 3 of D. Balboni,
+*An Optimization Perspective on Deep Neural Networks*, PhD thesis, Scuola Normale Superiore, 2025,
+section 4.5.
 
 The hypotheses are strong: $\mu$ and $L$ must hold for almost every sample and wherever training may
 go (a bounded region: PL makes the loss grow quadratically, which no Lipschitz function does). With
@@ -20,7 +21,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["Bound", "generalisation_bound", "pointwise_hypothesis_stability"]
+__all__ = [
+    "Bound",
+    "generalisation_bound",
+    "generalisation_gap",
+    "pointwise_hypothesis_stability",
+]
 
 
 class Bound(NamedTuple):
@@ -165,14 +171,46 @@ def generalisation_bound(
         f"a number between 0 and max_loss={M}",
         lambda x: 0 <= x <= M,
     )
+    value = risk + generalisation_gap(stability, examples, max_loss, confidence)
+    return Bound(value, value >= M)
+
+
+def generalisation_gap(
+    stability: float, examples: int, max_loss: float, confidence: float = 0.95
+) -> float:
+    r"""A bound of the distance between expected and empirical risk: (4.13) of the thesis.
+
+    $$
+    \sqrt{\frac{M^2 + 12 M n \beta}{2 n \delta}}, \qquad \delta = 1 - \text{confidence},
+    $$
+
+    with probability ``confidence`` over the sample. The proof is that of `generalisation_bound`:
+    Chebyshev's inequality bounds $|R - R_{\text{emp}}|$, on both sides.
+
+    Args:
+        stability: See `generalisation_bound`.
+        examples: See `generalisation_bound`.
+        max_loss: See `generalisation_bound`. A gap of ``M`` or more says nothing.
+        confidence: See `generalisation_bound`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If it is not a number.
+
+    Source:
+        Lemma 3 of D. Balboni, PhD thesis, SNS 2025, section 4.5.
+
+    Examples:
+        >>> round(generalisation_gap(0.0, examples=1000, max_loss=1.0, confidence=0.95), 6)
+        0.1
+    """
+    M = _number("max_loss", max_loss, "a positive finite number", lambda x: 0 < x < math.inf)
     beta = _number("stability", stability, "a number of at least 0", lambda x: x >= 0)
     _require_examples(examples)
     confidence = _number(
         "confidence", confidence, "a number between 0 and 1, exclusive", lambda x: 0 < x < 1
     )
-    squared = (M * M / (2 * examples) + 6 * M * beta) / (1 - confidence)
-    value = risk + math.sqrt(squared)
-    return Bound(value, value >= M)
+    return math.sqrt((M * M / (2 * examples) + 6 * M * beta) / (1 - confidence))
 
 
 def _number(name: str, value: float, expected: str, valid: Callable[[float], bool]) -> float:

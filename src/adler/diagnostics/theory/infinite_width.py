@@ -11,7 +11,7 @@ Gram matrices).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,13 @@ from adler.diagnostics.gram import conditioning, correlation
 from adler.diagnostics.theory.activations import Activation
 from adler.diagnostics.theory.duals import DualActivation, dual_activation
 
-__all__ = ["Distortion", "eigenvalue_lower_bound", "iterated_gram", "maximal_distortion"]
+__all__ = [
+    "CorrelationChange",
+    "eigenvalue_lower_bound",
+    "iterated_gram",
+    "largest_correlation_change",
+    "maximal_distortion",
+]
 
 
 # --- Gram matrices over depth ---------------------------------------------------------------------
@@ -68,39 +74,57 @@ def iterated_gram(gram: Tensor, activation: Activation | DualActivation, depth: 
 
 
 def eigenvalue_lower_bound(
-    gram: Tensor, activation: Activation | DualActivation, depth: int
+    gram: Tensor,
+    activation: Activation | DualActivation,
+    depth: int,
+    *,
+    method: Literal["combined", "lemma-24"] = "combined",
 ) -> Tensor:
     r"""A lower bound of the smallest eigenvalue of every iterated Gram matrix.
 
-    In the role of Lemma 24 of D. Balboni's thesis. With $c_k = a_k^2 / \hat\varphi(1)$,
-    $\lambda_0 = \lambda_{\min}(G^0)$ and $r_0 = \max_{i \ne j} |G^0_{ij}|$,
+    ``"lemma-24"`` is Lemma 24 of D. Balboni's thesis (appendix B.1.3) from layer to layer: for a
+    matrix $H \succeq \delta I$ with ones on its diagonal and a function $f$ whose power series has
+    no negative coefficient, $f[H] \succeq (f(1) - f(1 - \delta)) I$. With $\lambda_0 =
+    \lambda_{\min}(G^0)$,
 
     $$
-    \lambda_{m+1} = \sum_{k \ge 1} c_k \max(\lambda_m, 1 - (n - 1) r_m^k), \qquad
-    r_{m+1} = \hat\varphi(r_m) / \hat\varphi(1) .
+    \lambda_{m+1} = \frac{\hat\varphi(1) - \hat\varphi(1 - \lambda_m)}{\hat\varphi(1)}
+        = \sum_{k \ge 1} c_k \left(1 - (1 - \lambda_m)^k\right), \qquad
+    c_k = a_k^2 / \hat\varphi(1) .
     $$
 
-    Proof. $G^{m+1} = \sum_k c_k (G^m)^{\circ k}$ with entrywise powers. For positive semi-definite
-    $A$ and $B$, $(A - \lambda_{\min}(A) I) \circ B$ is positive semi-definite by Schur's product
-    theorem, so $\lambda_{\min}(A \circ B) \ge \lambda_{\min}(A) \min_i B_{ii}$; with $A = G^m$ and
-    $B = (G^m)^{\circ (k-1)}$, whose diagonal is 1, $\lambda_{\min}((G^m)^{\circ k}) \ge
-    \lambda_{\min}(G^m)$. Gershgorin's theorem gives the other bound, as no entry off the diagonal
-    exceeds $r_m$ in modulus: the $c_k$ are not negative, so $|\hat\varphi(\rho)| \le
-    \hat\varphi(|\rho|)$. The power $k = 0$ is the matrix of ones: its smallest eigenvalue is 0 for
-    $n \ge 2$, and a mean $a_0 \ne 0$ is share lost (see `normalised_activation`). Both bounds grow
-    with $k$, so the sum beyond the last coefficient known is at least its total share times the
-    bound there. Two examples with $\rho \ge 0$ attain the bound.
+    ``"combined"`` takes for each power the larger one of this and of Gershgorin's bound, with
+    $r_0 = \max_{i \ne j} |G^0_{ij}|$, and is never below it:
+
+    $$
+    \lambda_{m+1} = \sum_{k \ge 1} c_k \max\left(1 - (1 - \lambda_m)^k,\ 1 - (n - 1) r_m^k\right),
+    \qquad r_{m+1} = \hat\varphi(r_m) / \hat\varphi(1) .
+    $$
+
+    Proof. $G^{m+1} = \sum_k c_k (G^m)^{\circ k}$ with entrywise powers. Write $G^m = \lambda I + (1
+    - \lambda) H'$ with $\lambda = \lambda_m$: $H'$ is positive semi-definite with ones on its
+    diagonal, and off the diagonal $(G^m)^{\circ k} = (1 - \lambda)^k H'^{\circ k}$, so that
+    $(G^m)^{\circ k} = (1 - (1 - \lambda)^k) I + (1 - \lambda)^k H'^{\circ k}$, whose last term is
+    positive semi-definite by Schur's product theorem. Gershgorin's theorem gives the other bound,
+    as no entry off the diagonal exceeds $r_m$ in modulus: the $c_k$ are not negative, so
+    $|\hat\varphi(\rho)| \le \hat\varphi(|\rho|)$. The power $k = 0$ is the matrix of ones: its
+    smallest eigenvalue is 0 for $n \ge 2$, and a mean $a_0 \ne 0$ is share lost (see
+    `normalised_activation`). Both bounds grow with $k$, so the sum beyond the last coefficient
+    known is at least its total share times the bound there. Two examples with $\rho \ge 0$ attain
+    both.
 
     Args:
         gram: See `iterated_gram`.
         activation: See `dual_activation`.
         depth: Number of layers, not negative.
+        method: ``"combined"`` or ``"lemma-24"``.
 
     Returns:
         ``(depth + 1,)``, not negative; dtype and device of ``gram``. The computation is in float64.
 
     Raises:
-        ValueError: See `iterated_gram`; or if ``gram`` has a negative eigenvalue.
+        ValueError: See `iterated_gram`; or if ``gram`` has a negative eigenvalue, or the method is
+            another.
         TypeError: See `dual_activation`.
 
     Examples:
@@ -109,6 +133,8 @@ def eigenvalue_lower_bound(
         >>> eigenvalue_lower_bound(gram, normalised_activation(torch.relu), depth=3)
         tensor([0.5000, 0.5736, 0.6441, 0.7091])
     """
+    if method not in ("combined", "lemma-24"):
+        raise ValueError(f"method={method!r}: expected 'combined' or 'lemma-24'")
     dual = dual_activation(activation)
     _require_depth(depth)
     shares, tail = dual.shares()
@@ -121,10 +147,12 @@ def eigenvalue_lower_bound(
     constant = float(shares[0]) if n == 1 else 0.0
     weights = torch.cat([shares[1:], shares.new_tensor([tail])])
     powers = torch.arange(1, len(weights) + 1, dtype=torch.float64)
-    bounds, r = [max(0.0, found.smallest)], found.max_off_diagonal
+    bounds, r = [min(1.0, max(0.0, found.smallest))], found.max_off_diagonal
     for _ in range(depth):
-        gershgorin = 1 - (n - 1) * r**powers
-        bounds.append(constant + float(weights @ gershgorin.clamp(min=bounds[-1])))
+        of_powers = 1 - (1 - bounds[-1]) ** powers
+        if method == "combined":
+            of_powers = torch.maximum(of_powers, 1 - (n - 1) * r**powers)
+        bounds.append(min(1.0, constant + float(weights @ of_powers)))
         r = dual(min(1.0, r)) / one
     return torch.tensor(bounds, dtype=gram.dtype, device=gram.device)
 
@@ -132,7 +160,7 @@ def eigenvalue_lower_bound(
 # --- distortion -----------------------------------------------------------------------------------
 
 
-class Distortion(NamedTuple):
+class CorrelationChange(NamedTuple):
     """Where, and how far, one layer moves a correlation most.
 
     Attributes:
@@ -144,7 +172,41 @@ class Distortion(NamedTuple):
     value: float
 
 
-def maximal_distortion(activation: Activation | DualActivation) -> Distortion:
+def maximal_distortion(activation: Activation | DualActivation, delta: float) -> float:
+    r"""The distortion of a dual activation at level $\delta$.
+
+    $$
+    M_\delta = \sup \{\hat\varphi(\rho) : |\rho| \le 1 - \delta\} = \hat\varphi(1 - \delta),
+    $$
+
+    since the power series of $\hat\varphi$ has no negative coefficient. For a normalised
+    activation, $\hat\varphi(1) = 1$, it is how large a correlation of at most $1 - \delta$ in
+    modulus can be after one layer of infinite width.
+
+    Args:
+        activation: See `dual_activation`.
+        delta: ``δ``, in [0, 1].
+
+    Raises:
+        ValueError: See `dual_activation`; or if ``delta`` is out of range.
+        TypeError: See `dual_activation`.
+
+    Source:
+        Definition 15 of D. Balboni, PhD thesis, SNS 2025, appendix B.1.3; N. Agarwal, P. Awasthi,
+        S. Kale, arXiv 2002.01523.
+
+    Examples:
+        >>> from adler.diagnostics.theory.activations import normalised_activation
+        >>> relu = normalised_activation(torch.relu)
+        >>> [round(maximal_distortion(relu, delta), 3) for delta in (0.1, 0.5, 0.9)]
+        [0.867, 0.426, 0.076]
+    """
+    if not 0 <= delta <= 1:
+        raise ValueError(f"delta={delta!r}: expected a number between 0 and 1")
+    return float(dual_activation(activation)(1.0 - delta))
+
+
+def largest_correlation_change(activation: Activation | DualActivation) -> CorrelationChange:
     r"""The largest change of a correlation by one layer of infinite width.
 
     $$
@@ -162,8 +224,8 @@ def maximal_distortion(activation: Activation | DualActivation) -> Distortion:
         TypeError: See `dual_activation`.
 
     Examples:
-        >>> maximal_distortion(torch.relu)
-        Distortion(correlation=-1.0, value=1.0)
+        >>> largest_correlation_change(torch.relu)
+        CorrelationChange(correlation=-1.0, value=1.0)
     """
     dual = dual_activation(activation)
     dual.shares()
@@ -176,7 +238,7 @@ def maximal_distortion(activation: Activation | DualActivation) -> Distortion:
         # Rounding must not choose between equal maxima.
         best = int((moved >= moved.max() - 1e-14).nonzero()[0])
         low, high = float(angles[max(best - 1, 0)]), float(angles[min(best + 1, 256)])
-    return Distortion(float(rho[best]), float(moved[best]))
+    return CorrelationChange(float(rho[best]), float(moved[best]))
 
 
 # --- helpers --------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ Composed layer by layer, by the rules of `adler.diagnostics.theory.composition`.
 holds, and gradient descent at rate ``1/L`` with it, but every layer loses a factor: use it on small
 networks, and to see what depth and width do to it.
 
-In the role of appendix B, Lemmas 16–21, of D. Balboni, *An Optimization Perspective on Deep Neural
-Networks*, PhD thesis, SNS 2025.
+Lemmas 16–18 of D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, SNS
+2025, appendix B.1.1, with the constants of the losses at the outputs of now.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Runs many training runs, several processes at a time."""
+"""Runs many training runs, several processes at a time, and records them."""
 
 from __future__ import annotations
 
-import functools
+import argparse
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import traceback
@@ -13,18 +14,76 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
-from examples.cifar import data as cifar
-from examples.cifar.config import Run
-from examples.cifar.train import train
+from examples.shared.records import append
 
-__all__ = ["Outcome", "run_all", "work"]
+__all__ = ["Keyed", "record_all", "run_all", "shard"]
 
-# A run and its record, or why there is none.
-Outcome = tuple[Run, dict[str, Any] | str]
+
+class Keyed(Protocol):
+    """What is run: has an identity."""
+
+    def key(self) -> str:
+        """By which a finished run is recognised."""
+
+
+Run = TypeVar("Run", bound=Keyed)
+
+
+def record_all(
+    missing: Sequence[Run],
+    finished: int,
+    work: Callable[[Run], dict[str, Any]],
+    path: Path,
+    *,
+    jobs: int,
+    minutes: float | None = None,
+    unit: str = "run",
+) -> int:
+    """Runs what is missing and appends the records to a file, under a progress bar.
+
+    Args:
+        missing: The runs, started in this order.
+        finished: How many were done before, for the bar.
+        work: See `run_all`.
+        path: Where the records go.
+        jobs: Processes.
+        minutes: After which no run is started.
+        unit: What a run is called.
+
+    Returns:
+        How many runs crashed; their reports are printed.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    crashes = 0
+    with tqdm(total=len(missing), desc=f"{unit}s ({finished} done before)", unit=unit) as bar:
+        for run, outcome in run_all(missing, work, jobs, deadline):
+            if isinstance(outcome, str):
+                crashes += 1
+                tqdm.write(f"crashed: {run.key()}: {outcome}", file=sys.stderr)
+            else:
+                append(path, outcome)
+            bar.update()
+    return crashes
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``i/n`` of a command line: the i-th of n parts, counted from 1.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else.
+    """
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with 1 <= i <= n, such as 2/8")
+    return index, count
 
 
 def run_all(
@@ -32,7 +91,7 @@ def run_all(
     work: Callable[[Run], dict[str, Any]],
     jobs: int,
     deadline: float | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[tuple[Run, dict[str, Any] | str]]:
     """Yields every run with its record or with the report of its crash, as they finish.
 
     Args:
@@ -87,11 +146,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def work(run: Run, root: Path, device: str) -> dict[str, Any]:
-    """Trains one run; the data stays in memory for the next."""
-    return train(run, _data(run.dataset, root, device, run.train_examples, run.test_examples))
-
-
-_data = functools.lru_cache(maxsize=2)(cifar.load)
