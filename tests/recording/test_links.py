@@ -336,6 +336,19 @@ def test_warm_up_from_zero_measures():
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("output_fn", [None, lambda out: out, lambda out: out[:, :2]])
+def test_the_call_that_made_the_loss_is_found_among_several(output_fn):
+    model = body()
+    twin = copy.deepcopy(model)
+
+    def loop(m, c):
+        first, _ = m(X), m(X[:3])
+        return c(first, Y)
+
+    optimizer = measured(model, ce, loop, output_fn=output_fn)
+    check(optimizer, right([twin(X)], lambda f: ce(f, Y), twin.parameters()))
+
+
 # --- nothing is kept ------------------------------------------------------------------------------
 
 

@@ -204,6 +204,9 @@ class MeasuredOptimizer(Optimizer):
         for group in self.param_groups:
             group.update(state.entries())
         self._recorder.clear()
+        if self._to_say:
+            said, self._to_say = self._to_say, ""
+            warn(said)
         self._log.write(found, seen, consistency, self._checks if measures else {})
         return loss
 
@@ -320,7 +323,7 @@ class MeasuredOptimizer(Optimizer):
             return part(batch, self.measure.fraction, self.criterion)
         except IndivisibleError as error:
             self._indivisible = True
-            warn(f"curvature is measured on whole batches, which costs more: {error}")
+            self._to_say = f"curvature is measured on whole batches, which costs more: {error}"
             return batch
 
     def _measure(
@@ -630,7 +633,7 @@ class MeasuredOptimizer(Optimizer):
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
-        self._indivisible = False
+        self._indivisible, self._to_say = False, ""
         self._checks = {}
 
     @property

@@ -53,7 +53,7 @@ _SLOPES = {
 }  # fmt: skip
 # A finite difference has an error of its own.
 _DIFFERENCES = {
-    torch.float64: 1e-3, torch.float32: 1e-1, torch.float16: 2e-1, torch.bfloat16: 2e-1,
+    torch.float64: 3e-5, torch.float32: 1e-1, torch.float16: 2e-1, torch.bfloat16: 2e-1,
 }  # fmt: skip
 
 
