@@ -77,6 +77,7 @@ class MeasuredOptimizer(Optimizer):
     _mean: ClassVar[DiscountedMean]
     _checks: Mapping[str, Tensor]
     _indivisible: bool
+    _to_say: str
 
     def __new__(cls: type[Self], *_: Any, **options: Any) -> Self:
         """Refuses unknown options by name, and says where one is that has moved."""
