@@ -200,7 +200,7 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
     given = standings.verdicts(runs, DEFAULT)
     lines = head("Task", method(DEFAULT).label, "Best of ten SGD rates", "Best untuned", "which")
     for task, verdict in given.items():
-        here = {contest: m for contest, m in runs.items() if contest[0] == task}
+        here = {c: m for c, m in runs.items() if c[0] == task and DEFAULT in m}
         there = [name for name in untuned if all(name in m for m in here.values())]
         means = {
             name: statistics.fmean(standings.value(m[name]) for m in here.values())
