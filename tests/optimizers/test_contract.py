@@ -100,6 +100,7 @@ def resume_all(folder):
         torch.save(resumed(make, f"{folder}/{name}", 4), f"{folder}/{name}-resumed")
 
 
+@pytest.mark.long
 def test_another_process_continues_bit_for_bit(tmp_path):
     runs = {name: start(make, curvature_every=3).train(DATA[:4]) for name, make in KINDS.items()}
     for name, run in runs.items():
