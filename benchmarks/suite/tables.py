@@ -10,14 +10,12 @@ from typing import Any
 
 from benchmarks.suite import standings
 from benchmarks.suite.methods import method
-from benchmarks.suite.standings import REFERENCE, TUNED, Runs
+from benchmarks.suite.standings import DEFAULT, LOW_COST, MODES, REFERENCE, TUNED, Runs
 from examples.shared.records import Record
 
 __all__ = [
     "BESIDE",
     "BUDGETS",
-    "DEFAULT",
-    "MODES",
     "beside",
     "cell",
     "document",
@@ -26,10 +24,6 @@ __all__ = [
     "row",
 ]
 
-# The default, and the same measured otherwise.
-DEFAULT = "adler-schedulefree"
-_LOW_COST = "adler-schedulefree-low-cost"
-MODES = ("adler-schedulefree-every-step", "adler-schedulefree-difference", _LOW_COST)
 # Of time, in SGD runs: one, and what the exact engine may cost.
 BUDGETS = (1.0, 2.2)
 _MARKS = {"win": "+", "tie": "=", "loss": "−", "dead": "†", "diverged": "‡"}
@@ -274,7 +268,7 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
 def _passes(found: Sequence[Record], name: str) -> float:
     """Of a step, as the records say; those that do not are of a measurement at every step."""
     told = {r["passes"] for r in found if r["method"] == name and "passes" in r}
-    every_step = name.startswith("adler") and method(name).passes != method(_LOW_COST).passes
+    every_step = name.startswith("adler") and method(name).passes != method(LOW_COST).passes
     return max(told) if told else 3.0 if every_step else method(name).passes
 
 

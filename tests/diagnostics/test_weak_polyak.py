@@ -15,6 +15,7 @@ from adler.diagnostics.weak_polyak import (
     cross_entropy_gradient_bound,
     cross_entropy_gradient_constant,
     distance_estimate,
+    proxy_pl_coefficient,
     weak_pl_coefficient,
     weak_predicted_decrease,
 )
@@ -106,6 +107,24 @@ def test_the_distance_estimate_is_exact_for_a_square():
     # and no bound: |θ|³ has its minimiser further away, √|θ| nearer.
     assert float(distance_estimate(8.0, 12.0)) < 2.0
     assert float(distance_estimate(2.0, 0.25)) > 4.0
+
+
+# --- a proxy in the loss's place ------------------------------------------------------------------
+
+
+def test_the_proxy_inequality_holds_with_its_coefficient_and_with_no_more():
+    g = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    for exponent in (0.5, 1.0, 2.0):
+        gradient, proxy, offset = 3 * g, 7.0, 1.0
+        mu = float(proxy_pl_coefficient(gradient, proxy, offset, exponent))
+        assert mu * (proxy - offset) == pytest.approx(3.0**exponent)
+    twice = 2 * float(pl_coefficient(5.0, g))
+    assert float(proxy_pl_coefficient(g, 5.0)) == pytest.approx(twice)
+    assert float(proxy_pl_coefficient(g, 1.0, 1.0)) == math.inf
+    with pytest.raises(ValueError, match=r"exponent=0: expected"):
+        proxy_pl_coefficient(g, 1.0, exponent=0)
+    with pytest.raises(ValueError, match=r"proxy=1.0 is below optimum=2.0"):
+        proxy_pl_coefficient(g, 1.0, 2.0)
 
 
 # --- cross-entropy --------------------------------------------------------------------------------

@@ -273,9 +273,7 @@ def test_a_forgotten_squeeze_is_followed():
     model = body(6, 1)
     twin, bce = copy.deepcopy(model), nn.BCEWithLogitsLoss()
     y = (Y > 0).double()
-    optimizer = measured(
-        model, bce, lambda m, c: c(m(X).squeeze(-1), y), output_fn=lambda out: out
-    )
+    optimizer = measured(model, bce, lambda m, c: c(m(X).squeeze(-1), y), output_fn=lambda out: out)
     expected = right([twin(X)], lambda f: bce(f.squeeze(-1), y), twin.parameters())
     check(optimizer, expected)
 
@@ -336,6 +334,19 @@ def test_warm_up_from_zero_measures():
     optimizer.step()
     assert float(optimizer.last_step.effective_lr) > 0
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("output_fn", [None, lambda out: out, lambda out: out[:, :2]])
+def test_the_call_that_made_the_loss_is_found_among_several(output_fn):
+    model = body()
+    twin = copy.deepcopy(model)
+
+    def loop(m, c):
+        first, _ = m(X), m(X[:3])
+        return c(first, Y)
+
+    optimizer = measured(model, ce, loop, output_fn=output_fn)
+    check(optimizer, right([twin(X)], lambda f: ce(f, Y), twin.parameters()))
 
 
 # --- nothing is kept ------------------------------------------------------------------------------

@@ -119,7 +119,9 @@ def test_a_momentum_encoder_moves_once_at_every_step(update):
     model = type("Kind", (Momentum,), {"update": staticmethod(update)})().to(DOUBLE)
     optimizer = Adler(list(model.q.parameters()), model, ce, measure=Measure.every_step())
     for _ in range(8):
-        before = [(k * 0.9 + q * 0.1).detach() for q, k in zip(model.q.parameters(), model.k.parameters())]
+        before = [
+            (k * 0.9 + q * 0.1).detach() for q, k in zip(model.q.parameters(), model.k.parameters())
+        ]
         optimizer.zero_grad()
         ce(model(x), y).backward()
         optimizer.step()
@@ -401,9 +403,7 @@ def test_a_criterion_with_state(jvp):
     t = torch.randn(12, 3, dtype=DOUBLE)
     model, criterion = body(), Centred()
     twin, other = copy.deepcopy(model), copy.deepcopy(criterion)
-    expected = right(
-        [twin(x)], lambda f: copy.deepcopy(other)(f, t), twin.parameters()
-    )
+    expected = right([twin(x)], lambda f: copy.deepcopy(other)(f, t), twin.parameters())
     optimizer = measured(model, criterion, lambda m, c: c(m(x), t), jvp=jvp)
     other(twin(x), t)
     assert untouched(criterion) == untouched(other)
@@ -434,7 +434,7 @@ def test_an_error_in_a_replay_leaves_everything_as_it_was():
     optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
     ce(model(x), y).backward()
     held, rng = untouched(model), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="cannot be run once more.*only in a replay"):
+    with pytest.raises(RuntimeError, match=r"cannot be run once more.*only in a replay"):
         optimizer.step()
     assert untouched(model) == held
     assert torch.get_rng_state().equal(rng)
