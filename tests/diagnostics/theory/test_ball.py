@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import draw
+from support.cases import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
