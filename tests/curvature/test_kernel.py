@@ -177,6 +177,7 @@ def test_the_cheapest_way_is_chosen(scipy, monkeypatch):
         assert kernel.largest_eigenvalue() == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.long
 def test_large_kernels_are_never_made_dense():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(600, 6)

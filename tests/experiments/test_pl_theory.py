@@ -487,6 +487,7 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
     path = tmp_path / "records.jsonl"
     chosen = ["6.13", "nmm"]

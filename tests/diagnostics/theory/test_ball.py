@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import draw
 
 from adler.diagnostics.theory.ball import conditioned_radius, kernel_bound_in_ball
 
