@@ -111,11 +111,13 @@ def _summary(found: Sequence[Record], runs: Runs, most: int | None = None) -> li
             )
         )
     met = [task for (task, _), by_method in runs.items() if REFERENCE in by_method]
+    ours = sum(DEFAULT in by_method for by_method in runs.values())
+    fewer = f" ({method(DEFAULT).label}: {ours})" if 0 < ours < len(met) else ""
     return [
         *lines,
         "",
-        f"{len(set(met))} tasks, {len(met)} with their seeds, of 3,000 pictures or less. The best "
-        "rate is chosen by the test set, anew for each task and seed.",
+        f"{len(set(met))} tasks, {len(met)} with their seeds{fewer}, of 3,000 pictures or less. "
+        "The best rate is chosen by the test set, anew for each task and seed.",
     ]
 
 
