@@ -78,15 +78,20 @@ def test_finite_difference_by_default_is_accurate_to_the_square_root_of_precisio
     assert (v - exact).norm() / exact.norm() < 1e-5
 
 
+calls = []
+
+
 def test_finite_difference_touches_no_parameter_even_when_interrupted():
+    calls.clear()
+
     class Interrupted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.calls = nn.Linear(3, 2), 0
+            self.inner = nn.Linear(3, 2)
 
         def forward(self, x):
-            self.calls += 1
-            if self.calls == 2:
+            calls.append(x)  # a counter of its own would be put back after each replay
+            if len(calls) == 2:
                 raise KeyboardInterrupt
             return self.inner(x)
 
@@ -226,7 +231,6 @@ UNSUPPORTED = {
     "reentrant checkpoint": (lambda: Then(reentrant), "custom autograd.Function|tangent"),
     # What Hugging Face's activation checkpointing does in a hook on the embedding.
     "group norm in channels_last": (lambda: Then(group_norm_in_channels_last), "channels_last"),
-    "requires_grad_": (lambda: Then(lambda x: torch.tanh(x).requires_grad_()), "requires_grad_"),
 }
 
 
