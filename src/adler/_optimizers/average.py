@@ -73,7 +73,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                         self._take_edits(p)
                         mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                         p.lerp_(mine["z"], 1 - 1 / interpolation)
-                    self._note(p)
+                        self._note(p)
             distributed.let_go(self.model)
 
     def train(self) -> None:
