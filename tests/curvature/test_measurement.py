@@ -414,6 +414,7 @@ def test_low_cost_runs_two_forwards_on_a_quarter_every_eighth_step():
     assert rows == [20, *[5, 5] * 5]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam])
 def test_low_cost_learns_as_the_exact_optimizer_does(kind):
     def loss(make):

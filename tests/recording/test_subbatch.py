@@ -1,7 +1,5 @@
 """Curvature on a part of the batch: of the same function, on its first examples."""
 
-import math
-
 import pytest
 import torch
 from support.cases import CRITERIA, NETWORKS, batches, network

@@ -44,6 +44,11 @@ from adler._step_length import StepLength
 __all__ = ["AveragedOptimizer", "Interpolation", "interpolate_"]
 
 
+_MIXED = (
+    "interpolation: either all groups keep an average, or none does; pass it to the constructor"
+)
+
+
 class AveragedOptimizer(MeasuredOptimizer):
     """A measured optimizer that may test and keep the average of its iterates.
 
@@ -56,6 +61,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     """
 
     follow_mode: bool = True
+    _noted: Any
 
     def eval(self) -> None:
         """Puts the averages in place of the parameters. Without effect when they are there.
@@ -150,6 +156,8 @@ class AveragedOptimizer(MeasuredOptimizer):
                 "step(): the parameters are the averages, for testing: call optimizer.train() "
                 "before the forward pass of a training step"
             )
+        if len({self._interpolation(group) is None for group in self.param_groups}) > 1:
+            raise ValueError(_MIXED)
         equal = self._step_counts.all_equal(self.param_groups, self.state)
         inner = self._inner_direction(params, gradients, equal)
         if all(self._interpolation(group) is None for group in self.param_groups):
@@ -161,10 +169,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         others = [self.defaults, *self.param_groups]
         averaged = [self._interpolation({**self.defaults, **g}) is not None for g in others]
         if (self._interpolation({**self.defaults, **group}) is not None) not in averaged:
-            raise ValueError(
-                "interpolation: either all groups keep an average, or none does; pass it to the "
-                "constructor"
-            )
+            raise ValueError(_MIXED)
 
     def _make_state(self, params: list[Tensor]) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
@@ -183,7 +188,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._noted: Any = WeakTensorKeyDictionary()
+        self._noted = WeakTensorKeyDictionary()
         others = register_optimizer_step_pre_hook(_Retire(self))
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
         handles = [follow, others]

@@ -1,4 +1,4 @@
-"""What a call reads and may write beside its arguments: recorded when it begins, put in for replays.
+"""What a call reads and may write beside its arguments: recorded when it begins, for replays.
 
 A replay sees parameters and buffers, attributes of modules and of what these hold (lists, caches,
 counters, hidden states, queues, generators), and the modes of modules as they were when the call of
@@ -138,14 +138,16 @@ class CallState:
     def _add_scripted(self, module: nn.Module, prefix: str, named: bool) -> None:
         self._modules[module] = (dict(module._parameters.items()), dict(module._buffers.items()))
         for name, p in module._parameters.items():
+            assert p is not None
             self._see_parameter(p)
             if named:
                 self._names[prefix + name] = id(p)
         for buffer in module._buffers.values():
+            assert buffer is not None
             self._see(buffer, self._within_budget(buffer), "buffer")
 
     def _add_function(self, function: Any) -> None:
-        """What a user's hook writes to: what it closes over, or the object that it is a method of."""
+        """What a user's hook writes to: what it closes over, or the object whose method it is."""
         if isinstance(function, types.MethodType):
             self._copied(function.__self__)
         elif isinstance(function, types.FunctionType):
@@ -220,9 +222,14 @@ class CallState:
                     moving.add(key)
                 if seen.copy is None and seen.role in ("buffer", "parameter"):
                     self.lost = True
-            elif self._watched is not None and self._watched.closely and seen.role == "parameter":
-                if seen.copy is not None and not _same_bits(seen.copy, seen.tensor):
-                    moving.add(key)
+            elif (
+                self._watched is not None
+                and self._watched.closely
+                and seen.role == "parameter"
+                and seen.copy is not None
+                and not _same_bits(seen.copy, seen.tensor)
+            ):
+                moving.add(key)
         if self._watched is not None:
             self._watched.calls += 1
         self._moving = frozenset(moving)

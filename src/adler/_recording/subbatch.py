@@ -46,8 +46,8 @@ def part(
         criterion: Says how it reduces.
 
     Raises:
-        IndivisibleError: If a tensor that the model or the criterion received does not have the batch
-            as its first dimension.
+        IndivisibleError: If a tensor that the model or the criterion received does not have the
+            batch as its first dimension.
 
     Examples:
         >>> import torch
@@ -103,8 +103,8 @@ def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
     sizes = [len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim]
     if not sizes:
         raise IndivisibleError(
-            "the model received no tensor with a batch dimension, so there "
-            "is no part of the batch to take: use measure=Measure(fraction=1.0)"
+            "the model received no tensor with a batch dimension, so there is no part of the "
+            "batch to take: use measure=Measure(fraction=1.0)"
         )
     size = sizes[0]
     count = min(size, max(2, math.ceil(fraction * size)))

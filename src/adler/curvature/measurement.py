@@ -3,8 +3,8 @@
 Where the form of the losses is zero or negative, because a loss is linear or not convex in the
 outputs (policy gradients, margins, differences of losses), a quadratic model has no minimiser. Its
 place is taken by the empirical Fisher matrix of the outputs, the sum over examples of
-$\\omega_i (\\nabla \\ell_i^\\top v_i)^2$, which is positive wherever the outputs' gradient is not normal
-to what the step changes.
+$\\omega_i (\\nabla \\ell_i^\\top v_i)^2$, which is positive wherever the outputs' gradient is not
+normal to what the step changes.
 """
 
 from __future__ import annotations
@@ -167,6 +167,7 @@ def _of_a_part(one: _Measurement, jvp: str, alone: bool, checks: bool) -> BatchC
     if memory.whole is None or memory.whole[0] is None:
         return found
     known, whole_checks = memory.whole
+    assert known is not None
     trusted = known if found.trusted is None else known & found.trusted
     return found._replace(trusted=trusted, checks={**found.checks, **whole_checks})
 
@@ -189,8 +190,7 @@ def _best(one: _Measurement, jvp: str, alone: bool) -> BatchCurvature:
     except ExplainedError:
         raise
     except _CriterionError as caught:
-        assert caught.__cause__ is not None
-        raise caught.__cause__ from None
+        raise (caught.__cause__ or caught) from None
     except Exception as caught:  # whatever a forward pass may raise where it is run another way
         error = caught
     if found is not None:
@@ -407,7 +407,7 @@ class _Measurement:
     def _arrived(
         self, replays: Mapping[Call, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor | None, Tensor]:
-        """``⟨∂h/∂F, v⟩`` by the gradient that backpropagation left at the outputs, and its scale."""
+        """``⟨∂h/∂F, v⟩`` by the gradient that arrived at the outputs, and its scale."""
         found = scale = torch.zeros_like(self.squared_norm)
         for call, (_, tangents) in replays.items():
             gradient = call.output_gradient

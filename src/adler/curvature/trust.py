@@ -144,7 +144,8 @@ def outputs_agree(found: Tensor, recorded: Tensor, within: float) -> Tensor:
     # (Equal infinities have no difference.)
     error = torch.linalg.vector_norm(torch.where(a == b, torch.zeros_like(a), a - b))
     size = torch.linalg.vector_norm(torch.where(b.isinf(), torch.zeros_like(b), b))
-    return ~(error > within * size)
+    same: Tensor = ~(error > within * size)
+    return same
 
 
 def agree(found: Tensor, expected: Tensor, within: float, scale: Tensor) -> Tensor:
