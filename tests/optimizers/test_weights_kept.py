@@ -29,7 +29,7 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def tested(model):
+def at_the_average(model):
     model.eval()
     with torch.no_grad():
         model(X)
@@ -54,7 +54,7 @@ def test_a_model_whose_optimizer_is_gone_holds_the_average(kind):
     del optimizer
     gc.collect()
     assert equal(weights(model), x)
-    assert equal(tested(model), x)
+    assert equal(at_the_average(model), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,12 +63,12 @@ def test_loaded_weights_are_tested_and_trained_on(kind, mode):
     model = body()
     optimizer = kind(model.parameters(), model, ce)
     steps(model, optimizer, 10)
-    best = dict(zip(model.state_dict(), tested(model)))
+    best = dict(zip(model.state_dict(), at_the_average(model)))
     steps(model, optimizer, 20)
     if mode == "eval":
-        tested(model)
+        at_the_average(model)
     model.load_state_dict(best)
-    assert equal(tested(model), best.values())
+    assert equal(at_the_average(model), best.values())
     model.train()
     model(X)
     assert equal(weights(model), best.values())
@@ -86,7 +86,7 @@ def test_weights_edited_between_steps_are_those_that_move(kind):
         with torch.no_grad():
             for p in model.parameters():
                 p.clamp_(-0.05, 0.05)
-    assert all(float(p.abs().max()) <= 0.05 for p in tested(model))
+    assert all(float(p.abs().max()) <= 0.05 for p in at_the_average(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,13 +94,13 @@ def test_an_old_optimizer_leaves_the_next_phase_alone(kind):
     model = body()
     old = kind(model.parameters(), model, ce)
     steps(model, old, 20)
-    x = tested(model)
+    x = at_the_average(model)
     steps(model, torch.optim.SGD(model.parameters(), lr=0.0), 1)
     assert equal(weights(model), x)
     steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
     trained = weights(model)
     assert not equal(trained, x)
-    assert equal(tested(model), trained)
+    assert equal(at_the_average(model), trained)
     assert old.last_step is not None
 
 
@@ -117,7 +117,7 @@ def test_resuming_goes_on_bit_for_bit(kind):
     again.load_state_dict(saved[1])
     steps(other, again, 5)
     assert equal(weights(other), weights(model))
-    assert equal(tested(other), tested(model))
+    assert equal(at_the_average(other), at_the_average(model))
 
 
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam, AdlerScheduleFree])
@@ -128,6 +128,6 @@ def test_a_state_of_another_optimizer_is_refused(kind, theirs):
     steps(model, old, 1)
     new = kind(model.parameters(), model, ce)
     before = copy.deepcopy(new.state_dict())
-    with pytest.raises(ValueError, match="not that of an optimizer of adler.*0.001"):
+    with pytest.raises(ValueError, match=r"not that of an optimizer of adler.*0\.001"):
         new.load_state_dict(old.state_dict())
     assert str(new.state_dict()) == str(before)

@@ -298,7 +298,9 @@ class CallState:
         watched = self._watched
         if watched is None or watched.calls > Watched.CLOSELY or self._checked:
             return None
-        own = [s.tensor.detach() for k, s in self._seen.items() if k in given and k not in self._moving]
+        own = [
+            s.tensor.detach() for k, s in self._seen.items() if k in given and k not in self._moving
+        ]
         own = [p for p in own if not is_sharded(p)]
         if not own:
             return None

@@ -158,7 +158,8 @@ def agree(found: Tensor, expected: Tensor, within: float, scale: Tensor) -> Tens
         scale: Product of the norms whose inner product one is: cancellation leaves rounding of it.
     """
     size = torch.maximum(found.abs(), expected.abs())
-    apart = (found - expected).abs() > within * size + 1e-3 * within * scale
+    rounding = torch.where(scale.isfinite(), scale, torch.zeros_like(scale))
+    apart = (found - expected).abs() > within * size + 1e-3 * within * rounding
     return ~(apart | (found.isinf() & ~expected.isinf()))
 
 
