@@ -79,7 +79,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                         self._take_edits(p)
                         mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                         p.lerp_(mine["z"], 1 - 1 / interpolation)
-                    self._note(p)
+                        self._note(p)
             distributed.let_go(self.model)
 
     def train(self) -> None:
@@ -107,13 +107,17 @@ class AveragedOptimizer(MeasuredOptimizer):
         return True
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._take_edits(p)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            before = self.state.get(p, {}).get("z")
+            if self._take_edits(p):
+                now = self.state[p]["z"]
+                self.state[p]["z"] = torch.where(found.skipped.to(p.device), before, now)
         super()._descend(found, direction)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._note(p)
+        if found.skipped.device.type == "cpu" and bool(found.skipped.numpy()):
+            return  # edits are taken by the next step
+        for p in params:
+            self._note(p)
 
     def _retire(self) -> None:
         """Leaves the average in the parameters and forgets the iterates: the run has ended."""

@@ -43,6 +43,7 @@ __all__ = [
     "BatchCurvature",
     "batch_curvature",
     "checked",
+    "has_batch_statistics",
     "loss_weights",
     "losses_by_call",
     "weighted",
