@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -24,6 +24,8 @@ from tqdm import tqdm
 from benchmarks.networks import Task
 from benchmarks.step_cost import BLOCK, arguments, chosen, colour, provenance, save
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
+from examples.shared.plots import panels, style
+from examples.shared.plots import save as save_figure
 
 
 def cpu_peak(step: Step, task: Task, resident: int, steps: int) -> int:
@@ -93,12 +95,13 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], file: Path) -> None:
     """Ratios as bars, a panel a device."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
+    with style():
+        figure = _bars(results["runs"])
+    save_figure(figure, file.parent, file.stem, [file.suffix])
 
-    runs = results["runs"]
-    size = (10.5, 3.4 * len(runs))
-    figure, axes = plt.subplots(len(runs), 1, figsize=size, squeeze=False, layout="constrained")
+
+def _bars(runs: list[dict[str, Any]]) -> Figure:
+    figure, axes = panels(len(runs), 1, (10.5, 3.4 * len(runs)))
     for axis, run in zip(axes[:, 0], runs, strict=True):
         names = [name for name in run["methods"] if name != BASE]
         for i, name in enumerate(names):
@@ -111,8 +114,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axis.set_ylabel("peak memory / SGD's")
         axis.set_title(run["device"])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:

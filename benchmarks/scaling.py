@@ -12,15 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.networks import Task
 from benchmarks.step_cost import BLOCK, arguments, blocks, measure, provenance, save
 from benchmarks.steppers import BASE, OURS
 from examples.shared.networks import mlp
+from examples.shared.plots import colours_of, finish, panels, style
+from examples.shared.plots import save as save_figure
 
 METHODS = (BASE, "forward", "finite_difference", "low_cost")
 
@@ -100,22 +102,22 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], file: Path) -> None:
     """Seconds a step over size, on logarithmic axes."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
+    with style():
+        figure = _lines(results["runs"])
+    save_figure(figure, file.parent, file.stem, [file.suffix])
 
-    runs = results["runs"]
-    figure, axes = plt.subplots(len(runs), 2, figsize=(9, 3.6 * len(runs)), squeeze=False)
+
+def _lines(runs: list[dict[str, Any]]) -> Figure:
+    figure, axes = panels(len(runs), 2, (9, 3.6 * len(runs)))
+    colours = colours_of("sgd" if method == BASE else method for method in METHODS)
     for row, run in zip(axes, runs, strict=True):
         for axis, (what, series) in zip(row, run["series"].items(), strict=True):
             for method in METHODS:
-                axis.loglog(*_medians(series, method), marker="o", markersize=3, label=method)
+                colour = colours["sgd" if method == BASE else method]
+                axis.loglog(*_medians(series, method), color=colour, marker="o", label=method)
             axis.set_xlabel(what)
             axis.set_ylabel(f"seconds a step, {run['device']}")
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    return finish(figure)
 
 
 def main() -> None:

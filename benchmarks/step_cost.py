@@ -24,12 +24,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 import adler
 from benchmarks.networks import QUICK, TASKS, Task
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
+from examples.shared.plots import panels, style
+from examples.shared.plots import save as save_figure
 
 # What is run compiled: peers differentiate in ways that compiled modules do not support.
 COMPILED = (BASE, "forward", "finite_difference", "low_cost", "AdlerScheduleFree")
@@ -185,12 +188,14 @@ def colour(name: str) -> Any:
 
 def plot(results: dict[str, Any], file: Path) -> None:
     """Median ratios as bars, a panel a run."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
     runs = [run for run in results["runs"] if run["seconds"]]
-    size = (10.5, 3.4 * len(runs))
-    figure, axes = plt.subplots(len(runs), 1, figsize=size, squeeze=False, layout="constrained")
+    with style():
+        figure = _bars(runs)
+    save_figure(figure, file.parent, file.stem, [file.suffix])
+
+
+def _bars(runs: list[dict[str, Any]]) -> Figure:
+    figure, axes = panels(len(runs), 1, (10.5, 3.4 * len(runs)))
     for axis, run in zip(axes[:, 0], runs, strict=True):
         names = [name for name in (*OURS, *PEERS) if name != BASE and name in run["methods"]]
         networks = run["seconds"]
@@ -212,8 +217,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axis.set_title(f"{run['device']}, {'compiled' if run['compiled'] else 'eager'}")
     # Of the first panel: compiled models have no peers.
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def arguments(

@@ -199,17 +199,19 @@ def characters(root: Path | None, train: int, test: int) -> Data:
     """
     ids, vocabulary = _text()
     border = 9 * len(ids) // 10
-    parts = []
-    for name, part, wanted in (
-        ("train_examples", ids[:border], train),
-        ("test_examples", ids[border:], test),
-    ):
-        there = (len(part) - 1) // CONTEXT
-        if not 1 <= wanted <= there:
-            raise ValueError(f"{name}={wanted}: characters has {there}")
-        parts += [part[shift : shift + wanted * CONTEXT].view(wanted, CONTEXT) for shift in (0, 1)]
-    train_x, train_y, test_x, test_y = parts
+    sections = (ids[:border], train), (ids[border:], test)
+    _check("characters", train, test, _windows_in(ids[:border], ids[border:]))
+    train_x, train_y, test_x, test_y = (
+        part[shift : shift + wanted * CONTEXT].view(wanted, CONTEXT)
+        for part, wanted in sections
+        for shift in (0, 1)
+    )
     return Data(train_x, train_y, test_x, test_y, vocabulary)
+
+
+def _windows_in(train: Tensor, test: Tensor) -> tuple[int, int]:
+    """How many examples with targets two texts hold, end to end."""
+    return (len(train) - 1) // CONTEXT, (len(test) - 1) // CONTEXT
 
 
 @functools.lru_cache(maxsize=1)
@@ -243,14 +245,9 @@ def novels(root: Path | None, train: int, test: int) -> Data:
     table[shown] = np.arange(1, len(shown) + 1)
     ids = torch.from_numpy(table[np.frombuffer(path.read_bytes(), dtype=np.uint8)])
     border = 95 * len(ids) // 100
+    _check(str(path), train, test, _windows_in(ids[:border], ids[border:]))
     parts = []
-    for name, part, wanted in (
-        ("train_examples", ids[:border], train),
-        ("test_examples", ids[border:], test),
-    ):
-        there = (len(part) - 1) // CONTEXT
-        if not 1 <= wanted <= there:
-            raise ValueError(f"{name}={wanted}: {path} has {there}")
+    for part, wanted in ((ids[:border], train), (ids[border:], test)):
         starts = torch.arange(wanted) * ((len(part) - 1 - CONTEXT) // wanted)
         window = starts[:, None] + torch.arange(CONTEXT)
         parts += [part[window + shift] for shift in (0, 1)]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.suite import horizons, standings
 from benchmarks.suite.methods import method
-from benchmarks.suite.standings import REFERENCE, TUNED, Runs
-from benchmarks.suite.tables import BESIDE, MODES, beside, cell, document, head, row
+from benchmarks.suite.standings import MODES, REFERENCE, TUNED, Runs
+from benchmarks.suite.tables import BESIDE, beside, cell, document, head, row
 from benchmarks.suite.trials import Preset
 from examples.shared.records import Record
 

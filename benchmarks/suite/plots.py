@@ -7,50 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks.suite import standings
 from benchmarks.suite.methods import method
-from benchmarks.suite.standings import REFERENCE
+from benchmarks.suite.standings import MODES, REFERENCE
 from benchmarks.suite.variants import VARIED, defaults, variant
+from examples.shared.plots import COLOURS, MARKERS, METHODS, colours_of, finish, panels, save, style
 from examples.shared.records import Record
 
 __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 _LINES = ("-", "--", ":", "-.")
-_MARKERS = "so^Dv*Px"
 _LONGEST = 3.0  # SGD runs
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "adler",  # else the identifiers are random
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-}
+# Always drawn, where they have run; and of the others as many as there are colours left.
+_FIRST = (REFERENCE, "adler", "adler-adam", "adler-schedulefree", "adamw")
 
 
 def draw(found: Sequence[Record], directory: Path) -> list[Path]:
     """Draws what the records allow, as PNG and SVG; the same records, the same SVG."""
     written = []
     for name, make in {"accuracy": curves, "sensitivity": sensitivity}.items():
-        with mpl.rc_context(_STYLE):
+        with style():
             figure = make(found)
-            if figure is None:
-                continue
-            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                path = directory / f"{name}{suffix}"
-                figure.savefig(path, dpi=150, metadata=metadata)
-                written.append(path)
+        if figure is not None:
+            written += save(figure, directory, name)
     return written
 
 
@@ -60,7 +44,9 @@ def draw(found: Sequence[Record], directory: Path) -> list[Path]:
 def curves(found: Sequence[Record]) -> Figure | None:
     """Mean over tasks of the accuracy above the best SGD rate's final one.
 
-    Only tasks with classes. A run that is over keeps its last accuracy.
+    Only tasks with classes. A run that is over keeps its last accuracy. There is a colour for
+    eight methods: this library's, AdamW at its default, the best SGD rate, and of the others those
+    with the best mean rank.
     """
     runs, seconds = standings.contests(found), standings.seconds_of(found)
     points = {"share": np.linspace(0, 1, 41), "seconds": np.linspace(0, _LONGEST, 61)}
@@ -70,7 +56,7 @@ def curves(found: Sequence[Record]) -> Figure | None:
         if best is None or best["score"] != "accuracy" or contest not in seconds:
             continue
         for name, record in by_method.items():
-            if not standings.is_compared(name):
+            if not standings.is_compared(name) or name in MODES:
                 continue
             for unit, grid in points.items():
                 scale = seconds[contest] if unit == "seconds" else 1.0
@@ -80,32 +66,41 @@ def curves(found: Sequence[Record]) -> Figure | None:
                     for point in grid.tolist()
                 ]
                 lines[unit].setdefault(name, {}).setdefault(contest[0], []).append(line)
-    names = [name for name in standings.names(found) if name in lines["share"]]
+    names = _drawn([name for name in standings.names(found) if name in lines["share"]], runs)
     if not names:
         return None
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
+    colours = colours_of(names)
+    figure, (axes,) = panels(1, 2, (10, 5.4), sharey=True)
     for axis, (unit, grid) in zip(axes, points.items(), strict=True):
         axis.axhline(0, color="0.6", linewidth=0.8)
         for index, name in enumerate(names):
             axis.plot(
                 grid,
                 100 * np.mean([np.mean(s, axis=0) for s in lines[unit][name].values()], axis=0),
-                _LINES[index // len(_COLOURS) % len(_LINES)],
-                color=_COLOURS[index % len(_COLOURS)],
+                color=colours[name],
                 linewidth=2.4 if name.startswith("adler") else 1.0,
-                marker=_MARKERS[index % len(_MARKERS)],
+                marker=MARKERS[index],
                 markevery=(index % 5, 10),
                 label=method(name).label,
             )
     axes[0].set_xlabel("Steps (share of the run)")
     axes[1].set_xlabel("Training time (SGD runs)")
     axes[0].set_ylabel("Test accuracy above the best SGD rate's last (points)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
-    figure.suptitle("Mean over the tasks with classes that a method has run on")
-    return figure
+    title = "Mean over the tasks with classes that a method has run on"
+    others = [name for name in names if name not in _FIRST]
+    if others:
+        title += f"; of the other methods the {len(others)} of best mean rank"
+    return finish(figure, title)
+
+
+def _drawn(names: Sequence[str], runs: standings.Runs) -> list[str]:
+    """At most as many methods as there are colours, in the order of the registry."""
+    first = [name for name in names if name in _FIRST]
+    others = [name for name in names if name not in _FIRST]
+    ranks, _ = standings.mean_ranks(runs, list(names))
+    others.sort(key=lambda name: ranks.get(name, 0.0))
+    chosen = {*first, *others[: len(COLOURS) - len(first)]}
+    return [name for name in names if name in chosen]
 
 
 # --- what every constant matters -----------------------------------------------------------------
@@ -168,17 +163,21 @@ def sensitivity(found: Sequence[Record]) -> Figure | None:
     options = list(dict.fromkeys(sweep.option for sweep in swept))
     if not options:
         return None
-    figure = Figure(figsize=(max(5.0, 3.2 * len(options)), 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(options), squeeze=False, sharey="row", sharex="col")
-    looks: dict[str, int] = {}
+    size = max(5.0, 3.2 * len(options)), 5.4
+    figure, axes = panels(2, len(options), size, sharey="row", sharex="col")
+    # The optimizer has its colour; the marker and the line say what else is not at its default.
+    looks: dict[str, list[str]] = {}
     for column, option in enumerate(options):
         chosen = [sweep for sweep in swept if sweep.option == option]
         for sweep in chosen:
-            index = looks.setdefault(_title(sweep), len(looks))
-            style = {
-                "color": _COLOURS[index % len(_COLOURS)],
-                "marker": _MARKERS[index % len(_MARKERS)],
+            mine = looks.setdefault(sweep.base, [])
+            if _title(sweep) not in mine:
+                mine.append(_title(sweep))
+            index = mine.index(_title(sweep))
+            look = {
+                "color": METHODS[sweep.base],
+                "marker": MARKERS[index % len(MARKERS)],
+                "linestyle": _LINES[index % len(_LINES)],
                 "label": _title(sweep),
             }
             gained, ratios = [], []
@@ -188,8 +187,8 @@ def sensitivity(found: Sequence[Record]) -> Figure | None:
                 gained.append(100 * statistics.fmean(gains) if gains else np.nan)
                 ratios.append(np.nan if ratio is None else ratio)
             at = [_place(option, value) for value in sweep.methods]
-            axes[0, column].plot(at, gained, **style)
-            axes[1, column].plot(at, ratios, **style)
+            axes[0, column].plot(at, gained, **look)
+            axes[1, column].plot(at, ratios, **look)
         _finish(list(axes[:, column]), option, [v for sweep in chosen for v in sweep.methods])
     axes[0, 0].set_ylabel("Accuracy above\nthe default's (points)")
     axes[1, 0].set_ylabel("Test loss over the\ndefault's (geometric mean)")

@@ -19,6 +19,9 @@ from benchmarks.suite.methods import METHODS, method
 from examples.shared.records import Record
 
 __all__ = [
+    "DEFAULT",
+    "LOW_COST",
+    "MODES",
     "REFERENCE",
     "TUNED",
     "Behind",
@@ -48,6 +51,10 @@ REFERENCE = "sgd"
 # AdamW with a tuned rate and a cosine over a known horizon: on short tasks only where it is the
 # habit, and what all is measured by on long ones.
 TUNED = "adamw-cosine-tuned"
+# What the library recommends, and the same measured otherwise: near copies, which are not ranked.
+DEFAULT = "adler-schedulefree"
+LOW_COST = "adler-schedulefree-low-cost"
+MODES = ("adler-schedulefree-every-step", "adler-schedulefree-difference", LOW_COST)
 Contest = tuple[str, int]  # task, seed
 Runs = Mapping[Contest, Mapping[str, Record]]
 Criterion = Literal["score", "test_loss", "train_loss"]

@@ -10,14 +10,12 @@ from typing import Any
 
 from benchmarks.suite import standings
 from benchmarks.suite.methods import method
-from benchmarks.suite.standings import REFERENCE, TUNED, Runs
+from benchmarks.suite.standings import DEFAULT, LOW_COST, MODES, REFERENCE, TUNED, Runs
 from examples.shared.records import Record
 
 __all__ = [
     "BESIDE",
     "BUDGETS",
-    "DEFAULT",
-    "MODES",
     "beside",
     "cell",
     "document",
@@ -26,10 +24,6 @@ __all__ = [
     "row",
 ]
 
-# The default, and the same measured otherwise.
-DEFAULT = "adler-schedulefree"
-_LOW_COST = "adler-schedulefree-low-cost"
-MODES = ("adler-schedulefree-every-step", "adler-schedulefree-difference", _LOW_COST)
 # Of time, in SGD runs: one, and what the exact engine may cost.
 BUDGETS = (1.0, 2.2)
 _MARKS = {"win": "+", "tie": "=", "loss": "−", "dead": "†", "diverged": "‡"}
@@ -117,11 +111,13 @@ def _summary(found: Sequence[Record], runs: Runs, most: int | None = None) -> li
             )
         )
     met = [task for (task, _), by_method in runs.items() if REFERENCE in by_method]
+    ours = sum(DEFAULT in by_method for by_method in runs.values())
+    fewer = f" ({method(DEFAULT).label}: {ours})" if 0 < ours < len(met) else ""
     return [
         *lines,
         "",
-        f"{len(set(met))} tasks, {len(met)} with their seeds, of 3,000 pictures or less. The best "
-        "rate is chosen by the test set, anew for each task and seed.",
+        f"{len(set(met))} tasks, {len(met)} with their seeds{fewer}, of 3,000 pictures or less. "
+        "The best rate is chosen by the test set, anew for each task and seed.",
     ]
 
 
@@ -206,7 +202,7 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
     given = standings.verdicts(runs, DEFAULT)
     lines = head("Task", method(DEFAULT).label, "Best of ten SGD rates", "Best untuned", "which")
     for task, verdict in given.items():
-        here = {contest: m for contest, m in runs.items() if contest[0] == task}
+        here = {c: m for c, m in runs.items() if c[0] == task and DEFAULT in m}
         there = [name for name in untuned if all(name in m for m in here.values())]
         means = {
             name: statistics.fmean(standings.value(m[name]) for m in here.values())
@@ -274,7 +270,7 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
 def _passes(found: Sequence[Record], name: str) -> float:
     """Of a step, as the records say; those that do not are of a measurement at every step."""
     told = {r["passes"] for r in found if r["method"] == name and "passes" in r}
-    every_step = name.startswith("adler") and method(name).passes != method(_LOW_COST).passes
+    every_step = name.startswith("adler") and method(name).passes != method(LOW_COST).passes
     return max(told) if told else 3.0 if every_step else method(name).passes
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from examples.cifar import data as cifar
 from examples.cifar import records
 from examples.cifar.optimizers import OPTIMIZERS
+from examples.shared.plots import MARKERS, colours_of, finish, panels, save, style
 from examples.shared.records import Record
 
 __all__ = ["draw", "learning_curves", "learning_rates"]
@@ -25,21 +23,9 @@ Values = npt.NDArray[np.float64]
 Cells = dict[tuple[str, str], list[Record]]
 
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-_MARKERS = "so^Dv*Px"
-# Published and default ADLER often lie on each other: the blue shows through the green's gaps.
+_COLOURS = colours_of(OPTIMIZERS)
+# Published and default ADLER often lie on each other: one shows through the other's gaps.
 _LINES = ("-", "-", "-", "--", "-", "-.", "--", ":")
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "adler",  # else the identifiers are random
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-}
 
 
 def draw(found: Sequence[Record], directory: Path) -> list[Path]:
@@ -48,12 +34,8 @@ def draw(found: Sequence[Record], directory: Path) -> list[Path]:
     for dataset, cells in records.by_cell(found).items():
         figures = {"figure-7-1": learning_curves, "figure-7-2": learning_rates}
         for name, make in figures.items():
-            with mpl.rc_context(_STYLE):
-                figure = make(dataset, cells)
-                for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                    path = directory / f"{name}-{dataset}{suffix}"
-                    figure.savefig(path, dpi=150, metadata=metadata)
-                    written.append(path)
+            with style():
+                written += save(make(dataset, cells), directory, f"{name}-{dataset}")
     return written
 
 
@@ -71,8 +53,8 @@ def learning_curves(dataset: str, cells: Cells) -> Figure:
             _band(axes[models, activation, 0], name, *_mean(accuracy))
             losses = np.minimum(_curves(runs, "train_loss"), 2 * guessing)
             _band(axes[models, activation, 1], name, *_mean(losses))
-    _finish(figure, f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)")
-    return figure
+    title = f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)"
+    return finish(figure, title)
 
 
 def learning_rates(dataset: str, cells: Cells) -> Figure:
@@ -91,10 +73,9 @@ def learning_rates(dataset: str, cells: Cells) -> Figure:
             _band(axes[models, activation, 0], name, low, middle, high)
         axes[models, activation, 0].set_yscale("log")
     title = f"{_TITLES[dataset]}: geometric mean over runs, with its 95 % band"
-    _finish(
+    return finish(
         figure, f"{title}\nADLER, GN: mean rate of an epoch. SGD: the grid's best at each epoch"
     )
-    return figure
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -143,12 +124,9 @@ def _panels(
     models = list(dict.fromkeys(m for m, _ in cells))
     activations = list(dict.fromkeys(a for _, a in cells))
     rows = len(models) * len(quantities)
-    figure = Figure(
-        figsize=(max(7.0, 1.2 + 2.9 * len(activations)), 1.2 + 2.2 * rows), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    shared: Literal["row", "all"] = "row" if len(quantities) > 1 else "all"
-    grid = figure.subplots(rows, len(activations), squeeze=False, sharex=True, sharey=shared)
+    size = max(7.0, 1.2 + 2.9 * len(activations)), 1.2 + 2.2 * rows
+    shared = "row" if len(quantities) > 1 else "all"
+    figure, grid = panels(rows, len(activations), size, sharex=True, sharey=shared)
     axes = {}
     for i, model in enumerate(models):
         for j, activation in enumerate(activations):
@@ -166,21 +144,10 @@ def _panels(
 
 def _band(axis: Axes, name: str, low: Values, middle: Values, high: Values) -> None:
     """A line and its band, in the optimizer's colour and with its marker."""
-    index = list(OPTIMIZERS).index(name) % len(_COLOURS)
-    colour, marker, style = _COLOURS[index], _MARKERS[index], _LINES[index]
+    index = list(OPTIMIZERS).index(name)
+    colour, marker, line = _COLOURS[name], MARKERS[index], _LINES[index]
     epochs = np.arange(1, len(middle) + 1)
     label = OPTIMIZERS[name].label
     every = max(1, len(middle) // 10)
-    axis.plot(epochs, middle, style, color=colour, marker=marker, markevery=every, label=label)
+    axis.plot(epochs, middle, line, color=colour, marker=marker, markevery=every, label=label)
     axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _finish(figure: Figure, title: str) -> None:
-    """The title, and one legend for all panels."""
-    figure.suptitle(title, fontsize="large")
-    handles: dict[str, Any] = {}
-    for axis in figure.axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    columns = min(len(handles), max(3, int(figure.get_figwidth() / 1.9)))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)

@@ -13,12 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from torch import nn
 from tqdm import tqdm
 
@@ -27,17 +23,13 @@ from examples.cifar.config import Run
 from examples.cifar.models import build
 from examples.cifar.optimizers import OPTIMIZERS
 from examples.cifar.train import minibatches
+from examples.shared.plots import GREY, colours_of, finish, panels, save, style
 
 NETWORKS = {
     "CNN without normalisation": ("cnn", "none", 12, 3),
     "ResNet with BatchNorm": ("resnet", "batch", 8, 2),
 }
-COLOURS = {
-    "adler-published": "#D55E00",
-    "gauss-newton-published": "#009E73",
-    "adler-cap": "#CC79A7",
-    "adler": "#0072B2",
-}
+SHOWN = ("adler-published", "gauss-newton-published", "adler-cap", "adler")
 
 
 def record(run: Run, data: cifar.Data) -> dict[str, list[float]]:
@@ -61,24 +53,21 @@ def record(run: Run, data: cifar.Data) -> dict[str, list[float]]:
 
 def draw(results: dict[str, Any], file: Path) -> None:
     """One panel a network and optimizer: minibatch rates as dots, the rate applied as a line."""
-    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            len(NETWORKS), len(COLOURS), figsize=(13, 5.5), sharex=True, layout="constrained"
-        )
+    colours = colours_of(OPTIMIZERS)
+    with style():
+        figure, axes = panels(len(NETWORKS), len(SHOWN), (13, 5.5), sharex=True)
         for row, network in zip(axes, NETWORKS, strict=True):
-            for axis, (name, colour) in zip(row, COLOURS.items(), strict=True):
+            for axis, name in zip(row, SHOWN, strict=True):
                 curves = results[network][name]
                 steps = np.arange(1, len(curves["loss"]) + 1)
-                axis.semilogy(steps, _positive(curves["minibatch_lr"]), ".", ms=2, color="#BBBBBB")
-                axis.semilogy(steps, _positive(curves["effective_lr"]), color=colour, lw=1.4)
+                axis.semilogy(steps, _positive(curves["minibatch_lr"]), ".", ms=2, color=GREY)
+                axis.semilogy(steps, _positive(curves["effective_lr"]), color=colours[name])
                 axis.set_title(f"{OPTIMIZERS[name].label}\n{network}", fontsize=9)
             row[0].set_ylabel("learning rate")
         for axis in axes[-1]:
             axis.set_xlabel("step")
-        figure.suptitle("Minibatch rates (grey) and the rate applied", fontsize=11)
-        figure.savefig(file, dpi=120, metadata={"Software": None})
-        plt.close(figure)
+        finish(figure, "Minibatch rates (grey) and the rate applied")
+    save(figure, file.parent, file.stem, [file.suffix])
 
 
 def _positive(values: Sequence[float | None]) -> list[float]:
@@ -102,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "cifar10", options.data, train_examples=options.train_examples, test_examples=100
         )
         results: dict[str, Any] = {}
-        pairs = [(network, name) for network in NETWORKS for name in COLOURS]
+        pairs = [(network, name) for network in NETWORKS for name in SHOWN]
         for network, name in tqdm(pairs, unit="run"):
             model, normalisation, width, depth = NETWORKS[network]
             run = Run(

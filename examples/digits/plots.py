@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
-COLOURS = {
-    "Adler": "#E69F00",
-    "AdamW, default": "#0072B2",
-    "AdlerAdam": "#009E73",
-    "AdlerScheduleFree": "#D55E00",
+from examples.shared.plots import GREY, METHODS, panels, save, style
+
+# What stands out from the grid, and its name in other figures.
+UNTUNED = {
+    "Adler": "adler",
+    "AdamW, default": "adamw",
+    "AdlerAdam": "adler-adam",
+    "AdlerScheduleFree": "adler-schedulefree",
 }
-GREY, BLACK = "#BBBBBB", "#222222"
 
 
 def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
@@ -30,11 +27,10 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
         best: Name of the SGD rate to highlight.
         file: Where to write.
     """
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    with style():
+        figure, ((left, middle, right),) = panels(1, 3, (13, 4))
         names = list(dict.fromkeys(run["optimizer"] for run in runs))
-        for name in sorted(names, key=lambda n: (n in COLOURS, n == best)):  # the grid beneath
+        for name in sorted(names, key=lambda n: (n in UNTUNED, n == best)):  # the grid beneath
             mine = [run for run in runs if run["optimizer"] == name]
             look = _look(name, best)
             accuracy = np.mean([run["test_accuracy"] for run in mine], axis=0)
@@ -42,7 +38,7 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
             epochs = np.arange(1, len(accuracy) + 1)
             left.plot(epochs, accuracy, **look)
             middle.plot(epochs, loss, **look)
-            if name in COLOURS and name != "Adler":
+            if name in UNTUNED and name != "Adler":
                 continue  # its rate multiplies another direction
             rates = np.exp(np.mean(np.log([run["learning_rate"] for run in mine]), axis=0))
             right.plot(np.linspace(0, len(accuracy), len(rates)), rates, **look)
@@ -62,17 +58,16 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
             ncols=4,
             frameon=False,
         )
-        figure.savefig(file, dpi=130, metadata={"Software": None})
-        plt.close(figure)
+    save(figure, file.parent, file.stem, [file.suffix])
 
 
 def _look(name: str, best: str) -> dict[str, Any]:
-    if name in COLOURS:
+    if name in UNTUNED:
         untuned = ", untuned" if name != "AdamW, default" else ""
-        return {"color": COLOURS[name], "linewidth": 2.2, "label": name + untuned}
+        return {"color": METHODS[UNTUNED[name]], "linewidth": 2.2, "label": name + untuned}
     if name == best:
         return {
-            "color": BLACK,
+            "color": METHODS["sgd"],
             "linewidth": 2.2,
             "linestyle": "--",
             "label": f"best of ten: {name}",

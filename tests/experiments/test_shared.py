@@ -1,4 +1,4 @@
-"""`examples/shared`: records, jobs and networks of all experiments."""
+"""`examples/shared`: records, jobs, networks and figures of all experiments."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.networks import TASKS
-from examples.shared import jobs, networks, records
+from examples.shared import jobs, networks, plots, records
 
 
 def key(record):
@@ -111,3 +111,38 @@ def test_a_vision_transformer_of_other_heads_and_widths():
 def test_the_networks_of_the_cost_benchmark_have_their_sizes(name, parameters):
     (task,) = [task for label, task in TASKS["cpu"].items() if label.startswith(name)]
     assert networks.parameter_count(task.network()) == parameters
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_no_colour_is_used_for_two_methods():
+    names = ["dog", "sgd", "prodigy", "adler", "momo", "adamw", "adler-adam", "adler-schedulefree"]
+    colours = plots.colours_of([*names, "dog"])
+    assert list(colours) == names
+    assert len(set(colours.values())) == len(plots.COLOURS) == 8
+    assert {n: c for n, c in colours.items() if n in plots.METHODS} == plots.METHODS
+    with pytest.raises(ValueError, match="9 methods: a figure has colours for 8"):
+        plots.colours_of([*names, "ldog"])
+
+
+def drawn():
+    with plots.style():
+        figure, grid = plots.panels(1, 2)
+        for axis, labels in zip(grid[0], (("a", "b"), ("b", "c"))):
+            for label in labels:
+                axis.plot([1, 2], [1, 9], label=label)
+        grid[0, 0].set_yscale("log")
+        return plots.finish(figure, "A title"), grid
+
+
+def test_one_legend_for_all_panels_and_one_look(tmp_path):
+    figure, grid = drawn()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+    assert [line.get_color() for line in grid[0, 0].lines] == list(plots.COLOURS[:2])
+    assert not grid[0, 0].spines["top"].get_visible()
+    written = plots.save(figure, tmp_path / "new", "name")
+    assert [path.name for path in written] == ["name.png", "name.svg"]
+    again = plots.save(drawn()[0], tmp_path / "again", "name")
+    assert again[1].read_bytes() == written[1].read_bytes()

@@ -268,12 +268,15 @@ def test_how_far_behind_the_best():
 
 def test_the_tasks_that_are_lost_are_listed():
     found = [*grid(0.5), *grid(0.5, task=DIABETES)]
-    found += [record(tables.DEFAULT, 0.4), record("adamw", 0.45)]
-    found += [record(tables.DEFAULT, 0, task=DIABETES, loss=0.4), record("adamw", 0, task=DIABETES)]
+    found += [record(standings.DEFAULT, 0.4), record("adamw", 0.45)]
+    found += [
+        record(standings.DEFAULT, 0, task=DIABETES, loss=0.4),
+        record("adamw", 0, task=DIABETES),
+    ]
     text = tables.markdown(found, "development")
     (row,) = [line for line in text.splitlines() if line.endswith("| AdamW (default) |")]
     assert row == f"| {CNN} | 0.400 − | 0.500 | 0.450 | AdamW (default) |"
-    found[-2] = record(tables.DEFAULT, 0, task=DIABETES, loss=0.499)  # above SGD's 0.5
+    found[-2] = record(standings.DEFAULT, 0, task=DIABETES, loss=0.499)  # above SGD's 0.5
     found.append(record("momo", 0, task=DIABETES, loss=0.4))
     found.append(record("momo", 0.1))
     assert f"| {DIABETES} | 0.499 | 0.500 | 0.400 | MoMo |" in tables.markdown(found, "development")
@@ -282,8 +285,8 @@ def test_the_tasks_that_are_lost_are_listed():
 def test_what_other_measurements_do():
     found = [one for seed in range(2) for one in grid(0.4, seed)]
     for name, accuracy, seconds in (
-        (tables.DEFAULT, 0.5, 5.0),
-        *zip(tables.MODES, (0.55, 0.5, 0.4), (6, 3, 2)),
+        (standings.DEFAULT, 0.5, 5.0),
+        *zip(standings.MODES, (0.55, 0.5, 0.4), (6, 3, 2)),
     ):
         for seed in range(2):
             found.append(record(name, accuracy, seed, seconds=seconds, skipped=seed))
@@ -308,11 +311,11 @@ def test_passes_are_those_of_the_records():
 
 
 def test_tuned_adamw_is_a_reference_of_its_own():
-    rates = methods.METHODS[tables.TUNED].grid
+    rates = methods.METHODS[standings.TUNED].grid
     found = [*grid(0.4), record("adler", 0.5), record("adler", 0.5, 1)]
     for seed in range(2):
         for index, lr in enumerate(rates):
-            found.append(record(tables.TUNED, 0.41 + 0.01 * index, seed, lr=lr))
+            found.append(record(standings.TUNED, 0.41 + 0.01 * index, seed, lr=lr))
     text = tables.markdown(found, "development")
     assert "| Adler | 1 | 1 | 0 | 0 | +5.0 | 0.91 |" in text
     assert "| SGD grid | 1 | 0 | 0 | 1 | -5.0 |" in text
@@ -346,6 +349,28 @@ def test_figures_are_drawn_and_do_not_change(tmp_path):
         assert first.stat().st_size > 10_000
         if first.suffix == ".svg":
             assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_figure_of_many_methods_shows_eight_each_in_its_colour():
+    others = ["dog", "ldog", "momo", "prodigy", "gen-sgd", "mechanic-adamw"]
+    found = [*grid(0.4), *(record(n, 0.3 + 0.01 * i) for i, n in enumerate(others))]
+    found += [record(n, 0.2) for n in ("adler", "adler-adam", "adamw", *standings.MODES)]
+    figure = plots.curves(found)
+    drawn = (*others[-4:], "sgd", "adler", "adler-adam", "adamw")
+    for axis in figure.axes:
+        lines = {line.get_label(): line.get_color() for line in axis.lines[1:]}
+        assert lines.keys() == {methods.method(name).label for name in drawn}
+        assert len(set(lines.values())) == 8
+    assert "the 4 of best mean rank" in figure.get_suptitle()
+
+
+def test_of_a_sweep_the_optimizer_has_the_colour():
+    names = ["adler-adam", "adler-adam@lr=0.5", "adler-adam@max_kl=0.3,lr=0.5"]
+    found = [*grid(0.4), *(record(n, 0.4) for n in [*names, "adler-adam@max_kl=0.3,lr=2.0"])]
+    lines = plots.sensitivity(found).axes[0].lines[:-1]
+    assert len({line.get_color() for line in lines}) == 1
+    looks = {line.get_label(): (line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(set(looks.values())) == len(looks) == 2
 
 
 def test_without_what_they_need_there_are_no_figures(tmp_path):
