@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.options import measuring
 from torch import nn
 
 from adler import Adler
@@ -168,7 +169,7 @@ def stepped(name, dtype=torch.float64, autocast=False):
     def scores(found):
         return found.logits.flatten(0, -2)
 
-    optimizer = Adler(model.parameters(), model, criterion, output_fn=scores)
+    optimizer = Adler(model.parameters(), model, criterion, output_fn=scores, **measuring())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = scores(model(**given))
         loss = criterion(outputs, torch.randint(outputs.shape[-1], outputs.shape[:1]))
@@ -203,5 +204,5 @@ def test_under_autocast_it_is_near(name):
 def test_where_forward_mode_cannot_go_one_warning_says_so(name):
     optimizer, warned = stepped(name)
     assert len(warned) == 1
-    assert optimizer.param_groups[0]["jvp"] == "finite_difference"
+    assert optimizer.measure.jvp == "finite_difference"
     assert float(optimizer.last_step.consistency) == pytest.approx(1, abs=1e-3)

@@ -9,6 +9,7 @@ import torch
 import torch._inductor.config
 from support.cases import batches, flat, network
 from support.loops import train
+from support.options import measuring
 from torch import nn
 
 from adler import Adler, AdlerScheduleFree
@@ -29,11 +30,11 @@ def test_generated_code_takes_the_same_steps(name, jvp, kind):
     model, criterion = network(name), nn.CrossEntropyLoss()
     twin, compiled = copy.deepcopy(model), torch.compile(model)
     data = batches(name, criterion, 4)
-    optimizer = kind(model.parameters(), compiled, criterion, jvp=jvp)
+    optimizer = kind(model.parameters(), compiled, criterion, **measuring(jvp))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # no fallback
         train(compiled, criterion, optimizer, data)
-    train(twin, criterion, kind(twin.parameters(), twin, criterion, jvp=jvp), data)
+    train(twin, criterion, kind(twin.parameters(), twin, criterion, **measuring(jvp)), data)
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-5, atol=1e-8)
 
 
@@ -43,7 +44,7 @@ def test_dropouts_masks_are_the_training_forwards_if_generators_are_pytorchs(fal
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(), nn.Linear(64, 3)).double()
     criterion, compiled = nn.CrossEntropyLoss(), torch.compile(model)
-    optimizer = Adler(model.parameters(), compiled, criterion)
+    optimizer = Adler(model.parameters(), compiled, criterion, **measuring())
     with torch._inductor.config.patch(fallback_random=fallback):
         train(compiled, criterion, optimizer, batches("mlp-tanh", criterion, 3))
     consistent = abs(float(optimizer.last_step.consistency) - 1) < 1e-6
