@@ -258,7 +258,7 @@ def test_networks(model, normalisation, width, depth, parameters, activation):
     assert outputs.shape == (6, 10)
     criterion(outputs, y).backward()
     optimizer.step()
-    assert optimizer.param_groups[0]["jvp"] == "forward"
+    assert optimizer.measure.jvp == "forward"
     assert not optimizer.last_step.skipped
     moved = [not torch.equal(p, q) for p, q in zip(network.parameters(), before)]
     assert all(moved)
