@@ -79,3 +79,4 @@ def test_an_average_is_chosen_without_a_look(mean):
 def test_a_float32_value_is_accumulated_in_float64():
     average = geometric.push(Average.empty(), torch.tensor(2.0, dtype=torch.float32), 0.9)
     assert average.total.dtype == torch.float64
+    assert float(average.total) == math.log(2.0)  # its logarithm too

@@ -263,7 +263,9 @@ METHODS: dict[str, Method] = {
         "Muon + AdamW + cosine, grid", _rates(-3.5), 2, _muon, needs_steps=True
     ),
     "adler": Method("Adler", None, _RARELY, _interpolated(adler.Adler)),
-    "adler-cap": Method("Adler (cap only)", None, _RARELY, _interpolated(adler.Adler, **_CAP_ONLY)),
+    "adler-cap": Method(
+        "Adler (trust region only)", None, _RARELY, _interpolated(adler.Adler, **_CAP_ONLY)
+    ),
     "adler-published": Method("ADLER (published)", None, 3, _measured(adler.Adler.as_published)),
     "adler-adam": Method("AdlerAdam", None, _RARELY, _measured(adler.AdlerAdam)),
     "adler-schedulefree": Method(

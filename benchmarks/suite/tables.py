@@ -111,11 +111,13 @@ def _summary(found: Sequence[Record], runs: Runs, most: int | None = None) -> li
             )
         )
     met = [task for (task, _), by_method in runs.items() if REFERENCE in by_method]
+    ours = sum(DEFAULT in by_method for by_method in runs.values())
+    fewer = f" ({method(DEFAULT).label}: {ours})" if 0 < ours < len(met) else ""
     return [
         *lines,
         "",
-        f"{len(set(met))} tasks, {len(met)} with their seeds, of 3,000 pictures or less. The best "
-        "rate is chosen by the test set, anew for each task and seed.",
+        f"{len(set(met))} tasks, {len(met)} with their seeds{fewer}, of 3,000 pictures or less. "
+        "The best rate is chosen by the test set, anew for each task and seed.",
     ]
 
 
@@ -200,7 +202,7 @@ def _losses(found: Sequence[Record], runs: Runs) -> list[str]:
     given = standings.verdicts(runs, DEFAULT)
     lines = head("Task", method(DEFAULT).label, "Best of ten SGD rates", "Best untuned", "which")
     for task, verdict in given.items():
-        here = {contest: m for contest, m in runs.items() if contest[0] == task}
+        here = {c: m for c, m in runs.items() if c[0] == task and DEFAULT in m}
         there = [name for name in untuned if all(name in m for m in here.values())]
         means = {
             name: statistics.fmean(standings.value(m[name]) for m in here.values())

@@ -1,4 +1,4 @@
-"""The experiments on conditioning: ``python -m examples.pl_theory --preset smoke|laptop|full``.
+"""The experiments on conditioning: ``python -m examples.pl_theory --preset smoke|thesis``.
 
 Makes the records that are missing, draws the figures, and writes claims beside measurements.
 """
@@ -34,6 +34,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--jobs", type=int, default=1, help="processes, of one CPU thread each (default: 1)")
     option("--figures", nargs="+", choices=tuple(FIGURES), metavar="n", help="such as 6.1 6.5 nmm")
     option("--results", type=Path, help="default: examples/pl_theory/results/PRESET")
+    option("--minutes", type=float, help="start nothing after so many; 0: draw what is there")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -53,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = _wanted(preset, chosen)
     try:
         if preset.dataset in cifar.ARCHIVES:
-            if options.data is None:
+            if options.data is None and options.minutes != 0:
                 raise ValueError(f"--preset {options.preset}: pass --data, where CIFAR is")
-            cifar.prepare([preset.dataset], options.data)
+            if options.minutes != 0:
+                cifar.prepare([preset.dataset], options.data)
         repair(path)
         finished = {Experiment.of(r).key() for r in records.read(path)}
     except (ValueError, FileNotFoundError) as error:
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         functools.partial(experiments.run, root=options.data, device=options.device),
         path,
         jobs=options.jobs,
+        minutes=options.minutes,
         unit="experiment",
     )
     keys = {e.key() for e in preset.experiments()}

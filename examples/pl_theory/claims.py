@@ -1,17 +1,18 @@
-"""Claim against measurement, figure by figure, in Markdown: a pure function of the records.
+"""The thesis's claims against our measurements, figure by figure, in Markdown.
 
-The claims are what theory and the thesis's figures lead one to expect, in our words. A verdict is
-computed: it *holds*, *holds in part* (in at least half of the cases) or *does not hold*.
+A pure function of the records. The claims are in the thesis's words or close to them; each verdict
+is computed: it *holds*, *holds in part* (in at least half of the cases) or *does not hold*. What is
+counted is printed beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from examples.pl_theory import claims_initial as initial
-from examples.pl_theory import claims_scaling as scaled
+from examples.pl_theory import claims_landscape as around
 from examples.pl_theory import claims_training as trained
+from examples.pl_theory.presets import FIGURES, PRESETS
 from examples.pl_theory.records import Record
 from examples.pl_theory.verdicts import Section, table
 
@@ -26,75 +27,92 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         preset: The preset's name, for the heading.
     """
     sections = [section for make in _SECTIONS if (section := make(found)) is not None]
-    rows = [(_title(s.figures), s.claim, f"**{s.verdict}**") for s in sections]
     lines = [
-        f"# Conditioning of wide networks, preset {preset}",
+        f"# Chapter 6 of the thesis, preset {preset}",
         "",
         *_heading(found, preset),
         "",
-        "The theory of wide networks says that a network with a well-conditioned tangent kernel "
-        "satisfies a Polyak–Łojasiewicz inequality, and that gradient descent then converges at a "
-        "rate known in advance; and that width and depth decide the conditioning. Chapter 6 of "
-        "D. Balboni's thesis (SNS 2025) and D. Balboni, D. Bacciu, *An Empirical Verification of "
-        "Wide Networks Theory*, hold it against experiments. These are ours on the same questions: "
-        "figures stand in the role of the thesis's, claims are in our words, verdicts are computed "
-        "from the records, with the threshold printed beside each.",
+        "Each figure stands under its number in D. Balboni, *An Optimization Perspective on "
+        "Deep Neural Networks* (PhD thesis, SNS 2025), chapter 6; those that D. Balboni, D. "
+        "Bacciu, *An Empirical Verification of Wide Networks Theory*, or its poster add are "
+        "named after them, `nmm`, `dropout` and `connectivity` are of what M. Mondelli's slides "
+        "show, `7.5` is of that section. Verdicts are computed from the records.",
         "",
-        *table(("Figures", "Claim", "Verdict"), rows),
+        *table(("Figure", "Claim", "Verdict"), _overview(sections)),
     ]
     shown: set[str] = set()
-    for section in sections:
-        lines += ["", f"## {_title(section.figures)}", "", f"Claim: {section.claim}", ""]
-        lines += [section.measured, "", f"Verdict: **{section.verdict}**.", ""]
-        lines += [
-            f"![Figure {name}](figure-{name.replace('.', '-')}.png)"
-            for name in section.figures
-            if name not in shown
-        ]
-        shown.update(section.figures)
+    for number, section in enumerate(sections, start=1):
+        lines += ["", f"## {number}. Figure{'s' * (len(section.figures) > 1)} {_names(section)}"]
+        lines += ["", f"Claim: {section.claim}", "", section.measured, ""]
+        lines += [f"Verdict: **{section.verdict}**.", ""]
+        new = [name for name in section.figures if name not in shown]
+        lines += [f"![Figure {name}](figure-{name.replace('.', '-')}.png)" for name in new]
+        shown.update(new)
     return "\n".join(lines) + "\n"
+
+
+def _overview(sections: Sequence[Section]) -> list[tuple[str, str, str]]:
+    """A row for each figure and claim; a figure without records says so."""
+    rows = []
+    for name in FIGURES:
+        of_it = [s for s in sections if name in s.figures]
+        rows += [(name, s.claim, f"**{s.verdict}**") for s in of_it]
+        if not of_it:
+            rows.append((name, "–", "no record yet"))
+    return rows
+
+
+def _names(section: Section) -> str:
+    return ", ".join(section.figures)
 
 
 def _heading(found: Sequence[Record], preset: str) -> list[str]:
     versions = {name: sorted({r["versions"][name] for r in found}) for name in ("torch", "adler")}
     said = ", ".join(f"{name} {', '.join(values)}" for name, values in versions.items())
     devices = ", ".join(sorted({r["device"] for r in found}))
-    seconds = sum(r["seconds"] for r in found)
     data = ", ".join(sorted({r["dataset"] for r in found}))
+    planned = list(PRESETS[preset].experiments())
+    rows = []
+    for kind in dict.fromkeys(e.kind for e in planned):
+        of_kind = [r for r in found if r["kind"] == kind]
+        seeds = sorted({r["seed"] for r in of_kind})
+        sizes = sorted({n for r in of_kind for n in r["examples"]})
+        rows.append(
+            (
+                f"`{kind}`",
+                str(len(of_kind)),
+                str(sum(e.kind == kind for e in planned)),
+                ", ".join(map(str, sizes)),
+                ", ".join(map(str, sorted({r["width"] for r in of_kind}))),
+                ", ".join(map(str, sorted({r["depth"] for r in of_kind}))),
+                ", ".join(map(str, seeds)),
+            )
+        )
+    head = ("Experiments", "Run", "Of", "Examples", "Widths", "Layers", "Seeds")
+    command = f"python -m examples.pl_theory --preset {preset}"
     return [
-        f"{len(found)} experiments, {seconds / 60:.1f} minutes of one process; data: {data}; "
-        f"{said}; {devices}.",
+        f"Data: {data}; {said}; {devices}. What was run, of the preset's whole plan:",
         "",
-        f"    python -m examples.pl_theory --preset {preset}"
-        + ("" if preset == "smoke" else " --data DIR"),
+        *table(head, rows),
+        "",
+        "The rest is run by the same command, which takes up where it stopped:",
+        "",
+        f"    {command}" + ("" if preset == "smoke" else " --data DIR"),
     ]
 
 
-def _title(figures: Sequence[str]) -> str:
-    if figures == ("nmm",):
-        return "Nguyen, Mondelli, Montúfar"
-    first, last = figures[0], figures[-1]
-    consecutive = int(last[2:]) - int(first[2:]) == len(figures) - 1 > 0
-    names = f"{first}–{last}" if consecutive else ", ".join(figures)
-    return f"Figure{'s' if len(figures) > 1 else ''} {names}"
-
-
 _SECTIONS: tuple[Callable[[Sequence[Record]], Section | None], ...] = (
-    initial.convergence,
-    initial.lower_bound,
     initial.depth,
-    initial.examples,
-    partial(trained.decrease, loss="mse", figures=("6.5",)),
-    partial(trained.decrease, loss="cross-entropy", figures=("6.14",)),
-    partial(trained.accumulated, loss="mse", figures=("6.5",)),
-    partial(trained.accumulated, loss="cross-entropy", figures=("6.15",)),
-    partial(trained.kernel, loss="mse", figures=("6.6", "6.7", "6.8")),
-    partial(trained.kernel, loss="cross-entropy", figures=("6.20", "6.21", "6.22", "6.23")),
-    partial(trained.grams, loss="mse", figures=("6.16", "6.17", "6.18", "6.19")),
-    partial(trained.grams, loss="cross-entropy", figures=("6.20", "6.21", "6.22", "6.23")),
-    scaled.proxies,
-    partial(trained.generalisation, loss="mse", figures=("6.11",)),
-    partial(trained.generalisation, loss="cross-entropy", figures=("6.12",)),
-    scaled.scaling,
-    scaled.three_layers,
+    initial.width,
+    initial.smallest,
+    initial.largest,
+    initial.row_sums,
+    initial.entries,
+    initial.scaling,
+    initial.three_layers,
+    *trained.SECTIONS,
+    around.dropout,
+    around.connected,
+    around.dominance,
+    around.cancellation,
 )

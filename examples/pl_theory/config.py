@@ -9,10 +9,18 @@ from typing import Any
 from examples.pl_theory.inputs import DATASETS
 from examples.pl_theory.networks import ACTIVATIONS
 
-__all__ = ["KINDS", "Experiment"]
+__all__ = ["KINDS", "LOSSES", "Experiment"]
 
-KINDS = ("initialisation", "infinite-width", "random-features", "tangent-kernel", "training")
-_LOSSES = ("mse", "cross-entropy")
+KINDS = (
+    "initialisation",
+    "infinite-width",
+    "tangent-kernel",
+    "training",
+    "perturbation",
+    "connectivity",
+)
+_TRAINED = ("training", "perturbation", "connectivity")
+LOSSES = ("mse", "mse-softmax", "cross-entropy")
 
 
 @dataclass(frozen=True)
@@ -22,16 +30,18 @@ class Experiment:
     Attributes:
         kind: A name in `KINDS`.
         dataset: A name in `inputs.DATASETS`.
-        activation: A name in `networks.ACTIVATIONS`.
-        renormalised: Whether it has zero mean and unit variance under a standard normal.
+        activation: A name in `networks.ACTIVATIONS`; it is normalised in every network.
+        renormalised: Whether each example is rescaled after every layer.
         width: Of the hidden layers; 0 for infinite width. Of a ``tangent-kernel``: of the second.
-        depth: Hidden layers.
+        depth: Layers. In what is trained the last one is linear and gives the outputs.
         examples: How many, ascending; each set is the first part of the next.
-        loss: Of a ``training``: ``"mse"`` (one-hot targets) or ``"cross-entropy"``.
-        steps: Of a ``training``.
-        measurements: Of a ``training``: at how many steps matrices are formed.
+        dimension: Of the points on a sphere of a ``tangent-kernel``.
+        loss: Of what is trained: a name in `LOSSES`.
+        rate: Of what is trained: the learning rate.
+        epochs: Of what is trained: steps of full-batch gradient descent.
+        measurements: At how many epochs it is measured.
         test_examples: Of a ``training``.
-        seed: Of the weights, and of points on the sphere.
+        seed: Of the weights and of the subset of the pictures.
 
     Raises:
         ValueError: For a value that is not one of these, naming it.
@@ -44,8 +54,10 @@ class Experiment:
     width: int = 0
     depth: int = 1
     examples: tuple[int, ...] = (100,)
+    dimension: int = 0
     loss: str = ""
-    steps: int = 0
+    rate: float = 0.0
+    epochs: int = 0
     measurements: int = 0
     test_examples: int = 0
     seed: int = 0
@@ -64,22 +76,29 @@ class Experiment:
             raise ValueError(f"width={self.width!r}: 0 for infinite-width, else at least 1")
         if self.depth < 1:
             raise ValueError(f"depth={self.depth!r}: must be at least 1")
-        if self.kind != "training":
-            return
-        _one_of("loss", self.loss, _LOSSES)
+        if (self.dimension < 1) == (self.dataset == "sphere"):
+            raise ValueError(f"dimension={self.dimension!r}: positive for the sphere, else 0")
+        if self.kind in _TRAINED:
+            self._check_training()
+
+    def _check_training(self) -> None:
+        _one_of("loss", self.loss, LOSSES)
         if len(self.examples) != 1:
             raise ValueError(f"examples={self.examples!r}: a training has one training set")
-        for name in ("steps", "measurements", "test_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        names = ["rate", "epochs"] + ["measurements"] * (self.kind != "connectivity")
+        for name in names + ["test_examples"] * (self.kind == "training"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be positive")
 
     def key(self) -> str:
         """The experiment's identity, by which a finished one is recognised."""
         name = self.activation + ("-renormalised" if self.renormalised else "")
+        data = self.dataset + (f"{self.dimension}" if self.dimension else "")
         sizes = "-".join(map(str, self.examples))
-        key = f"{self.kind}/{self.dataset}/{name}/w{self.width}-d{self.depth}-n{sizes}"
-        if self.kind == "training":
-            key += f"/{self.loss}-t{self.steps}-m{self.measurements}-e{self.test_examples}"
+        key = f"{self.kind}/{data}/{name}/w{self.width}-d{self.depth}-n{sizes}"
+        if self.kind in _TRAINED:
+            key += f"/{self.loss}-r{self.rate:g}-t{self.epochs}"
+            key += f"-m{self.measurements}-e{self.test_examples}"
         return f"{key}/s{self.seed}"
 
     @classmethod

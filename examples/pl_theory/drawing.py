@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 
 from examples.shared.plots import COLOURS, MARKERS, STYLE, finish, panels, save
-from examples.shared.records import Record
 
 __all__ = [
     "COLOURS",
@@ -18,9 +19,9 @@ __all__ = [
     "STYLE",
     "Values",
     "array",
+    "band",
     "finish",
     "mean",
-    "network",
     "panels",
     "positive",
     "save",
@@ -50,6 +51,14 @@ def mean(rows: Sequence[Values]) -> Values:
     return np.asarray(masked.mean(axis=0).filled(np.nan), dtype=np.float64)
 
 
-def network(record: Record) -> str:
-    """The activation, in words."""
-    return str(record["activation"]) + (", renormalised" if record["renormalised"] else "")
+def band(axis: Axes, x: Values, rows: Sequence[Values], **look: Any) -> None:
+    """The mean over runs, and the 95 % interval of it where there are several."""
+    line = mean(rows)
+    (drawn,) = axis.plot(x, line, **look)
+    if len(rows) > 1:
+        stacked = np.ma.masked_invalid(np.stack(rows))
+        count = np.maximum(stacked.count(axis=0), 1)
+        spread = 1.96 * np.ma.filled(stacked.std(axis=0, ddof=1), 0.0) / np.sqrt(count)
+        axis.fill_between(
+            x, line - spread, line + spread, color=drawn.get_color(), alpha=0.15, linewidth=0
+        )

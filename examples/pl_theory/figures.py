@@ -1,7 +1,8 @@
-"""The figures, drawn from the records alone."""
+"""The figures of the thesis's chapter 6, under their own numbers, drawn from the records alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,18 @@ from examples.pl_theory.drawing import (
     STYLE,
     Values,
     array,
+    band,
     finish,
     mean,
-    network,
     panels,
     positive,
     save,
 )
-from examples.pl_theory.networks import ODD
-from examples.pl_theory.presets import VARIANTS
-from examples.pl_theory.records import Record, gram_rows, of_kind
+from examples.pl_theory.records import Record, of_kind
 
-__all__ = [
-    "by_examples",
-    "by_width",
-    "draw",
-    "proxy",
-    "scaling",
-    "three_layers",
-]
+__all__ = ["draw", "middle_size", "scaling_law"]
 
-_LABELS = {
-    "smallest": "Smallest eigenvalue",
-    "largest": "Largest eigenvalue",
-    "log_condition": "Log condition number",
-    "row_sum": "Largest off-diagonal row sum\n/ smallest diagonal entry",
-    "off_diagonal": "Largest off-diagonal entry\n/ smallest diagonal entry",
-}
-_WHEN = {"initialisation": "at initialisation", "training": "in training"}
+_NAMES = {False: "not renormalised", True: "renormalised"}
 
 
 def draw(
@@ -60,8 +45,7 @@ def draw(
         chosen: Names in `presets.FIGURES`; all if None.
     """
     written = []
-    names = _FIGURES if chosen is None else chosen
-    for name in names:
+    for name in _FIGURES if chosen is None else chosen:
         with mpl.rc_context(STYLE):
             figure = _FIGURES[name](found)
             if figure is not None:
@@ -72,110 +56,157 @@ def draw(
 # --- at initialisation ----------------------------------------------------------------------------
 
 
-def by_width(found: Iterable[Record], quantity: str) -> Figure | None:
-    """A quantity over layers, for every width, and its line at infinite width.
-
-    Of the numbers of examples, the largest that leaves every width room: at most half of it.
-    Eigenvalues below rounding are left out.
-    """
-    found = list(found)
+def middle_size(found: Iterable[Record]) -> int:
+    """Of the numbers of examples, the largest that leaves every width room: at most half of it."""
     initial = of_kind(found, "initialisation")
+    sizes = sorted({n for r in initial for n in r["examples"]})
+    narrowest = min(r["width"] for r in initial)
+    return int(max((n for n in sizes if 2 * n <= narrowest), default=sizes[0]))
+
+
+def series(record: Record, examples: int, quantity: str) -> Values:
+    """A quantity over layers; eigenvalues below rounding are left out."""
+    layers = record["results"]["layers"][str(examples)]
+    known = np.isfinite(array(layers["log_condition"]))
+    values = array(layers[quantity])
+    return np.where(known, values, np.nan) if quantity in ("smallest", "log_condition") else values
+
+
+def _two_panels(
+    found: Iterable[Record], title: str, label: str, panel: Callable[[Axes, list[Record]], None]
+) -> Figure | None:
+    """Networks without and with renormalisation, side by side."""
+    initial = of_kind(found, "initialisation", activation="relu")
     if not initial:
         return None
-    widths = sorted({r["width"] for r in initial})
-    sizes = sorted({n for r in initial for n in r["examples"]})
-    size = str(max((n for n in sizes if 2 * n <= widths[0]), default=sizes[0]))
+    figure, grid = panels(1, 2, sharex=True, sharey=True)
+    for axis, renormalised in zip(grid[0], (False, True), strict=True):
+        panel(axis, of_kind(initial, "initialisation", renormalised=renormalised))
+        axis.set_title(f"ReLU, {_NAMES[renormalised]}", fontsize="medium")
+        axis.set_xlabel("Layer (0: inputs)")
+    grid[0, 0].set_ylabel(label)
+    return finish(figure, title)
 
-    def panel(axis: Axes, **network: Any) -> None:
-        for width, shade in zip(widths, SHADES, strict=False):
-            if runs := of_kind(initial, "initialisation", width=width, **network):
-                line = mean([_resolved(r, size, quantity) for r in runs])
-                axis.plot(line, color=shade, label=f"width {width}")
-        for r in of_kind(found, "infinite-width", **network):
-            line = _resolved(r, size, quantity)
-            axis.plot(line, "--", color=COLOURS[4], label="infinite width")
-            if quantity == "smallest":
-                bound = positive(array(r["results"]["layers"][size]["lower_bound"]))
-                axis.plot(bound, ":", color="black", label="lower bound, infinite width")
-        if quantity != "log_condition":
+
+def by_ratio(found: Iterable[Record]) -> Figure | None:
+    """6.1: log condition number over layers, for every ratio of examples to width."""
+
+    def panel(axis: Axes, runs: list[Record]) -> None:
+        pairs = {(n / r["width"], n, r["width"]) for r in runs for n in r["examples"]}
+        ratios = sorted(p for p in pairs if p[0] < 1)
+        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(ratios))))
+        for colour, (ratio, n, width) in zip(colours, ratios, strict=True):
+            same = of_kind(runs, "initialisation", width=width)
+            lines = [series(r, n, "log_condition") for r in same]
+            axis.plot(mean(lines), color=colour, label=f"{n}/{width} = {ratio:.3g}")
+
+    title = "Log condition number of the features' Gram matrices, by examples over width"
+    return _two_panels(found, title, r"$\log\,\kappa(G^m)$", panel)
+
+
+def by_width(found: Iterable[Record], quantity: str, label: str, title: str) -> Figure | None:
+    """6.2 and 6.9: a quantity over layers, for every width, with 95 % intervals."""
+    found = list(found)
+    if not of_kind(found, "initialisation"):
+        return None
+    n = middle_size(found)
+
+    def panel(axis: Axes, runs: list[Record]) -> None:
+        for width, colour in zip(sorted({r["width"] for r in runs}), COLOURS, strict=False):
+            lines = [series(r, n, quantity) for r in of_kind(runs, "initialisation", width=width)]
+            x = np.arange(len(lines[0]), dtype=float)
+            band(axis, x, lines, color=colour, label=f"width {width}")
+        if quantity == "max_row_sum":
             axis.set_yscale("log")
 
-    title = f"{_LABELS[quantity]} of the features' Gram matrix, {size} examples"
-    return finish(_over_layers(initial, _LABELS[quantity], panel), title)
+    return _two_panels(found, f"{title}, {n} examples", label, panel)
 
 
-def by_examples(found: Iterable[Record]) -> Figure | None:
-    """Log condition number over layers, for every number of examples, at the largest width."""
-    initial = of_kind(found, "initialisation")
-    if not initial:
+def extreme(found: Iterable[Record], quantity: str) -> Figure | None:
+    """6.3 and 6.4: rescaled extreme singular values of renormalised ReLU features, over layers."""
+    found = list(found)
+    runs = of_kind(found, "initialisation", activation="relu", renormalised=True)
+    if not runs:
         return None
-    width = max(r["width"] for r in initial)
-    sizes = sorted({n for r in initial for n in r["examples"]})
-    shades = SHADES[:: max(1, len(SHADES) // len(sizes))]
+    n, root = middle_size(found), np.sqrt
+    figure, grid = panels(1, 1)
+    axis = grid[0, 0]
+    for width, colour in zip(sorted({r["width"] for r in runs}), COLOURS, strict=False):
+        same = of_kind(runs, "initialisation", width=width)
+        lines = [root(positive(series(r, n, quantity))) for r in same]
+        axis.plot(mean(lines), color=colour, label=f"width {width}")
+    for r in of_kind(found, "infinite-width", activation="relu"):
+        layers = r["results"]["layers"][str(n)]
+        axis.plot(root(positive(array(layers[quantity]))), "k--", label="infinite width")
+        if quantity == "smallest":
+            for name, style, label in (
+                ("lemma_24", ":", "infinite width, Lemma 24"),
+                ("combined", "-.", "infinite width, combined bound"),
+            ):
+                axis.plot(root(positive(array(layers[name]))), style, color="0.4", label=label)
+    axis.set_yscale("log")
+    axis.set_xlabel("Layer (0: inputs)")
+    which = {"smallest": "smallest", "largest": "largest"}[quantity]
+    axis.set_ylabel(rf"{which} singular value of $F^m$ / $\sqrt{{\mathrm{{width}}}}$")
+    return finish(figure, f"Renormalised ReLU networks, {n} examples: {which} singular value")
 
-    def panel(axis: Axes, **network: Any) -> None:
-        if runs := of_kind(initial, "initialisation", width=width, **network):
-            for size, shade in zip(sizes, shades, strict=False):
-                line = mean([_resolved(r, str(size), "log_condition") for r in runs])
-                axis.plot(line, color=shade, label=f"{size} examples")
 
-    title = f"Log condition number of the features' Gram matrix, width {width}"
-    return finish(_over_layers(initial, _LABELS["log_condition"], panel), title)
-
-
-def _over_layers(initial: Sequence[Record], label: str, panel: Callable[..., None]) -> Figure:
-    """A panel for each activation: plain ones above, renormalised ones below."""
-    activations = list(dict.fromkeys(r["activation"] for r in initial))
-    figure, grid = panels(2, len(activations), sharex=True, sharey="row")
-    for row, renormalised in enumerate((False, True)):
-        for axis, activation in zip(grid[row], activations, strict=True):
-            panel(axis, activation=activation, renormalised=renormalised)
-            name = activation + (", renormalised" if renormalised else "")
-            if renormalised and activation in ODD:
-                name += ": as above"
-                axis.set_axis_off()
-            axis.set_title(name, fontsize="medium")
-        grid[row, 0].set_ylabel(label)
-    for axis in grid[-1]:
+def entries(found: Iterable[Record]) -> Figure | None:
+    """6.10: least diagonal and largest off-diagonal entry, without renormalisation."""
+    found = list(found)
+    runs = of_kind(found, "initialisation", activation="relu", renormalised=False)
+    if not runs:
+        return None
+    n, widths = middle_size(found), sorted({r["width"] for r in runs})
+    figure, grid = panels(1, len(widths), sharey=True)
+    for axis, width in zip(grid[0], widths, strict=True):
+        same = of_kind(runs, "initialisation", width=width)
+        for quantity, colour, label in (
+            ("min_diagonal", COLOURS[0], "least diagonal entry"),
+            ("max_off_diagonal", COLOURS[1], "largest entry off the diagonal"),
+        ):
+            lines = [series(r, n, quantity) for r in same]
+            band(axis, np.arange(len(lines[0]), dtype=float), lines, color=colour, label=label)
+        axis.set_yscale("log")
+        axis.set_title(f"width {width}", fontsize="medium")
         axis.set_xlabel("Layer (0: inputs)")
-    return figure
+    grid[0, 0].set_ylabel(r"entry of $G^m$ / width")
+    return finish(figure, f"ReLU networks without renormalisation, {n} examples")
 
 
-def _resolved(record: Record, size: str, quantity: str) -> Values:
-    layers = record["results"]["layers"][size]
-    values, known = array(layers[quantity]), np.isfinite(array(layers["log_condition"]))
-    return values if quantity == "largest" else np.where(known, values, np.nan)
+def scaling_law(examples: int, width: int) -> float:
+    """``√(examples · width) / (√width − √examples)``; infinite where there is no more width."""
+    room = math.sqrt(width) - math.sqrt(examples)
+    return math.sqrt(examples * width) / room if room > 0 else math.inf
 
 
 def scaling(found: Iterable[Record]) -> Figure | None:
-    """Measured condition numbers against the scaling law, with the constant that fits best."""
-    runs = of_kind(found, "random-features")
+    """6.13: condition numbers of tanh features against the factor of (6.8), a colour a layer."""
+    runs = of_kind(found, "initialisation", activation="tanh", renormalised=False)
     if not runs:
         return None
-    datasets = sorted({r["dataset"] for r in runs}, reverse=True)
-    figure, grid = panels(2, len(datasets), sharex=True)
-    for column, dataset in enumerate(datasets):
-        groups: dict[str, list[Record]] = {}
-        for r in runs:
-            if r["dataset"] == dataset:
-                groups.setdefault(network(r), []).append(r)
-        for index, (name, group) in enumerate(groups.items()):
-            sizes = [entry for r in group for entry in r["results"]["sizes"].values()]
-            law = array(entry["law"] for entry in sizes)
-            condition = array(entry["condition"] for entry in sizes)
-            constant = np.exp(np.log(condition / law).mean())
-            look = {"color": COLOURS[index], "label": name}
-            grid[0, column].loglog(law, condition, MARKERS[index], alpha=0.6, **look)
-            ends = np.array([law.min(), law.max()])
-            grid[0, column].loglog(ends, constant * ends, color=COLOURS[index])
-            residual = condition / (constant * law)
-            grid[1, column].loglog(law, residual, MARKERS[index], alpha=0.6, **look)
-        grid[0, column].set_title(dataset, fontsize="medium")
-        grid[1, column].axhline(1, color="black", linewidth=0.8)
-        grid[1, column].set_xlabel("√(examples · width) / (√width − √examples)")
-    grid[0, 0].set_ylabel("Condition number of the features")
-    grid[1, 0].set_ylabel("Measured / fitted")
-    return finish(figure, "Condition number of random features and the scaling law")
+    depth = runs[0]["depth"]
+    figure, grid = panels(1, 1)
+    axis = grid[0, 0]
+    factors: list[float] = []
+    for layer in range(1, depth + 1):
+        points = [
+            (scaling_law(n, r["width"]), series(r, n, "log_condition")[layer])
+            for r in runs
+            for n in r["examples"]
+            if n < r["width"]
+        ]
+        factors += [x for x, _ in points]
+        colour = mpl.colormaps["viridis"](layer / depth)
+        label = f"layer {layer}" if layer in (1, depth // 2, depth) else None
+        axis.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.6, label=label)
+    ends = np.array([min(factors), max(factors)])
+    for exponent, style in ((1, "k:"), (2, "k--")):
+        axis.plot(ends, exponent * np.log(ends / ends[0]), style, label=f"slope {exponent}")
+    axis.set_xscale("log")
+    axis.set_xlabel("√(examples · width) / (√width − √examples)")
+    axis.set_ylabel(r"$\log\,\kappa(G^m)$")
+    return finish(figure, "Tanh networks without renormalisation: the factor of (6.8)")
 
 
 def three_layers(found: Iterable[Record]) -> Figure | None:
@@ -183,92 +214,103 @@ def three_layers(found: Iterable[Record]) -> Figure | None:
     runs = of_kind(found, "tangent-kernel")
     if not runs:
         return None
-    figure, grid = panels(1, 2, sharex=True)
-    for index, dataset in enumerate(sorted({r["dataset"] for r in runs}, reverse=True)):
-        sizes = sorted({r["examples"][0] for r in runs if r["dataset"] == dataset})
-        of_size = [of_kind(runs, "tangent-kernel", dataset=dataset, examples=[n]) for n in sizes]
-        for axis, value in zip(grid[0], (_whole, _wide), strict=True):
-            every = [array(map(value, group)) for group in of_size]
-            look = {"color": COLOURS[index], "marker": MARKERS[index]}
-            middle = array(row.mean() for row in every)
-            axis.loglog(sizes, positive(middle), label=dataset, **look)
-            low, high = (array(f(row) for row in every) for f in (np.min, np.max))
-            axis.fill_between(sizes, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
-            line = middle[-1] * np.array(sizes) / sizes[-1]
-            axis.loglog(sizes, line, ":", color="black", label="proportional to the examples")
-            axis.set_xlabel("Examples N")
-    grid[0, 0].set_ylabel("Smallest eigenvalue")
-    grid[0, 0].set_title("Tangent kernel", fontsize="medium")
-    grid[0, 1].set_title("Part of the second layer", fontsize="medium")
-    return finish(figure, "Three-layer ReLU networks of first width 8 N: mean and range over seeds")
+    figure, grid = panels(1, 1)
+    axis = grid[0, 0]
+    for index, (d, width) in enumerate(sorted({(r["dimension"], r["width"]) for r in runs})):
+        same = of_kind(runs, "tangent-kernel", dimension=d, width=width)
+        sizes = sorted({r["examples"][0] for r in same})
+        every = [[r["results"]["smallest"] for r in same if r["examples"][0] == n] for n in sizes]
+        line = np.array([np.mean(values) for values in every])
+        look: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
+        axis.loglog(sizes, positive(line), label=f"d = {d}, $n_2$ = {width}", **look)
+        guide = line[-1] * np.array(sizes) / sizes[-1]
+        axis.loglog(sizes, guide, ":", color=SHADES[0])
+    axis.set_xlabel("Examples N")
+    axis.set_ylabel(r"$\lambda_{\min}(K)$")
+    return finish(figure, "Three-layer ReLU networks, first width 8 N; dotted: proportional to N")
 
 
-def _whole(record: Record) -> float:
-    return float(record["results"]["smallest"])
-
-
-def _wide(record: Record) -> float:
-    return float(record["results"]["parts"]["2"])
-
-
-# --- proxies --------------------------------------------------------------------------------------
-
-
-def proxy(found: Iterable[Record], cheap: str, true: str) -> Figure | None:
-    """A quantity that needs no eigenvalue against one that does; a dot a Gram matrix.
-
-    Args:
-        found: Records.
-        cheap: ``"row_sum"`` or ``"off_diagonal"``, relative to the smallest diagonal entry.
-        true: ``"smallest"``, relative to it too, or ``"log_condition"``.
-    """
-    found = of_kind(found, "initialisation") + of_kind(found, "training")
-    if not found:
+def surroundings(found: Iterable[Record], quantity: str, label: str) -> Figure | None:
+    """Dropout stability or the barrier on a line, over the width: mean and range over seeds."""
+    runs = of_kind(found, "connectivity")
+    if not runs:
         return None
-    names = list(dict.fromkeys(map(network, found)))
-    figure, grid = panels(1, 2, sharey=True)
-    for axis, kind in zip(grid[0], ("initialisation", "training"), strict=True):
-        for index, name in enumerate(names):
-            runs = [r for r in of_kind(found, kind) if network(r) == name]
-            rows = [row for r in runs for group in gram_rows(r) for row in group]
-            x, y = (array(row[quantity] for row in rows) for quantity in (cheap, true))
-            look = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "alpha": 0.35}
-            if rows:
-                axis.plot(positive(x), positive(y), ls="", label=name, rasterized=True, **look)
-        axis.set_xscale("log")
-        if true == "smallest":
-            axis.set_yscale("log")
-        axis.set_title(_WHEN[kind], fontsize="medium")
-        axis.set_xlabel(_LABELS[cheap])
-    relative = "\n/ smallest diagonal entry" if true == "smallest" else ""
-    grid[0, 0].set_ylabel(_LABELS[true] + relative)
-    return finish(figure, "Gram matrices of features: proxies that need no eigenvalue")
+    figure, grid = panels(1, 1)
+    axis = grid[0, 0]
+    for index, (activation, loss) in enumerate(
+        sorted({(r["activation"], r["loss"]) for r in runs})
+    ):
+        same = of_kind(runs, "connectivity", activation=activation, loss=loss)
+        widths = sorted({r["width"] for r in same})
+        every = [
+            [relative(r, quantity) for r in of_kind(same, "connectivity", width=w)] for w in widths
+        ]
+        line = np.array([np.mean(values) for values in every])
+        look: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
+        axis.plot(widths, positive(line), label=f"{activation}, {loss}", **look)
+        low, high = (np.array([f(values) for values in every]) for f in (np.min, np.max))
+        axis.fill_between(widths, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
+    axis.set_xscale("log")
+    axis.set_yscale("log" if quantity == "change" else "linear")
+    axis.set_xlabel("Width")
+    axis.set_ylabel(label)
+    return finish(figure, "Networks trained on handwritten digits: mean and range over seeds")
+
+
+def relative(record: Record, quantity: str) -> float:
+    """A change of the loss, over what the loss is where nothing is known."""
+    unit = math.log(10) if record["loss"] == "cross-entropy" else 0.1
+    return float(record["results"][quantity]) / unit
+
+
+def second_term(found: Iterable[Record]) -> Figure | None:
+    """7.5: the first term's share in training, and the second's mean over last layers."""
+    runs = of_kind(found, "perturbation")
+    if not runs:
+        return None
+    figure, grid = panels(1, 2)
+    pairs = sorted({(r["activation"], r["loss"]) for r in runs})
+    for index, (activation, loss) in enumerate(pairs):
+        same = of_kind(runs, "perturbation", activation=activation, loss=loss)
+        look: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
+        widest = max(r["width"] for r in same)
+        wide = [r["results"]["measured"] for r in same if r["width"] == widest]
+        label = f"{activation}, {loss}"
+        lines = [array(m["gradient_share"]) for m in wide]
+        band(grid[0, 0], array(wide[0]["epoch"]), lines, label=label, **look)
+        widths = sorted({r["width"] for r in same})
+        shares = [
+            np.mean(
+                [
+                    abs(r["results"]["draws"]["residual"]) / r["results"]["draws"]["gauss_newton"]
+                    for r in of_kind(same, "perturbation", width=w)
+                ]
+            )
+            for w in widths
+        ]
+        grid[0, 1].loglog(widths, shares, **look)
+    grid[0, 0].set_xlabel("Epoch (largest width)")
+    grid[0, 0].set_ylabel("GGN's share along the gradient")
+    grid[0, 1].set_xlabel("Width")
+    grid[0, 1].set_ylabel("|mean second term| / mean GGN,\nover last layers")
+    return finish(figure, "The Hessian's second term, in training and over last-layer draws")
 
 
 _FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
-    "6.1": lambda found: by_width(found, "smallest"),
-    "6.2": lambda found: by_width(found, "largest"),
-    "6.3": lambda found: by_width(found, "log_condition"),
-    "6.4": by_examples,
-    "6.5": lambda found: trained.decrease(found, "mse", bounds=True),
-    "6.6": lambda found: trained.kernel(found, "mse", "smallest"),
-    "6.7": lambda found: trained.kernel(found, "mse", "largest"),
-    "6.8": lambda found: trained.kernel(found, "mse", "log_condition"),
-    "6.9": lambda found: proxy(found, "row_sum", "smallest"),
-    "6.10": lambda found: proxy(found, "off_diagonal", "log_condition"),
-    "6.11": lambda found: trained.generalisation(found, "mse"),
-    "6.12": lambda found: trained.generalisation(found, "cross-entropy"),
+    "6.1": by_ratio,
+    "6.2": lambda found: by_width(
+        found, "log_condition", r"$\log\,\kappa(G^m)$", "Log condition number, by width"
+    ),
+    "6.3": lambda found: extreme(found, "smallest"),
+    "6.4": lambda found: extreme(found, "largest"),
+    "6.9": lambda found: by_width(
+        found, "max_row_sum", r"row sum of $G^m$ / width", "Largest off-diagonal row sum"
+    ),
+    "6.10": entries,
     "6.13": scaling,
-    "6.14": lambda found: trained.decrease(found, "cross-entropy", bounds=False),
-    "6.15": lambda found: trained.accumulated(found, "cross-entropy"),
     "nmm": three_layers,
+    "dropout": lambda found: surroundings(found, "change", "|L_N − L_M| / initial loss"),
+    "connectivity": lambda found: surroundings(found, "barrier", "barrier / initial loss"),
+    "7.5": second_term,
+    **trained.FIGURES,
 }
-
-
-def _conditioning_of(loss: str, variant: int) -> Callable[[Sequence[Record]], Figure | None]:
-    return lambda found: trained.conditioning(found, loss, *VARIANTS[variant])
-
-
-for _i in range(len(VARIANTS)):
-    _FIGURES[f"6.{16 + _i}"] = _conditioning_of("mse", _i)
-    _FIGURES[f"6.{20 + _i}"] = _conditioning_of("cross-entropy", _i)

@@ -1,199 +1,228 @@
-"""The figures of gradient descent: decrease, bounds, conditioning, generalisation."""
+"""The figures of gradient descent: prediction, eigenvalues and their bounds, generalisation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.pl_theory.drawing import (
-    COLOURS,
-    MARKERS,
-    SHADES,
-    array,
-    finish,
-    mean,
-    network,
-    panels,
-    positive,
-)
+from examples.pl_theory.drawing import COLOURS, MARKERS, SHADES, Values, array, band, finish, panels
 from examples.pl_theory.records import Record, of_kind
 
-__all__ = ["accumulated", "conditioning", "decrease", "generalisation", "kernel"]
+__all__ = ["FIGURES", "decrease_ratio", "learned", "loss_ratio"]
 
-_TITLES = {"mse": "mean squared error", "cross-entropy": "cross-entropy"}
-_KERNEL = {
-    "smallest": "Smallest eigenvalue",
-    "largest": "Largest eigenvalue",
-    "log_condition": "Log condition number",
+_TITLES = {
+    "mse": "MSE on logits",
+    "mse-softmax": "MSE on softmax outputs",
+    "cross-entropy": "cross-entropy",
 }
+_BLUE, _ORANGE = COLOURS[0], COLOURS[1]
+Draw = Callable[[Sequence[Record]], Figure | None]
 
 
-def _groups(found: Iterable[Record], loss: str) -> dict[int, dict[str, list[Record]]]:
-    """Runs by depth, then by activation; the runs of a group differ in the seed alone."""
-    groups: dict[int, dict[str, list[Record]]] = {}
-    for r in sorted(of_kind(found, "training", loss=loss), key=lambda r: int(r["depth"])):
-        groups.setdefault(r["depth"], {}).setdefault(network(r), []).append(r)
-    return groups
+def learned(found: Iterable[Record], loss: str, activation: str) -> list[Record]:
+    """The runs of a figure: those that end above 12 % accuracy, as in the thesis.
 
-
-def _series(runs: list[Record], room: str, name: str) -> Any:
-    return mean([array(r["results"][room][name]) for r in runs])
-
-
-def _look(index: int, every: int = 1) -> dict[str, Any]:
-    return {"color": COLOURS[index], "marker": MARKERS[index], "markevery": max(1, every)}
-
-
-def decrease(found: Iterable[Record], loss: str, bounds: bool) -> Figure | None:
-    """Predicted over measured decrease, by step; with ``bounds`` the accumulated bound beneath.
-
-    Top: from the local PL coefficient. Below: from the kernel's smallest eigenvalue.
+    It does not say on which examples; here the training examples, since what is asked is whether
+    the network "actually learns".
     """
-    groups = _groups(found, loss)
-    if not groups:
-        return None
-    figure, grid = panels(2 + bounds, len(groups), sharex=True, sharey="row")
-    for column, (depth, networks) in enumerate(groups.items()):
-        for index, (name, runs) in enumerate(networks.items()):
-            for row, ratio in enumerate(("local_ratio", "kernel_ratio")):
-                line = _series(runs, "steps", ratio)
-                look = _look(index, len(line) // 8)
-                grid[row, column].plot(positive(line), label=name, **look)
-            if bounds:
-                _bounds(grid[2, column], runs, name, index)
-        for axis in grid[:2, column]:
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_yscale("log")
-        grid[0, column].set_title(f"{depth} hidden layers", fontsize="medium")
-        grid[-1, column].set_xlabel("Step")
-    grid[0, 0].set_ylabel("Predicted / measured,\nlocal μ")
-    grid[1, 0].set_ylabel("Predicted / measured,\nμ from the kernel")
-    if bounds:
-        grid[2, 0].set_ylabel("Loss and bound (dashed)")
-    title = f"Decrease of the {_TITLES[loss]} in a step of rate 1/L: at most 1 where L bounds"
-    return finish(figure, title)
+    runs = of_kind(found, "training", loss=loss, activation=activation)
+    return [
+        r
+        for r in runs
+        if not r["results"]["diverged"] and r["results"]["measured"]["accuracy"][-1] > 0.12
+    ]
 
 
-def accumulated(found: Iterable[Record], loss: str) -> Figure | None:
-    """The loss and its accumulated bounds, by step."""
-    groups = _groups(found, loss)
-    if not groups:
-        return None
-    figure, grid = panels(1, len(groups), sharey=True)
-    for column, (depth, networks) in enumerate(groups.items()):
-        for index, (name, runs) in enumerate(networks.items()):
-            _bounds(grid[0, column], runs, name, index, kernel=True)
-        grid[0, column].set_title(f"{depth} hidden layers", fontsize="medium")
-        grid[0, column].set_xlabel("Step")
-    grid[0, 0].set_ylabel("Loss (nats)" if loss == "cross-entropy" else "Loss")
-    title = "Loss (solid), bound from the local μ (dashed) and from the kernel (dotted)"
-    return finish(figure, f"{_TITLES[loss].capitalize()}. {title}")
+def loss_ratio(record: Record, weak: bool) -> Values:
+    r"""Log of the loss over what was predicted of it, at the measured epochs.
+
+    $f_{k+1} / [(1 - \mu_k/L_k) f_k]$, above 1 where the prediction was too good; with ``weak`` the
+    factor is Lemma 22's, with the thesis's estimate of the distance, $1 - G^2 / 8 L f$.
+    """
+    m, losses = record["results"]["measured"], array(record["results"]["loss"])
+    epochs = np.array(m["epoch"], dtype=int)
+    gain = array(m["pl"]) / array(m["smoothness"])
+    factor = 1 - (gain / 4 if weak else gain)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = losses[epochs + 1] / (np.where(factor > 0, factor, np.nan) * losses[epochs])
+        return np.asarray(np.log(ratio), dtype=np.float64)
 
 
-def _bounds(axis: Axes, runs: list[Record], name: str, index: int, kernel: bool = False) -> None:
-    losses = _series(runs, "steps", "loss")
-    axis.plot(positive(losses), label=name, **_look(index, len(losses) // 8))
-    axis.plot(positive(_series(runs, "steps", "local_bound")), "--", color=COLOURS[index])
-    if kernel:
-        axis.plot(positive(_series(runs, "steps", "kernel_bound")), ":", color=COLOURS[index])
-    axis.set_yscale("log")
+def decrease_ratio(record: Record) -> Values:
+    """Log of the predicted over the measured decrease, where the loss fell."""
+    m, losses = record["results"]["measured"], array(record["results"]["loss"])
+    epochs = np.array(m["epoch"], dtype=int)
+    predicted = losses[epochs] * array(m["pl"]) / array(m["smoothness"])
+    drop = losses[epochs] - losses[epochs + 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.log(predicted / np.where(drop > 0, drop, np.nan)), dtype=np.float64)
 
 
-def kernel(found: Iterable[Record], loss: str, quantity: str) -> Figure | None:
-    """A quantity of the tangent kernel, by step."""
-    groups = _groups(found, loss)
-    if not groups:
-        return None
-    figure, grid = panels(1, len(groups), sharey=True)
-    for column, (depth, networks) in enumerate(groups.items()):
-        axis = grid[0, column]
-        for index, (name, runs) in enumerate(networks.items()):
-            steps = _series(runs, "measured", "step")
-            line = _series(runs, "measured", f"kernel_{quantity}")
-            if quantity != "log_condition":
-                line = positive(line)
-                axis.set_yscale("log")
-            axis.plot(steps, line, label=name, **_look(index))
-            if quantity == "smallest":
-                lower = positive(_series(runs, "measured", "kernel_lower"))
-                axis.plot(steps, lower, ":", color=COLOURS[index])
-        axis.set_title(f"{depth} hidden layers", fontsize="medium")
-        axis.set_xlabel("Step")
-    grid[0, 0].set_ylabel(_KERNEL[quantity])
-    note = "; dotted: Weyl's lower bound, where positive" if quantity == "smallest" else ""
-    return finish(figure, f"Tangent kernel in training, {_TITLES[loss]}{note}")
+def mean_log_condition(record: Record) -> Values:
+    """Of the Gram matrices of all hidden layers, by epoch."""
+    tables = record["results"]["layers"].values()
+    return np.asarray(
+        np.mean([array(t["log_condition"]) for t in tables], axis=0), dtype=np.float64
+    )
 
 
-def conditioning(
-    found: Iterable[Record], loss: str, activation: str, renormalised: bool
-) -> Figure | None:
-    """One network in training: the tangent kernel, then every layer's Gram matrix with bounds."""
-    runs = of_kind(found, "training", loss=loss, activation=activation, renormalised=renormalised)
-    if not runs:
-        return None
-    depths = sorted({r["depth"] for r in runs})
-    figure, grid = panels(3, len(depths), sharex=True)
-    for column, depth in enumerate(depths):
-        same = [r for r in runs if r["depth"] == depth]
-        steps = _series(same, "measured", "step")
-        top, middle, bottom = grid[:, column]
-        for index, name in enumerate(("kernel_smallest", "kernel_largest")):
-            label = f"tangent kernel: {name.removeprefix('kernel_')}"
-            values = positive(_series(same, "measured", name))
-            top.plot(steps, values, label=label, **_look(index))
-        upper = positive(_series(same, "measured", "kernel_upper"))
-        top.plot(steps, upper, ":", color=COLOURS[0], label="Weyl's bounds")
-        lower = positive(_series(same, "measured", "kernel_lower"))
-        top.plot(steps, lower, ":", color=COLOURS[0])
-        shades = np.linspace(0, len(SHADES) - 1, depth).round().astype(int)
-        for layer in range(1, depth + 1):
-            shade = SHADES[shades[layer - 1]]
-            columns = [r["results"]["grams"][str(layer)] for r in same]
-            lines = {
-                q: mean([array(c[q]) for c in columns])
-                for q in ("smallest", "weyl_lower", "log_condition")
-            }
-            middle.plot(steps, positive(lines["smallest"]), color=shade, label=f"layer {layer}")
-            middle.plot(steps, positive(lines["weyl_lower"]), ":", color=shade)
-            bottom.plot(steps, lines["log_condition"], color=shade)
-        top.set_yscale("log")
-        middle.set_yscale("log")
-        top.set_title(f"{depth} hidden layers", fontsize="medium")
-        bottom.set_xlabel("Step")
-    for axis, label in zip(
-        grid[:, 0],
-        ("Eigenvalue", "Features: smallest\neigenvalue", "Features: log\ncondition number"),
-        strict=True,
-    ):
+def _epochs(record: Record) -> Values:
+    return array(record["results"]["measured"]["epoch"])
+
+
+def _by_rate(
+    loss: str,
+    activation: str,
+    value: Callable[[Record], Values],
+    label: str,
+    title: str,
+    shallow: bool = False,
+) -> Draw:
+    """A quantity by epoch, a line a rate: mean over examples, seeds and, unless shallow, depths."""
+
+    def figure_of(found: Sequence[Record]) -> Figure | None:
+        runs = learned(found, loss, activation)
+        if not runs:
+            return None
+        least = min(r["depth"] for r in runs)
+        runs = [r for r in runs if r["depth"] == least or not shallow]
+        figure, grid = panels(1, 1)
+        axis = grid[0, 0]
+        for index, rate in enumerate(sorted({r["rate"] for r in runs})):
+            same = [r for r in runs if r["rate"] == rate]
+            rows = [value(r) for r in same]
+            look = {"color": COLOURS[index], "marker": MARKERS[index]}
+            band(axis, _epochs(same[0]), rows, label=f"rate {rate:g} ({len(rows)} runs)", **look)
+        if "ratio" in label:
+            axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xlabel("Epoch")
         axis.set_ylabel(label)
-    name = activation + (", renormalised" if renormalised else "")
-    return finish(figure, f"{name}, {_TITLES[loss]}: eigenvalues and conditioning in training")
+        return finish(figure, f"{title}: {activation}, {_TITLES[loss]}")
+
+    return figure_of
 
 
-def generalisation(found: Iterable[Record], loss: str) -> Figure | None:
-    """The bound of the expected loss, the largest loss, the test loss and the gap, by step."""
-    groups = _groups(found, loss)
-    if not groups:
-        return None
-    figure, grid = panels(2, len(groups), sharex=True, sharey="row")
-    for column, (depth, networks) in enumerate(groups.items()):
-        for index, (name, runs) in enumerate(networks.items()):
-            steps = _series(runs, "measured", "step")
-            test = _series(runs, "measured", "test_loss")
-            losses = _series(runs, "steps", "loss")
-            bound = _series(runs, "measured", "generalisation_bound")
-            most = _series(runs, "measured", "largest_loss")
-            grid[0, column].plot(steps, bound / most, label=name, **_look(index))
-            train = losses[np.minimum(steps.astype(int), len(losses) - 1)]
-            grid[1, column].plot(steps, test - train, **_look(index))
-        grid[0, column].axhline(1, color="black", linewidth=0.8, label="vacuous above")
-        grid[0, column].set_yscale("log")
-        grid[0, column].set_title(f"{depth} hidden layers", fontsize="medium")
-        grid[1, column].set_xlabel("Step")
-    grid[0, 0].set_ylabel("Bound / largest loss")
-    grid[1, 0].set_ylabel("Test − training loss")
-    return finish(figure, f"Bound of the expected loss from stability, {_TITLES[loss]}")
+def _ratio(loss: str, activation: str, weak: bool = False, shallow: bool = False) -> Draw:
+    title = "Loss over its prediction by Lemma " + ("22" if weak else "1")
+    return _by_rate(
+        loss, activation, lambda r: loss_ratio(r, weak), "log loss ratio", title, shallow
+    )
+
+
+def _conditioning(loss: str, activation: str) -> Draw:
+    label = r"$\log\,\kappa(G^m)$, mean over layers"
+    return _by_rate(loss, activation, mean_log_condition, label, "Conditioning in training")
+
+
+def _by_layer(loss: str, activation: str) -> Draw:
+    """Log condition number of every hidden layer by epoch, a panel a rate."""
+
+    def figure_of(found: Sequence[Record]) -> Figure | None:
+        runs = learned(found, loss, activation)
+        if not runs:
+            return None
+        rates = sorted({r["rate"] for r in runs})
+        figure, grid = panels(1, len(rates), sharey=True)
+        for axis, rate in zip(grid[0], rates, strict=True):
+            same = [r for r in runs if r["rate"] == rate]
+            deepest = max(len(r["results"]["layers"]) for r in same)
+            shades = np.linspace(0, len(SHADES) - 1, deepest).round().astype(int)
+            for layer in range(1, deepest + 1):
+                rows = [
+                    array(r["results"]["layers"][str(layer)]["log_condition"])
+                    for r in same
+                    if str(layer) in r["results"]["layers"]
+                ]
+                look = {"color": SHADES[shades[layer - 1]], "label": f"layer {layer}"}
+                band(axis, _epochs(same[0]), rows, **look)
+            axis.set_title(f"rate {rate:g} ({len(same)} runs)", fontsize="medium")
+            axis.set_xlabel("Epoch")
+        grid[0, 0].set_ylabel(r"$\log\,\kappa(G^m)$")
+        return finish(figure, f"Conditioning in training: {activation}, {_TITLES[loss]}")
+
+    return figure_of
+
+
+def _bound(loss: str, activation: str) -> Draw:
+    """Smallest eigenvalues in blue, bounds of (4.11) in orange, over their first value."""
+
+    def figure_of(found: Sequence[Record]) -> Figure | None:
+        runs = learned(found, loss, activation)
+        if not runs:
+            return None
+        sizes = sorted({r["examples"][0] for r in runs})
+        figure, grid = panels(1, len(sizes), sharey=True)
+        for axis, n in zip(grid[0], sizes, strict=True):
+            for r in (r for r in runs if r["examples"][0] == n):
+                for i, table in enumerate(r["results"]["layers"].values()):
+                    first = table["smallest"][0]
+                    label = (r"$\lambda_{\min}(G^m)$", "(4.11), operator norm")
+                    for name, colour, text in (
+                        ("smallest", _BLUE, label[0]),
+                        ("bound_operator", _ORANGE, label[1]),
+                    ):
+                        line = array(table[name]) / first
+                        look = {"color": colour, "alpha": 0.35, "linewidth": 0.8}
+                        axis.plot(_epochs(r), line, label=None if i else text, **look)
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_yscale("symlog", linthresh=1)
+            axis.set_title(f"{n} examples", fontsize="medium")
+            axis.set_xlabel("Epoch")
+        grid[0, 0].set_ylabel("over the first value; below 0: vacuous")
+        title = f"Smallest eigenvalues and their bound: {activation}, {_TITLES[loss]}"
+        return finish(figure, f"{title}; a line a run and layer")
+
+    return figure_of
+
+
+def _generalisation(loss: str, activation: str) -> Draw:
+    """The bound of (4.13) over the largest loss, by epoch, a line a number of examples."""
+
+    def figure_of(found: Sequence[Record]) -> Figure | None:
+        runs = learned(found, loss, activation)
+        if not runs:
+            return None
+        figure, grid = panels(1, 1)
+        axis = grid[0, 0]
+        for index, n in enumerate(sorted({r["examples"][0] for r in runs})):
+            same = [r["results"]["measured"] for r in runs if r["examples"][0] == n]
+            rows = [array(m["gap_bound"]) / array(m["largest_loss"]) for m in same]
+            look = {"color": COLOURS[index], "marker": MARKERS[index]}
+            text = f"{n} examples ({len(rows)} runs)"
+            band(axis, array(same[0]["epoch"]), rows, label=text, **look)
+        axis.axhline(1, color="black", linewidth=0.8, label="vacuous above")
+        axis.set_yscale("log")
+        axis.set_xlabel("Epoch")
+        axis.set_ylabel("bound of (4.13) / largest loss")
+        return finish(figure, f"Generalisation bound: {activation}, {_TITLES[loss]}")
+
+    return figure_of
+
+
+# The thesis's 6.5 is of six-layer networks; the others do not say.
+FIGURES: dict[str, Draw] = {
+    "6.5": _ratio("mse", "relu", shallow=True),
+    "6.6": _bound("mse", "relu"),
+    "6.7": _conditioning("cross-entropy", "relu"),
+    "6.8": _conditioning("cross-entropy", "tanh"),
+    "6.11": _generalisation("mse", "relu"),
+    "6.12": _generalisation("mse-softmax", "relu"),
+    "6.14": _ratio("cross-entropy", "relu", weak=True),
+    "6.15": _ratio("cross-entropy", "tanh", weak=True),
+    "6.16": _by_layer("mse", "relu"),
+    "6.17": _by_layer("mse", "tanh"),
+    "6.18": _by_layer("cross-entropy", "relu"),
+    "6.19": _by_layer("cross-entropy", "tanh"),
+    "6.20": _bound("cross-entropy", "relu"),
+    "6.21": _bound("cross-entropy", "tanh"),
+    "6.22": _bound("mse", "relu"),
+    "6.23": _bound("mse", "tanh"),
+    "paper-6d": _ratio("mse", "tanh"),
+    "paper-7b": _generalisation("mse", "tanh"),
+    "paper-7d": _generalisation("mse-softmax", "tanh"),
+    "poster-1": _by_rate(
+        "cross-entropy", "relu", decrease_ratio, "log decrease ratio", "Predicted / measured"
+    ),
+}

@@ -1,8 +1,14 @@
-"""The examples, with rows of unit norm: handwritten digits, CIFAR, or points on a sphere."""
+r"""The examples, with rows of norm $\sqrt d$: handwritten digits, CIFAR, or points on a sphere.
+
+The thesis's inputs have $\|x_i\| = \sqrt m$, with ``m`` "the width of the first layer". Here ``m``
+is what enters that layer, ``d``, so that a weight of variance ``1/d`` makes preactivations standard
+normal, which the normalised activations are made for.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +22,12 @@ from examples.cifar import data as cifar
 __all__ = ["DATASETS", "Inputs", "load"]
 
 DATASETS = ("digits", "sphere", *cifar.ARCHIVES)
-# Of the archives, the first so many of a fixed permutation: more than any preset asks for.
-_POOL = 4000
-_SPHERE = 1024
+# Of the archives, the first so many of a fixed permutation; a seed's subset is drawn from them.
+_POOL = 10_000
 
 
 class Inputs(NamedTuple):
-    """Examples ``(N, d)`` of unit norm, float64, and their labels ``(N,)``.
+    """Examples ``(N, d)`` of norm ``√d``, float64, and their labels ``(N,)``.
 
     Attributes:
         train_x: Training examples.
@@ -40,9 +45,14 @@ class Inputs(NamedTuple):
 
 
 def load(
-    dataset: str, root: Path | None, train_examples: int, test_examples: int = 0, seed: int = 0
+    dataset: str,
+    root: Path | None,
+    train_examples: int,
+    test_examples: int = 0,
+    seed: int = 0,
+    dimension: int = 0,
 ) -> Inputs:
-    """Reads a data set; fewer examples are the first of more.
+    """Draws a random subset of a data set; fewer examples are the first of more.
 
     Pictures are centred and scaled before their rows are normalised: CIFAR by channel, the digits
     by pixel and by the standard deviation of all pixels.
@@ -50,9 +60,10 @@ def load(
     Args:
         dataset: A name in `DATASETS`.
         root: Directory of the archives.
-        train_examples: How many, in a fixed order.
+        train_examples: How many.
         test_examples: How many.
-        seed: Of the points on the sphere.
+        seed: Of the subset, and of the points on the sphere.
+        dimension: Of the points on the sphere.
 
     Raises:
         ValueError: For an unknown data set, an archive without ``root``, or too many examples.
@@ -60,7 +71,7 @@ def load(
     if dataset not in DATASETS:
         raise ValueError(f"dataset={dataset!r}: expected one of {', '.join(DATASETS)}")
     if dataset == "sphere":
-        return _sphere(train_examples, test_examples, seed)
+        return _sphere(train_examples, test_examples, seed, dimension)
     if dataset != "digits" and root is None:
         raise ValueError(f"dataset={dataset!r}: pass --data, the directory of its archive")
     whole = _digits() if dataset == "digits" else _pictures(dataset, root)
@@ -70,13 +81,21 @@ def load(
     ):
         if wanted > there:
             raise ValueError(f"{name}={wanted}: {dataset} has {there} here")
+    draw = np.random.default_rng(seed)
+    train = torch.from_numpy(draw.permutation(len(whole.train_y))[:train_examples])
+    test = torch.from_numpy(draw.permutation(len(whole.test_y))[:test_examples])
     return Inputs(
-        whole.train_x[:train_examples],
-        whole.train_y[:train_examples],
-        whole.test_x[:test_examples],
-        whole.test_y[:test_examples],
+        _scaled(whole.train_x[train]),
+        whole.train_y[train],
+        _scaled(whole.test_x[test]),
+        whole.test_y[test],
         whole.classes,
     )
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Rows of norm √d, float64."""
+    return normalize(x.double()) * math.sqrt(x.shape[1])
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,7 +106,7 @@ def _digits() -> Inputs:
     order = np.random.default_rng(0).permutation(len(labels))
     x, y = torch.from_numpy(pixels[order]), torch.from_numpy(labels[order]).long()
     train = 1200
-    x = normalize((x - x[:train].mean(0)) / x[:train].std())
+    x = (x - x[:train].mean(0)) / x[:train].std()
     return Inputs(x[:train], y[:train], x[train:], y[train:], 10)
 
 
@@ -95,14 +114,14 @@ def _digits() -> Inputs:
 def _pictures(dataset: str, root: Path | None) -> Inputs:
     assert root is not None
     found = cifar.load(dataset, root, train_examples=_POOL, test_examples=_POOL)
-    train_x, test_x = (normalize(x.flatten(1).double()) for x in (found.train_x, found.test_x))
+    train_x, test_x = found.train_x.flatten(1), found.test_x.flatten(1)
     return Inputs(train_x, found.train_y, test_x, found.test_y, found.classes)
 
 
-def _sphere(train_examples: int, test_examples: int, seed: int) -> Inputs:
+def _sphere(train_examples: int, test_examples: int, seed: int, dimension: int) -> Inputs:
     generator = torch.Generator().manual_seed(1000 + seed)  # apart from the weights'
     x = torch.randn(
-        train_examples + test_examples, _SPHERE, generator=generator, dtype=torch.float64
+        train_examples + test_examples, dimension, generator=generator, dtype=torch.float64
     )
-    x, y = normalize(x), torch.zeros(len(x), dtype=torch.long)
+    x, y = _scaled(x), torch.zeros(len(x), dtype=torch.long)
     return Inputs(x[:train_examples], y[:train_examples], x[train_examples:], y[train_examples:], 2)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from examples.pl_theory.drawing import Values
 
@@ -17,7 +16,6 @@ __all__ = [
     "median",
     "number",
     "power_law",
-    "rank_correlation",
     "table",
     "verdict",
 ]
@@ -70,13 +68,6 @@ def power_law(x: Values, y: Values) -> Fit:
     r_squared = 1 - float((residual**2).sum()) / total if total > 0 else 1.0
     ratio = v - u
     return Fit(float(exponent), r_squared, float(np.exp(ratio.mean())), float(ratio.std()))
-
-
-def rank_correlation(x: Values, y: Values) -> float:
-    """Spearman's; NaN where one of the two is constant."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(spearmanr(x, y).statistic)
 
 
 def median(values: Values) -> float:

@@ -356,6 +356,7 @@ def start_and_kill(command, path, count):
     return process
 
 
+@pytest.mark.long
 def test_killed_training_resumes_bit_for_bit(root, tmp_path):
     run = replace(RUN, model="resnet", normalisation="batch", activation="tanh", epochs=20)
     log = tmp_path / "log.jsonl"
@@ -406,6 +407,7 @@ def gone(group):
     return False
 
 
+@pytest.mark.long
 def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path):
     results = tmp_path / "results"
     arguments = ["--data", str(root), "--preset", "smoke", "--results", str(results)]
@@ -455,6 +457,7 @@ def work(run):
     return {"seed": run.seed}
 
 
+@pytest.mark.long
 def test_a_crash_is_reported_and_loses_no_other_run():
     runs = [replace(RUN, seed=seed) for seed in range(6)]
     outcomes = dict(jobs.run_all(runs, work, jobs=1))
@@ -578,6 +581,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
         records.read(tmp_path)
 
 
+@pytest.mark.long
 def test_figures_are_drawn_and_do_not_change(tmp_path):
     made = []
     for name in ("a", "b"):

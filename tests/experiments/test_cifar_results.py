@@ -62,6 +62,7 @@ def test_the_thesis_stands_beside_the_records():
 
 
 # Ten steps without gradient are worth a warning; here they may come.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the last:RuntimeWarning")
 def test_rates_are_recorded_and_drawn(tmp_path):
     data.synthetic(tmp_path, "cifar10")

@@ -69,6 +69,7 @@ def test_the_examples_are_all_listed_with_commands_that_exist():
     assert listed == runnable
 
 
+@pytest.mark.long
 def test_the_demo_runs_and_redraws(tmp_path):
     command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path)]
     subprocess.run([*command, "--epochs", "1", "--seeds", "1"], cwd=ROOT, check=True)
@@ -101,6 +102,7 @@ def test_the_committed_benchmarks_are_those_of_the_committed_results(name):
     assert table(results) == (folder / f"{name}.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["step_cost", "memory", "scaling"])
 def test_the_benchmarks_of_cost_run(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
@@ -136,6 +138,7 @@ def test_the_committed_diagnosis_is_that_of_the_committed_snapshots():
     assert table(results) == (folder / "table.md").read_text()
 
 
+@pytest.mark.long
 def test_the_diagnosis_runs(tmp_path):
     command = [sys.executable, "-m", "examples.programs.diagnose", "--out", str(tmp_path)]
     subprocess.run([*command, "--steps", "3", "--every", "2"], cwd=ROOT, check=True)

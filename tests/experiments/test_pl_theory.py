@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,16 @@ from torch.nn import functional as F
 from adler.diagnostics.features import feature_grams
 from examples.pl_theory import __main__ as command
 from examples.pl_theory import claims, experiments, figures, inputs, records, training, verdicts
+from examples.pl_theory import figures_training as trained
 from examples.pl_theory.config import Experiment
-from examples.pl_theory.networks import activation_of, features, fully_connected, mean_square
+from examples.pl_theory.networks import Renormalise, activation_of, features, fully_connected
 from examples.pl_theory.presets import FIGURES, PRESETS
+from examples.pl_theory.spectrum import largest_eigenpair
 from examples.shared.records import rounded
 
 TRAINING = Experiment(
-    "training", "digits", "tanh", False, 12, 2, (6,), "mse", 6, 3, 20
+    "training", "digits", "tanh", width=12, depth=3, examples=(6,), loss="mse", rate=0.05, epochs=6,
+    measurements=3, test_examples=20,
 )  # fmt: skip
 
 
@@ -47,15 +51,21 @@ def jacobian(model, x):
 # --- inputs and networks --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["digits", "sphere"])
-def test_inputs_have_unit_norm_and_fewer_are_the_first_of_more(dataset):
-    more, fewer = (inputs.load(dataset, None, n, 5) for n in (40, 10))
+@pytest.mark.parametrize(("dataset", "dimension"), [("digits", 0), ("sphere", 30)])
+def test_inputs_have_the_norm_of_their_dimension_and_fewer_are_the_first_of_more(
+    dataset, dimension
+):
+    more, fewer = (inputs.load(dataset, None, n, 5, 1, dimension) for n in (40, 10))
     assert more.train_x.shape[0] == 40
     assert more.test_x.shape[0] == 5
     assert more.train_x.dtype == torch.float64
-    torch.testing.assert_close(more.train_x.norm(dim=1), torch.ones(40, dtype=torch.float64))
+    d = more.train_x.shape[1]
+    norms = more.train_x.norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((40,), d**0.5, dtype=torch.float64))
     torch.testing.assert_close(more.train_x[:10], fewer.train_x)
     assert int(more.train_y.max()) < more.classes
+    other = inputs.load(dataset, None, 10, 5, 2, dimension)  # a random subset, by the seed
+    assert not torch.allclose(other.train_x, fewer.train_x)
 
 
 @pytest.mark.parametrize(
@@ -71,48 +81,62 @@ def test_data_that_is_not_there(dataset, n, message):
         inputs.load(dataset, None, n)
 
 
-@pytest.mark.parametrize(
-    ("name", "renormalised"), [("relu", False), ("relu", True), ("tanh", False), ("sigmoid", True)]
-)
-def test_layer_by_layer_is_the_whole_network(name, renormalised):
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_layer_by_layer_is_the_whole_network(name):
     x = inputs.load("digits", None, 7).train_x
-    activation = activation_of(name, renormalised)
-    model = fully_connected(activation, (64, 30, 30, 30, 3), seed=5)
+    activation = activation_of(name)
+    model = fully_connected(activation, (64, 30, 30, 30, 3), seed=5, dtype=torch.float64)
     whole = feature_grams(model, x, ["1", "3", "5"])
-    norm = 30 * mean_square(activation)
-    for f, G in zip(features(x, activation, 30, 3, seed=5), whole.values()):
-        torch.testing.assert_close(f @ f.T, G / norm)
+    # Weights are drawn as normal(0, 1/√d) there, as normal(0, 1)/√d here.
+    for f, G in zip(features(x, activation, False, 30, 3, seed=5), whole.values()):
+        torch.testing.assert_close(f @ f.T, G)
 
 
-def test_layers_keep_the_scale():
+def test_renormalised_examples_have_the_norm_of_the_width_after_every_layer():
     x = inputs.load("digits", None, 20).train_x
-    for name in ("relu", "tanh", "sigmoid", "gelu"):
-        for renormalised in (False, True):
-            *_, f = features(x, activation_of(name, renormalised), 1000, 3, seed=0)
-            # One layer's squared norm deviates by about √(5/width) at most: 7 %, and 12 % in 3.
-            assert float(f.square().sum(1).mean()) == pytest.approx(1, abs=0.25)
+    plain, renormalised = (
+        list(features(x, activation_of("relu"), flag, 50, 3, seed=0)) for flag in (False, True)
+    )
+    for f in renormalised:
+        norms = f.norm(dim=1)
+        torch.testing.assert_close(norms, torch.full((20,), 50**0.5, dtype=torch.float64))
+    first = plain[0] * (50**0.5 / plain[0].norm(dim=1, keepdim=True))
+    torch.testing.assert_close(renormalised[0], first)
+    assert float((plain[0].norm(dim=1) / 50**0.5 - 1).abs().max()) > 0.02
+    zero = Renormalise()(torch.zeros(2, 3))
+    assert bool((zero == 0).all())
+
+
+def test_layers_keep_the_scale_and_activations_are_normalised():
+    x = inputs.load("digits", None, 20).train_x
     u = torch.randn(10**6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    renormalised = activation_of("sigmoid", True)(u)
-    assert float(renormalised.mean()) == pytest.approx(0, abs=5e-3)  # five standard errors
-    assert float(renormalised.square().mean()) == pytest.approx(1, abs=1e-2)
+    for name in ("relu", "tanh"):
+        *_, f = features(x, activation_of(name), False, 1000, 3, seed=0)
+        assert float(f.square().mean()) == pytest.approx(1, abs=0.25)
+        normalised = activation_of(name)(u)
+        assert float(normalised.mean()) == pytest.approx(0, abs=5e-3)  # five standard errors
+        assert float(normalised.square().mean()) == pytest.approx(1, abs=1e-2)
 
 
 # --- the experiments at initialisation ------------------------------------------------------------
 
 
-def test_initialisation_against_singular_values():
-    experiment = Experiment("initialisation", "digits", "relu", False, 80, 3, (5, 9))
+@pytest.mark.parametrize("renormalised", [False, True])
+def test_initialisation_against_singular_values(renormalised):
+    experiment = Experiment("initialisation", "digits", "relu", renormalised, 80, 3, (5, 9))
     found = experiments.run(experiment)["results"]["layers"]
-    x = inputs.load("digits", None, 9).train_x
-    f, generator = x.float(), torch.Generator().manual_seed(0)
+    f, generator = inputs.load("digits", None, 9).train_x, torch.Generator().manual_seed(0)
+    mean, scale = 1 / math.sqrt(2 * math.pi), math.sqrt(1 / 2 - 1 / (2 * math.pi))
     for layer in range(4):
         if layer:
-            weight = torch.randn(80, f.shape[1], generator=generator)
-            f = (f @ weight.T).relu() / (1 if layer == 1 else math.sqrt(40))
+            weight = torch.randn(80, f.shape[1], generator=generator).double()
+            f = ((f @ weight.T / math.sqrt(f.shape[1])).relu() - mean) / scale
+            if renormalised:
+                f = math.sqrt(80) * f / f.norm(dim=1, keepdim=True)
         for n in (5, 9):
-            values = torch.linalg.svdvals(f[:n].double()) ** 2 / (40 if layer else 1)
+            values = torch.linalg.svdvals(f[:n]) ** 2 / f.shape[1]
             table = found[str(n)]
-            # The order of rounding in float32 differs.
+            # There in float32.
             assert table["largest"][layer] == pytest.approx(float(values[0]), rel=1e-4)
             assert table["smallest"][layer] == pytest.approx(float(values[-1]), rel=1e-3)
             condition = math.log(float(values[0] / values[-1]))
@@ -123,152 +147,262 @@ def test_infinite_width_against_the_arc_cosine_kernel():
     experiment = Experiment("infinite-width", "digits", "relu", False, 0, 2, (4, 8))
     found = experiments.run(experiment)["results"]["layers"]
     x = inputs.load("digits", None, 8).train_x
-    G = x @ x.T
+    G = x @ x.T / 64
     for layer in range(3):
         for n in (4, 8):
             smallest = float(eigenvalues(G[:n, :n])[0])
-            assert found[str(n)]["smallest"][layer] == pytest.approx(smallest, rel=1e-6)
-            assert found[str(n)]["lower_bound"][layer] <= smallest * (1 + 1e-9)
+            table = found[str(n)]
+            assert table["smallest"][layer] == pytest.approx(smallest, rel=1e-6)
+            assert table["lemma_24"][layer] <= table["combined"][layer] + 1e-12
+            assert table["combined"][layer] <= smallest * (1 + 1e-9)
         rho = G.clamp(-1, 1)
-        G = ((1 - rho**2).sqrt() + rho * (math.pi - rho.arccos())) / math.pi
+        plain = ((1 - rho**2).sqrt() + rho * (math.pi - rho.arccos())) / (2 * math.pi)
+        G = (plain - 1 / (2 * math.pi)) / (1 / 2 - 1 / (2 * math.pi))
 
 
 def test_wide_networks_approach_infinite_width():
-    limit = experiments.run(Experiment("infinite-width", "digits", "relu", True, 0, 1, (6,)))
+    limit = experiments.run(Experiment("infinite-width", "digits", "relu", False, 0, 1, (6,)))
     line = limit["results"]["layers"]["6"]["smallest"][1]
     errors = []
     for width in (50, 20000):
-        wide = experiments.run(Experiment("initialisation", "digits", "relu", True, width, 1, (6,)))
+        wide = experiments.run(
+            Experiment("initialisation", "digits", "relu", False, width, 1, (6,))
+        )
         errors.append(abs(wide["results"]["layers"]["6"]["smallest"][1] / line - 1))
     # Fluctuations fall like 1/√width, to a twentieth.
     assert errors[1] < 0.05 < errors[0]
 
 
-def test_random_features_against_their_gram_matrix():
-    experiment = Experiment("random-features", "sphere", width=60, examples=(4, 10), seed=3)
-    found = experiments.run(experiment)["results"]["sizes"]
-    x = inputs.load("sphere", None, 10, seed=3).train_x
-    weight = fully_connected(nn.ReLU(), (x.shape[1], 60, 1), seed=3)[0].weight.detach()
-    f = (x @ weight.T).relu()
-    for n in (4, 10):
-        values = eigenvalues(f[:n] @ f[:n].T)
-        condition = math.sqrt(float(values[-1] / values[0]))
-        assert found[str(n)]["condition"] == pytest.approx(condition, rel=1e-8)
-    assert experiments.scaling_law(100, 400) == pytest.approx(20)
-    assert experiments.scaling_law(400, 400) == math.inf
-
-
 def test_tangent_kernel_against_the_dense_jacobian():
-    experiment = Experiment("tangent-kernel", "digits", width=5, depth=2, examples=(4,), seed=1)
+    experiment = Experiment(
+        "tangent-kernel", "sphere", width=5, depth=3, examples=(4,), dimension=7, seed=1
+    )
     found = experiments.run(experiment)["results"]
-    x = inputs.load("digits", None, 4).train_x
-    model = fully_connected(nn.ReLU(), (64, 32, 5, 1), seed=1)
+    x = inputs.load("sphere", None, 4, seed=1, dimension=7).train_x
+    model = fully_connected(nn.ReLU(), (7, 32, 5, 1), seed=1, dtype=torch.float64)
+    for weight in model.parameters():  # variance 2 over the width of what enters
+        weight.data *= math.sqrt(2)
     J = jacobian(model, x)
-    assert found["first_width"] == 32
     assert found["smallest"] == pytest.approx(float(eigenvalues(J @ J.T)[0]), rel=1e-8)
-    part = J[:, 64 * 32 : 64 * 32 + 32 * 5]
+    part = J[:, 7 * 32 : 7 * 32 + 32 * 5]
     assert found["parts"]["2"] == pytest.approx(float(eigenvalues(part @ part.T)[0]), rel=1e-8)
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-def losses_of(loss, outputs, y):
-    if loss == "mse":
-        return (outputs - F.one_hot(y, 10)).square().mean(1)
-    return F.cross_entropy(outputs, y, reduction="none")
+def losses_of(loss, logits, y):
+    if loss == "cross-entropy":
+        return F.cross_entropy(logits, y, reduction="none")
+    outputs = logits.softmax(1) if loss == "mse-softmax" else logits
+    return (outputs - F.one_hot(y, 10)).square().mean(1)
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+@pytest.mark.parametrize("loss", ["mse", "mse-softmax", "cross-entropy"])
 def test_training_against_dense_matrices(loss):
     experiment = replace(TRAINING, loss=loss)
     found = experiments.run(experiment)["results"]
-    steps, measured = found["steps"], found["measured"]
+    measured, layers = found["measured"], found["layers"]
     data = inputs.load("digits", None, 6, 20)
-    x, test_x = (8 * part for part in training._in_their_span(data.train_x, data.test_x))
-    y, N, C = data.train_y, 6, 10
-    model = fully_connected(nn.Tanh(), (x.shape[1], 12, 12, 10), seed=0, squared_norm=64)
-    parameters = list(model.parameters())
-    smallest, lipschitz, bounds = [], 0.0, []
-    for t in range(7):
-        outputs = model(x)
-        each = losses_of(loss, outputs, y)
+    x, test_x = training._in_their_span(data.train_x, data.test_x)
+    y, N, close = data.train_y, 6, {"rel": 2e-3, "abs": 1e-6}  # there in float32
+    model = fully_connected(activation_of("tanh"), (x.shape[1], 12, 12, 10), 0, squared_norm=64)
+    model.double()
+    start = [p.detach().clone() for p in model.parameters()]
+    parameters, lipschitz, most, least, at = list(model.parameters()), 0.0, 0.0, math.inf, 0
+    for epoch in range(8):
+        logits = model(x)
+        each = losses_of(loss, logits, y)
         h = float(each.detach().mean())
         g = torch.cat([p.flatten() for p in torch.autograd.grad(each.mean(), parameters)])
-        assert steps["loss"][t] == pytest.approx(h, rel=1e-9)
-        J = jacobian(model, x)
-        K = J @ J.T
-        if loss == "mse":
-            Q = torch.eye(N * C, dtype=K.dtype) * 2 / C / N
-        else:
-            p = outputs.detach().softmax(1)
-            Q = torch.block_diag(*(row.diag() - row.outer(row) for row in p)) / N
-        L = float(eigenvalues(J.T @ Q @ J)[-1])
-        if t in measured["step"]:
-            at = measured["step"].index(t)
-            smallest.append(float(eigenvalues(K)[0]))
-            assert measured["kernel_smallest"][at] == pytest.approx(smallest[-1], rel=1e-6)
-            assert measured["kernel_largest"][at] == pytest.approx(float(eigenvalues(K)[-1]))
-            assert measured["ggn"][at] == pytest.approx(L, rel=1e-3)
+        assert found["loss"][epoch] == pytest.approx(h, **close)
+        if epoch in measured["epoch"]:
+            assert measured["epoch"][at] == epoch
+            head = nn.Softmax(1) if loss == "mse-softmax" else nn.Identity()
+            J = jacobian(nn.Sequential(model, head), x)
+            Q = torch.eye(N * 10, dtype=J.dtype) * 2 / (10 * N)
+            if loss == "cross-entropy":
+                p = logits.detach().softmax(1)
+                Q = torch.block_diag(*(row.diag() - row.outer(row) for row in p)) / N
+            L = float(eigenvalues(J.T @ Q @ J)[-1])
+            squares = []
             for one in losses_of(loss, model(x), y):
                 gradient = torch.autograd.grad(one, parameters, retain_graph=True)
-                norm = math.sqrt(float(sum(part.square().sum() for part in gradient)))
-                lipschitz = max(lipschitz, norm)
-            assert measured["lipschitz"][at] == pytest.approx(lipschitz, rel=1e-8)
+                squares.append(float(sum(part.square().sum() for part in gradient)))
             test = losses_of(loss, model(test_x), data.test_y).detach()
-            assert measured["test_loss"][at] == pytest.approx(float(test.mean()))
-            most = max(float(test.max()), float(each.detach().max()))
-            least = min(steps["local_pl"][: t + 1]) if t < 6 else measured["least_pl"][at]
+            lipschitz = max(lipschitz, math.sqrt(max(squares)))
+            most = max(most, float(each.detach().max()), float(test.max()))
+            least = min(least, float(g @ g) / (2 * h))
+            M = 0.2 if loss == "mse-softmax" else most
             beta = 2 * lipschitz * math.sqrt(2 * h / least) + 2 * lipschitz**2 / (least * (N - 1))
-            bounds = h + math.sqrt((most**2 + 12 * most * N * beta) / (2 * N * 0.05))
-            assert measured["generalisation_bound"][at] == pytest.approx(bounds, rel=1e-6)
-        if t == 6:
-            break
-        assert steps["smoothness"][t] == pytest.approx(L, rel=1e-3)
-        assert steps["local_pl"][t] == pytest.approx(float(g @ g) / (2 * h), rel=1e-8)
-        rate, start = 1 / steps["smoothness"][t], 0
+            expected = {
+                "pl": float(g @ g) / (2 * h),
+                "mean_pl": sum(squares) / (2 * N * h),
+                "test_loss": float(test.mean()),
+                "accuracy": float((logits.argmax(1) == y).double().mean()),
+                "lipschitz": lipschitz,
+                "gap_bound": math.sqrt((M**2 + 12 * M * N * beta) / (2 * N * 0.05)),
+            }
+            # Four products from the last eigenvector: within a percent, and never above.
+            assert 0.99 * L <= measured["smoothness"][at] <= L * (1 + 1e-4)
+            for name, value in expected.items():
+                assert measured[name][at] == pytest.approx(value, **close), name
+            check_layers(layers, at, model, start, x)
+            at += 1
+        position = 0
         with torch.no_grad():
             for p in parameters:
-                p -= rate * g[start : start + p.numel()].view_as(p)
-                start += p.numel()
-        after = float(losses_of(loss, model(x), y).detach().mean())
-        predicted = rate * float(g @ g) / 2
-        assert steps["local_ratio"][t] == pytest.approx(predicted / (h - after), rel=1e-6)
-        taken = 2 * (after - h + rate * float(g @ g)) / (rate**2 * float(g @ g))
-        assert steps["measured_smoothness"][t] == pytest.approx(taken, rel=1e-6)
-    # The kernel's bound takes the least of the measured eigenvalues, at every step.
-    first = losses_of(loss, fully_connected(
-        nn.Tanh(), (x.shape[1], 12, 12, 10), seed=0, squared_norm=64
-    )(x), y).detach()  # fmt: skip
-    weak = 2 / (N * C) if loss == "mse" else float(
-        10 / 9 * (1 - (-first).exp()).square().sum() / N**2 / (2 * first.mean())
-    )  # fmt: skip
-    assert steps["kernel_pl"][0] == pytest.approx(min(smallest) * weak, rel=1e-6)
-    factors = [1 - mu / L for mu, L in zip(steps["local_pl"], steps["smoothness"])]
-    assert steps["local_bound"] == pytest.approx(steps["loss"][0] * np.cumprod([1, *factors]))
+                p -= experiment.rate * g[position : position + p.numel()].view_as(p)
+                position += p.numel()
+    assert at == 3
+    assert not found["diverged"]
+    check_ratios({"results": found})
 
 
-def test_the_features_in_training():
-    found = experiments.run(replace(TRAINING, renormalised=True, activation="relu"))["results"]
-    assert list(found["grams"]) == ["1", "2"]
-    data = inputs.load("digits", None, 6, 20)
-    x, _ = training._in_their_span(data.train_x, data.test_x)
-    *_, f = features(x, activation_of("relu", True), 12, 2, seed=0)
-    second = found["grams"]["2"]
-    assert second["smallest"][0] == pytest.approx(float(eigenvalues(f @ f.T)[0]), rel=1e-8)
-    assert second["weyl_lower"][0] == pytest.approx(second["smallest"][0])
-    for lower, smallest, upper in zip(
-        second["weyl_lower"], second["smallest"], second["weyl_upper"]
-    ):
-        assert lower - 1e-9 <= smallest <= upper + 1e-9
+def check_layers(layers, at, model, start, x):
+    """Gram matrices and bounds of (4.11), dense."""
+    first = fully_connected(activation_of("tanh"), (x.shape[1], 12, 12, 10), 0, squared_norm=64)
+    for p, s in zip(first.double().parameters(), start):
+        p.data.copy_(s)
+    f, f0 = x, x
+    slope = 1 / activation_of("tanh").scale
+    change = 0.0
+    for i, m in enumerate((0, 2)):
+        W, W0 = model[m].weight.detach(), first[m].weight.detach()
+        entering = f0
+        f, f0 = (a[m + 1](a[m](b)).detach() for a, b in ((model, f), (first, f0)))
+        G, G0 = f @ f.T, f0 @ f0.T
+        table, low = layers[str(i + 1)], float(eigenvalues(G0)[0])
+        away = float((W - W0).norm())
+        change = slope * (change * (norm(W0) + away) + norm(entering) * away)
+        expected = {
+            "smallest": float(eigenvalues(G)[0]),
+            "largest": float(eigenvalues(G)[-1]),
+            "bound_operator": low - norm(G - G0),
+            "bound_frobenius": low - float((G - G0).norm()),
+            "bound_composed": low - 2 * norm(f0) * change - change**2,
+        }
+        for name, value in expected.items():
+            assert table[name][at] == pytest.approx(value, rel=5e-3, abs=1e-3), name
+        assert table["bound_composed"][at] <= table["bound_operator"][at] + 1e-3
+        assert table["bound_operator"][at] <= table["smallest"][at] + 1e-3
+
+
+def norm(matrix):
+    return float(torch.linalg.matrix_norm(matrix, ord=2))
+
+
+def check_ratios(record):
+    m, h = record["results"]["measured"], record["results"]["loss"]
+    for i, k in enumerate(m["epoch"]):
+        factor = 1 - m["pl"][i] / m["smoothness"][i]
+        expected = math.log(h[k + 1] / (factor * h[k]))
+        assert trained.loss_ratio(record, weak=False)[i] == pytest.approx(expected, abs=1e-6)
+        # With G the gradient's norm: G² = 2 μ h.
+        weak = 1 - m["squared_norm"][i] / (8 * m["smoothness"][i] * m["loss"][i])
+        expected = math.log(h[k + 1] / (weak * h[k]))
+        assert trained.loss_ratio(record, weak=True)[i] == pytest.approx(expected, abs=1e-5)
+        expected = math.log(h[k] * m["pl"][i] / m["smoothness"][i] / (h[k] - h[k + 1]))
+        assert trained.decrease_ratio(record)[i] == pytest.approx(expected, abs=1e-6)
+
+
+# --- what surrounds networks ----------------------------------------------------------------------
+
+SURROUNDINGS = Experiment(
+    "perturbation", "digits", "tanh", width=5, depth=3, examples=(3,), loss="mse", rate=0.05,
+    epochs=2, measurements=2, seed=1,
+)  # fmt: skip
+
+
+def second_derivative(model, x, y, loss, direction):
+    """Along a direction: that of the loss, and its first term, by differences in float64."""
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def at(t):
+        with torch.no_grad():
+            for p, s, d in zip(model.parameters(), start, direction):
+                p.copy_(s + t * d)
+            return model(x)
+
+    step = 1e-4
+    ahead, here, behind = (at(t) for t in (step, 0.0, -step))
+    values = [float(losses_of(loss, out, y).mean()) for out in (ahead, here, behind)]
+    total = (values[0] - 2 * values[1] + values[2]) / step**2
+    at(0.0)
+    v = (ahead - behind) / (2 * step)
+    if loss == "mse":
+        return total, float(2 * v.square().mean())
+    p = here.softmax(1)
+    return total, float(((p * v**2).sum(1) - (p * v).sum(1) ** 2).mean())
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+def test_the_second_term_against_differences(loss):
+    experiment = replace(SURROUNDINGS, loss=loss)
+    found = experiments.run(experiment)["results"]
+    data = inputs.load("digits", None, 3, seed=1)
+    x, y = data.train_x, data.train_y
+    model = fully_connected(activation_of("tanh"), (64, 5, 5, 10), seed=1, dtype=torch.float64)
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    first, terms = parameters[-1].detach().clone(), []
+    for _ in range(40):
+        with torch.no_grad():
+            parameters[-1].normal_(0, 5**-0.5, generator=generator)
+        total, kept = second_derivative(model, x, y, loss, direction)
+        terms.append((kept, total - kept))
+    parameters[-1].data.copy_(first)
+    kept, rest = np.array(terms).T
+    draws = found["draws"]
+    assert draws["gauss_newton"] == pytest.approx(kept.mean(), rel=1e-4)
+    assert draws["residual"] == pytest.approx(rest.mean(), rel=1e-3, abs=1e-4 * kept.mean())
+    assert draws["residual_deviation"] == pytest.approx(rest.std(ddof=1), rel=1e-3)
+    assert draws["residual_modulus"] == pytest.approx(np.abs(rest).mean(), rel=1e-3)
+
+
+def test_the_line_between_two_trained_networks():
+    experiment = replace(SURROUNDINGS, kind="connectivity", measurements=0, epochs=3)
+    found = experiments.run(experiment)["results"]
+    data = inputs.load("digits", None, 3, seed=1)
+    x, y, trained_twice = data.train_x, data.train_y, []
+    for seed in (1, 1001):
+        model = fully_connected(activation_of("tanh"), (64, 5, 5, 10), seed, dtype=torch.float64)
+        for _ in range(3):
+            loss = losses_of("mse", model(x), y).mean()
+            parameters = list(model.parameters())
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
+                p.data -= 0.05 * g
+        trained_twice.append(model)
+    one, other = trained_twice
+    assert found["loss"] == pytest.approx(
+        float(losses_of("mse", one(x), y).mean().detach()), rel=1e-6
+    )
+    assert found["other_loss"] == pytest.approx(
+        float(losses_of("mse", other(x), y).mean().detach())
+    )
+    assert found["path"][0] == pytest.approx(found["loss"])
+    assert found["path"][-1] == pytest.approx(found["other_loss"], rel=1e-5)
+    with torch.no_grad():
+        for p, q in zip(one.parameters(), other.parameters()):
+            p.copy_((p + q) / 2)
+    middle = float(losses_of("mse", one(x), y).mean().detach())
+    assert found["path"][10] == pytest.approx(middle, rel=1e-6)
+    worst = max(found["path"]) - max(found["path"][0], found["path"][-1])
+    assert found["barrier"] == pytest.approx(worst, abs=1e-6)
+
+
+# --- helpers of the training ----------------------------------------------------------------------
 
 
 def test_largest_eigenpair_where_another_has_overtaken():
     A = torch.diag(torch.tensor([1.0, 2.0, 2.9, 3.0, 0.5], dtype=torch.float64))
     start = torch.tensor([1e-3, 1e-3, 1.0, 1e-3, 1e-3], dtype=torch.float64)  # of the 2.9
-    value, vector = training.largest_eigenpair(lambda v: A @ v, start, 6)
+    value, vector = largest_eigenpair(lambda v: A @ v, start, 5)
     assert value == pytest.approx(3)
     torch.testing.assert_close(vector.abs(), torch.eye(5, dtype=torch.float64)[3])
+    value, _ = largest_eigenpair(lambda v: 2 * v, start, 5)  # the first vector spans it all
+    assert value == pytest.approx(2)
 
 
 def test_coordinates_in_the_span_keep_all_inner_products():
@@ -281,11 +415,11 @@ def test_coordinates_in_the_span_keep_all_inner_products():
 
 
 @pytest.mark.parametrize(
-    ("steps", "count", "expected"),
+    ("epochs", "count", "expected"),
     [(100, 5, [0, 6, 25, 56, 100]), (3, 9, [0, 1, 2, 3]), (7, 1, [0, 7])],
 )
-def test_measured_steps(steps, count, expected):
-    assert training.measured_steps(steps, count) == expected
+def test_measured_epochs(epochs, count, expected):
+    assert training.measured_epochs(epochs, count) == expected
 
 
 # --- what an experiment and a preset are ----------------------------------------------------------
@@ -298,7 +432,9 @@ def test_measured_steps(steps, count, expected):
         ({"activation": "step"}, "activation='step'"),
         ({"loss": "hinge"}, "loss='hinge'"),
         ({"width": 0}, "width=0"),
-        ({"steps": 0}, "steps=0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"rate": 0.0}, "rate=0.0"),
+        ({"dimension": 5}, "dimension=5"),
         ({"examples": (6, 9)}, "one training set"),
         ({"kind": "initialisation", "examples": (9, 6)}, r"examples=\(9, 6\)"),
     ],
@@ -316,11 +452,21 @@ def test_presets(preset):
         assert any(map(needs, made)), name
 
 
-def test_the_laptop_is_at_the_scale_of_the_thesis_at_initialisation():
-    laptop = PRESETS["laptop"]
-    assert laptop.depth == 30
-    assert (min(laptop.widths), max(laptop.widths)) == (1000, 5000)
-    assert (min(laptop.examples), max(laptop.examples)) == (100, 1000)
+def test_the_thesis_is_at_the_scale_of_the_thesis():
+    made = list(PRESETS["thesis"].experiments())
+    initial = [e for e in made if e.kind == "initialisation"]
+    assert {(e.depth, e.examples) for e in initial} == {(30, (100, 200, 500, 1000))}
+    keys = {(e.width, e.activation, e.renormalised, e.seed) for e in initial}
+    assert len(keys) == len(initial) == 3 * 2 * 2 * 3
+    runs = [e for e in made if e.kind == "training"]
+    assert {e.width for e in runs} == {500}
+    assert {e.depth for e in runs} == {6, 9}
+    assert {e.examples for e in runs} == {(50,), (100,), (250,), (500,)}
+    assert {e.rate for e in runs} == {0.0005, 0.001, 0.005, 0.01}
+    assert {e.epochs for e in runs} == {80}
+    assert len(runs) == 2 * 4 * 4 * 2 * 3 * 3
+    # All 23 figures of the chapter, under their own numbers.
+    assert {f"6.{i}" for i in range(1, 24)} <= FIGURES.keys()
 
 
 # --- from the command to the page -----------------------------------------------------------------
@@ -341,9 +487,10 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
     path = tmp_path / "records.jsonl"
-    chosen = ["6.10"]
+    chosen = ["6.13", "nmm"]
     arguments = [sys.executable, "-m", "examples.pl_theory", "--preset", "smoke", "--device", "cpu"]
     arguments += ["--results", str(tmp_path), "--figures", *chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -352,7 +499,7 @@ def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        while len(lines(path)) < 8:
+        while len(lines(path)) < 4:
             assert process.poll() is None, "ended before it could be killed"
             time.sleep(0.005)
     finally:
@@ -374,7 +521,7 @@ def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
     drawn = {f"figure-{name.replace('.', '-')}.{s}" for name in chosen for s in ("png", "svg")}
     assert {p.name for p in tmp_path.iterdir()} == {"records.jsonl", "claims.md", *drawn}
     assert (tmp_path / "claims.md").read_text() == claims.markdown(found, "smoke")
-    assert "6.9–6.10" in done.stdout
+    assert "Figure 6.13" in done.stdout
 
 
 def test_figures_are_functions_of_the_records(smoke, tmp_path):
@@ -397,7 +544,7 @@ def test_every_figure_has_labels_and_a_legend(smoke):
         assert figure.legends, name
         assert figure.axes[0].get_ylabel(), name
         assert figure.axes[-1].get_xlabel(), name
-        assert all(axis.lines for axis in figure.axes if "as above" not in axis.get_title()), name
+        assert all(axis.lines for axis in figure.axes), name
         assert make([]) is None
 
 
@@ -406,78 +553,115 @@ def test_claims_are_a_function_of_the_records(smoke):
     text = claims.markdown(smoke, "smoke")
     assert claims.markdown(random.Random(0).sample(smoke, len(smoke)), "smoke") == text
     assert smoke == before
-    # All the figures of the presets are shown.
+    # Every figure has a verdict and is shown.
     for name in FIGURES:
         assert f"(figure-{name.replace('.', '-')}.png)" in text
-    assert "nan" not in text
+        (row, *_) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert "**" in row
+    assert "no record yet" not in text
+    assert not re.search(r"\bnan\b", text)
 
 
-def verdict_of(text, title):
-    """The verdict in the summary's row that begins with a title and holds a word."""
-    (row,) = (line for line in text.splitlines() if line.startswith("|") and title in line)
-    return row.split("**")[1]
+def test_a_figure_without_records_says_so(smoke):
+    few = [r for r in smoke if r["kind"] != "training" or r["loss"] == "mse"]
+    text = claims.markdown(few, "smoke")
+    assert "| 6.12 | – | no record yet |" in text
+    assert figures._FIGURES["6.12"](few) is None
+
+
+def verdict_of(text, figure):
+    """The verdict in the summary's first row of a figure."""
+    return next(line for line in text.splitlines() if line.startswith(f"| {figure} |")).split("**")[
+        1
+    ]
 
 
 def altered(smoke, kind, change):
     found = copy.deepcopy(smoke)
     for r in found:
         if r["kind"] == kind:
-            change(r["results"])
+            change(r["results"], r)
     return claims.markdown(found, "smoke")
 
 
 def test_verdicts_follow_the_records(smoke):
     """Each verdict changes when the numbers that it speaks of do."""
-    text = claims.markdown(smoke, "smoke")
-    bound, ratio = "mean squared error stays below", "smoothness of the mean squared error"
-    rule, limit = "lower bound at infinite width", "approach the infinite-width line"
-    law, kernel = "N random features", "3-layer ReLU"
-    for title in (bound, ratio, rule):
-        assert verdict_of(text, title).startswith("holds (")
 
-    def raise_last_loss(results):
-        results["steps"]["loss"][-1] = 1.01 * results["steps"]["local_bound"][-1]
+    def deep(results, r):
+        for t in results["layers"].values():
+            fall = [5.0 - m if m < 5 else 1.0 for m in range(len(t["smallest"]))]
+            if not r["renormalised"]:
+                fall[-1] = 4.0
+            t["log_condition"] = [f - r["width"] / 1000 for f in fall]
+            t["smallest"] = [1 - 0.9**m + r["width"] / 1000 for m in range(len(fall))]
+            t["largest"] = [2 + 0.5**m for m in range(len(fall))]
+            t["max_row_sum"] = list(fall)
+            t["min_diagonal"] = [1.0] * (len(fall) - 1) + [0.1]
+            t["max_off_diagonal"] = [0.5] * len(fall)
 
-    def raise_ratio(results):
-        results["steps"]["local_ratio"][1] = 1.001
+    def flat(results, r):
+        for t in results["layers"].values():
+            for name in t:
+                t[name] = [1.0 + r["width"] / 1000] * len(t[name])
 
-    def raise_bound(results):
-        for layers in results["layers"].values():
-            layers["lower_bound"][1] = 1.01 * layers["smallest"][1]
+    good, bad = altered(smoke, "initialisation", deep), altered(smoke, "initialisation", flat)
+    for figure in ("6.1", "6.2", "6.4", "6.9", "6.10"):
+        assert verdict_of(good, figure).startswith("holds ("), figure
+        assert not verdict_of(bad, figure).startswith("holds ("), figure
 
-    def obey_the_law(results):
-        for entry in results["sizes"].values():
-            entry["condition"] = 3 * entry["law"]
+    def law(results, r):
+        for n, t in results["layers"].items():
+            value = 2 * math.log(figures.scaling_law(int(n), r["width"]))
+            t["log_condition"] = [value if math.isfinite(value) else None] * len(t["smallest"])
 
-    def grow_linearly(results):
-        results["smallest"] = 0.5 * results["first_width"]
+    def linear(results, r):
+        results["smallest"] = 0.5 * r["examples"][0]
 
-    def generalise(results):
-        results["measured"]["generalisation_bound"] = [
-            0.9 * most for most in results["measured"]["largest_loss"]
-        ]
+    assert verdict_of(altered(smoke, "initialisation", law), "6.13").startswith("holds (")
+    assert verdict_of(altered(smoke, "tangent-kernel", linear), "nmm") == "holds (2 of 2)"
 
-    def shift(results):
-        for layers in results["layers"].values():
-            layers["smallest"] = [10 * v for v in layers["smallest"]]
-            layers["largest"] = [10 * v for v in layers["largest"]]
+    def predicted(late):
+        def change(results, r):
+            m = results["measured"]
+            m["pl"], m["smoothness"] = [0.1] * 4, [1.0] * 4
+            for k in range(len(results["loss"]) - 1):
+                gap = -0.5 if k < 2 else late
+                for weak in (0.9, 0.975):
+                    if (r["loss"] == "cross-entropy") == (weak == 0.975):
+                        results["loss"][k + 1] = results["loss"][k] * weak * math.exp(gap)
 
-    assert "does not hold (0 of 4)" in altered(smoke, "training", raise_last_loss)
-    assert (
-        verdict_of(altered(smoke, "training", raise_last_loss), bound) == "does not hold (0 of 4)"
-    )
-    assert verdict_of(altered(smoke, "training", raise_ratio), ratio) == "does not hold (0 of 4)"
-    changed = verdict_of(altered(smoke, "infinite-width", raise_bound), rule)
-    assert changed == "does not hold (0 of 6)"
-    changed = verdict_of(altered(smoke, "infinite-width", shift), limit)
-    assert changed != verdict_of(text, limit)
-    assert verdict_of(altered(smoke, "random-features", obey_the_law), law) == "holds (2 of 2)"
-    assert verdict_of(altered(smoke, "tangent-kernel", grow_linearly), kernel) == "holds (2 of 2)"
-    stability = "stability bound (in the role of Lemma 3) of the mean squared error"
-    assert verdict_of(text, stability).startswith("vacuous;")
-    assert verdict_of(altered(smoke, "training", generalise), stability).startswith(
-        "vacuous in 0 of 12 cases"
-    )
+        return change
+
+    for figure in ("6.5", "6.14", "6.15"):
+        assert verdict_of(altered(smoke, "training", predicted(0.0)), figure).startswith("holds (")
+        worse = verdict_of(altered(smoke, "training", predicted(-0.6)), figure)
+        assert not worse.startswith("holds (")
+
+    def constant(results, r):
+        for t in results["layers"].values():
+            t["smallest"] = [1.0] * len(t["smallest"])
+            t["bound_operator"] = [1.0, *[-1.0] * (len(t["smallest"]) - 1)]
+
+    def small(results, r):
+        m = results["measured"]
+        m["gap_bound"] = [0.5 * v for v in m["largest_loss"]]
+        for t in results["layers"].values():
+            t["smallest"] = [0.5**i for i in range(len(t["smallest"]))]
+            t["bound_operator"] = list(t["smallest"])
+
+    text = altered(smoke, "training", constant)
+    assert verdict_of(text, "6.22").count("holds (") == 2
+    text = altered(smoke, "training", small)
+    assert verdict_of(text, "6.22").count("does not hold (0") == 2
+    assert "vacuous throughout: does not hold (0" in verdict_of(text, "6.11")
+
+
+def test_runs_that_did_not_learn_are_left_out(smoke):
+    def unlearned(results, r):
+        results["measured"]["accuracy"][-1] = 0.12
+
+    text = altered(smoke, "training", unlearned)
+    assert "| 6.5 | – | no record yet |" in text
 
 
 @pytest.mark.parametrize(
@@ -493,13 +677,7 @@ def test_verdicts(cases, expected):
     assert verdicts.verdict(cases) == expected
 
 
-def test_fits_and_rank_correlation():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=30), rng.integers(0, 5, size=30).astype(float)
-    expected = stats.spearmanr(x, y).statistic
-    assert verdicts.rank_correlation(x, y) == pytest.approx(expected)
-    assert math.isnan(verdicts.rank_correlation(x, np.ones(30)))
+def test_fits():
     u = np.array([1.0, 2.0, 4.0, 8.0])
     fit = verdicts.power_law(u, 3 * u**1.5)
     assert fit.exponent == pytest.approx(1.5)
@@ -527,7 +705,7 @@ def test_of_several_records_of_one_experiment_the_first_counts(smoke, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "laptop"], "--preset laptop: pass --data"),
+        (["--preset", "thesis"], "--preset thesis: pass --data"),
         (["--preset", "smoke", "--jobs", "0"], "--jobs 0"),
     ],
 )
@@ -546,5 +724,6 @@ COMMITTED = [name for name in PRESETS if name != "smoke" and (RESULTS / name).ex
 def test_the_committed_claims_are_those_of_the_committed_records(name):
     found = records.read(RESULTS / name / "records.jsonl")
     made = {Experiment.of(record).key() for record in found}
-    assert made == {experiment.key() for experiment in PRESETS[name].experiments()}
+    # A part of the plan, which the page counts.
+    assert made <= {experiment.key() for experiment in PRESETS[name].experiments()}
     assert claims.markdown(found, name) == (RESULTS / name / "claims.md").read_text()

@@ -447,6 +447,7 @@ def smoke(tmp_path_factory):
     return results
 
 
+@pytest.mark.long
 def test_the_smoke_preset_from_end_to_end(smoke):
     keys = [Trial.of(record).key() for record in read([smoke])]
     assert sorted(keys) == sorted(t.key() for t in PRESETS["smoke"].trials())
@@ -456,6 +457,7 @@ def test_the_smoke_preset_from_end_to_end(smoke):
     assert (smoke / "accuracy.svg").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_what_is_finished_is_not_repeated_and_what_was_cut_is(smoke, tmp_path, monkeypatch):
     results = tmp_path / "smoke"
     results.mkdir()
@@ -493,7 +495,7 @@ def test_shards_are_the_preset(tmp_path, monkeypatch):
     assert {t.key() for t in asked} == {t.key() for t in PRESETS["smoke"].trials()}
 
 
-def test_full_uses_the_records_of_its_parts(smoke, tmp_path, root, monkeypatch):
+def test_full_uses_the_records_of_its_parts(tmp_path, root, monkeypatch):
     record = run.work(replace(TRIAL, epochs=20, train_examples=342, test_examples=100), None, "cpu")
     (tmp_path / "development").mkdir()
     (tmp_path / "development" / "a.jsonl").write_text(json.dumps(record) + "\n")

@@ -5,13 +5,11 @@ import math
 
 import pytest
 import torch
-from support.cases import batches, flat, network
+from support.cases import EXACT, UNGUARDED, batches, flat, network
 from support.loops import NoSynchronisation, train
 from torch import nn
 
-from adler import AdlerAdam, curvature
-
-UNGUARDED = {"trust_region": None, "eps": 0.0}
+from adler import AdlerAdam, Guard, Measure, curvature
 
 
 def setting(name="mlp-tanh", **options):
@@ -37,7 +35,7 @@ def test_with_its_rates_adamw_takes_the_same_steps(name, weight_decay):
 
 @pytest.mark.parametrize("name", ["linear", "mlp-tanh", "cnn"])
 def test_the_rate_is_the_minimiser_along_the_preconditioned_gradient(name):
-    model, criterion, optimizer, data = setting(name, **UNGUARDED)
+    model, criterion, optimizer, data = setting(name, **UNGUARDED, **EXACT)
     squares = [torch.zeros_like(p) for p in model.parameters()]
     for k, (x, y) in enumerate(data, start=1):
         optimizer.zero_grad()
@@ -57,7 +55,7 @@ def test_the_first_step_on_least_squares_lands_on_the_line_minimum():
     torch.manual_seed(0)
     model, criterion = nn.Linear(5, 3).double(), nn.MSELoss()
     x, y = torch.randn(20, 5).double(), torch.randn(20, 3).double()
-    optimizer = AdlerAdam(model.parameters(), model, criterion, **UNGUARDED)
+    optimizer = AdlerAdam(model.parameters(), model, criterion, **UNGUARDED, **EXACT)
     before = flat(model)
     train(model, criterion, optimizer, [(x, y)])
     along = flat(model) - before
@@ -67,8 +65,9 @@ def test_the_first_step_on_least_squares_lands_on_the_line_minimum():
     assert abs(float(slope)) < 1e-13
 
 
-def test_the_state_continues_bit_for_bit():
-    model, criterion, optimizer, data = setting()
+@pytest.mark.parametrize("options", [{}, EXACT, {"measure": Measure(every=4, warmup=2)}])
+def test_the_state_continues_bit_for_bit(options):
+    model, criterion, optimizer, data = setting(**options)
     train(model, criterion, optimizer, data[:6])
     twin, twin_criterion, other, _ = setting(beta=0.5)
     twin.load_state_dict(model.state_dict())
@@ -93,7 +92,7 @@ def test_a_poisonous_batch_leaves_parameters_moments_and_average(bad):
     assert optimizer.last_step.skipped
     assert flat(model).equal(before)
     after = optimizer.state_dict()
-    for key in ("rate_total", "rate_weight"):
+    for key in ("rate_total", "rate_weight", "curvature_total", "curvature_weight"):
         assert after["param_groups"][0][key].equal(state["param_groups"][0][key])
     for p, kept in state["state"].items():
         assert all(after["state"][p][key].equal(value) for key, value in kept.items())
@@ -124,9 +123,8 @@ def test_a_gradient_whose_square_overflows_is_skipped(size):
 
 def test_decay_never_flips_a_sign():
     model, criterion = nn.Linear(3, 2, bias=False), nn.MSELoss()
-    optimizer = AdlerAdam(
-        model.parameters(), model, criterion, lr=1e6, weight_decay=1e6, max_relative_change=1e-3
-    )
+    options = {"lr": 1e6, "weight_decay": 1e6, "guard": Guard(max_relative_change=1e-3)}
+    optimizer = AdlerAdam(model.parameters(), model, criterion, **options)
     x = torch.randn(6, 3)
     before = model.weight.detach().clone()
     train(model, criterion, optimizer, [(x, model(x).detach() + 1e-3)])
@@ -139,18 +137,33 @@ def test_decay_never_flips_a_sign():
     assert before.abs().max() < expected.abs().max()
 
 
-def test_the_default_guards_hold():
-    model, criterion, optimizer, data = setting("mlp-relu")
+@pytest.mark.parametrize("options", [{}, EXACT], ids=["default", "exact"])
+def test_the_default_guards_hold(options):
+    model, criterion, optimizer, data = setting("mlp-relu", **options)
+    clipped = 0
     for batch in data:
         weights = [p.detach().clone() for p in model.parameters() if p.ndim > 1]
         train(model, criterion, optimizer, [batch])
         last = optimizer.last_step
-        rate, c = float(last.effective_lr), float(last.curvature)
-        assert rate <= 2 * float(last.minibatch_lr) * (1 + 1e-12)
-        assert rate**2 * c / 2 <= 0.1 * (1 + 1e-12)
+        assert float(last.effective_lr) <= 2 * float(last.minibatch_lr) * (1 + 1e-12)
         moved = [p.detach() for p in model.parameters() if p.ndim > 1]
         # The bound is on the gradient's direction; momentum is not longer than a few of them.
-        assert all((a - b).norm() < 0.2 * a.norm().clamp(min=1) for a, b in zip(weights, moved))
+        assert all((a - b).norm() < 0.1 * a.norm().clamp(min=1) for a, b in zip(weights, moved))
+        clipped += bool(last.clipped)
+    assert clipped
+
+
+def test_predictions_move_by_no_more_than_max_kl():
+    guard = Guard(max_kl=0.01, max_relative_change=None)
+    model, criterion, optimizer, data = setting("mlp-relu", guard=guard, **EXACT)
+    bounded = 0
+    for batch in data:
+        train(model, criterion, optimizer, [batch])
+        last = optimizer.last_step
+        moved = float(last.effective_lr) ** 2 * float(last.curvature) / 2
+        assert moved <= 0.01 * (1 + 1e-12)
+        bounded += moved == pytest.approx(0.01)
+    assert bounded
 
 
 def test_groups_may_differ_in_betas_and_frozen_parameters_stay():

@@ -12,25 +12,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.cases import batches, flat, network
+from support.cases import MAKERS, batches, flat, network
 from support.loops import same, train
 from torch import nn
 from torch.optim import lr_scheduler
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, SpectralSGD
+from adler import Adler, GaussNewton, Guard, Measure
 
-KINDS = {
-    "adler": Adler,
-    "as-published": Adler.as_published,
-    "gauss-newton": GaussNewton,
-    "spectral": SpectralSGD,
-    "adam": AdlerAdam,
-    "schedule-free": AdlerScheduleFree,
-}
 DATA = batches("mlp-tanh", nn.CrossEntropyLoss(), 8)
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS)
 def make(request):
     return request.param
 
@@ -64,13 +56,15 @@ def start(make, params=halves, seed=0, **options):
 
 OPTIONS = {
     "defaults": {},
-    "amortised": {"curvature_every": 3, "trust_region": 1.0},
-    "parts": {"curvature_every": 2, "curvature_fraction": 0.5},
-    "difference": {"jvp": "finite_difference", "beta": 0.5},
-    "decayed": {"weight_decay": 0.01, "lr": 0.5, "eps": 1e-4},
+    "amortised": {"measure": Measure(every=3, fraction=1.0, warmup=0), "guard": Guard(1.0)},
+    "parts": {"measure": Measure(every=2, fraction=0.5, warmup=3), "guard": Guard(max_kl=0.1)},
+    "difference": {"measure": Measure.every_step("finite_difference"), "beta": 0.5},
+    "decayed": {"weight_decay": 0.01, "lr": 0.5, "eps": 1e-4, "guard": None},
 }
-OTHERS = {"lr": 0.1, "beta": 0.1, "eps": 1e-2, "trust_region": 0.5, "weight_decay": 0.3}
-OTHERS |= {"jvp": "double_backward", "curvature_every": 2, "curvature_fraction": 0.3}
+# Of all groups; and those that a group may have to itself.
+SHARED = {"beta": 0.1, "eps": 1e-2, "guard": Guard(0.5, 0.2, 0.01)}
+SHARED |= {"measure": Measure("double_backward", every=2, fraction=0.3, warmup=0)}
+OTHERS = {"lr": 0.1, "weight_decay": 0.3, **SHARED}
 
 
 def resumed(make, file, steps):
@@ -96,12 +90,14 @@ def test_a_loaded_state_continues_bit_for_bit(make, options, steps, tmp_path):
 
 def resume_all(folder):
     """What another process does."""
-    for name, make in KINDS.items():
+    for name, make in MAKERS.items():
         torch.save(resumed(make, f"{folder}/{name}", 4), f"{folder}/{name}-resumed")
 
 
+@pytest.mark.long
 def test_another_process_continues_bit_for_bit(tmp_path):
-    runs = {name: start(make, curvature_every=3).train(DATA[:4]) for name, make in KINDS.items()}
+    options = {"measure": Measure(every=3, warmup=2)}
+    runs = {name: start(make, **options).train(DATA[:4]) for name, make in MAKERS.items()}
     for name, run in runs.items():
         torch.save(run.state(), tmp_path / name)
     path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
@@ -112,13 +108,79 @@ def test_another_process_continues_bit_for_bit(tmp_path):
         assert same(torch.load(tmp_path / f"{name}-resumed"), run.train(DATA[4:]).state()), name
 
 
+def kinds_of_values(state):
+    """Types of everything in nested dicts, lists and tuples."""
+    if isinstance(state, dict):
+        return set().union({*map(type, state)}, *map(kinds_of_values, state.values()))
+    if isinstance(state, (list, tuple)):
+        return set().union(*map(kinds_of_values, state))
+    return {type(state)}
+
+
+PLAIN = {torch.Tensor, int, float, str, bool, type(None)}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_state_holds_plain_values_and_brings_the_options_of_all_groups(make, options, steps):
+    run, other = start(make, **options).train(DATA[:steps]), start(make, **OTHERS)
+    state = run.optimizer.state_dict()
+    assert kinds_of_values(state) <= PLAIN
+    assert {"beta", "eps", "guard", "measure"} <= state["search"].keys()
+    other.optimizer.load_state_dict(state)
+    for name in ("beta", "eps", "guard", "measure"):
+        found, expected = getattr(other.optimizer, name), getattr(run.optimizer, name)
+        assert found == expected
+        assert type(found) is type(expected)
+    groups = zip(other.optimizer.param_groups, run.optimizer.param_groups)
+    assert all(a[key] == b[key] for a, b in groups for key in run.optimizer.defaults)
+
+
+def test_a_state_without_the_options_of_all_groups_leaves_them(make):
+    """As of a tool that saves no more than what every optimizer has."""
+    run, other = start(make).train(DATA[:4]), start(make, **SHARED)
+    state = run.optimizer.state_dict()
+    del state["search"]
+    other.optimizer.load_state_dict(state)
+    assert {name: getattr(other.optimizer, name) for name in SHARED} == SHARED
+
+
+BAD_SEARCHES = {
+    "unknown": ({"beta": 0.5, "model": "gone"}, "'model' is no option of"),
+    "guard": ({"beta": 0.5, "guard": {"radius": 2.0}}, "not the options of Guard"),
+    "measure": ({"beta": 0.5, "measure": {"every": 0}}, "every=0"),
+}
+
+
+@pytest.mark.parametrize(("search", "match"), BAD_SEARCHES.values(), ids=BAD_SEARCHES)
+def test_a_state_of_other_options_is_refused_and_changes_nothing(make, search, match):
+    run = start(make).train(DATA[:2])
+    before, state = run.state(), start(make, seed=1).train(DATA[:1]).optimizer.state_dict()
+    with pytest.raises(ValueError, match=match):
+        run.optimizer.load_state_dict({**state, "search": search})
+    assert same(run.state(), before)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_state_decides_whether_there_is_an_average(averaged):
+    run = start(Adler, interpolation=0.8 if averaged else None).train(DATA[:4])
+    other = start(Adler, interpolation=None if averaged else 0.8)
+    other.model.load_state_dict(run.model.state_dict())
+    # A copy, as PyTorch loads state by reference.
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    assert same(other.train(DATA[4:]).state(), run.train(DATA[4:]).state())
+    run.optimizer.eval()
+    other.optimizer.eval()
+    assert flat(other.model).equal(flat(run.model))
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 def test_no_two_numbers_of_a_state_share_memory(make, steps):
     """`torch.distributed.checkpoint` loads into the tensors that it finds."""
     run = start(make).train(DATA[:steps])
     group = run.optimizer.param_groups[0]
     places = [t.data_ptr() for key, t in group.items() if isinstance(t, torch.Tensor)]
-    assert len(places) == len(set(places)) >= 5
+    assert len(places) == len(set(places)) >= 7
 
 
 @pytest.mark.parametrize("params", [lambda m: [m[0].bias], nn.Module.parameters, halves])
@@ -189,7 +251,8 @@ BAD_GROUPS = {
     "sparse": (lambda m: {"params": torch.eye(2).to_sparse()}, TypeError, "params: sparse"),
     "nesterov": (lambda m: {"params": m[2].bias, "nesterov": True}, ValueError, "'nesterov'"),
     "lr": (lambda m: {"params": m[2].bias, "lr": -2.0}, ValueError, "lr=-2.0"),
-    "beta": (lambda m: {"params": m[2].bias, "beta": 0.5}, ValueError, "beta=0.5 .*0.99"),
+    "beta": (lambda m: {"params": m[2].bias, "beta": 0.5}, ValueError, "'beta' is no .* may set"),
+    "guard": (lambda m: {"params": m[2].bias, "guard": None}, ValueError, "'guard' is no option"),
 }
 
 
@@ -202,6 +265,40 @@ def test_a_bad_group_is_refused_and_changes_nothing(make, group, error, match):
     with pytest.raises(error, match=match):
         run.optimizer.add_param_group(group(run.model))
     assert same(run.state(), before)
+
+
+@pytest.mark.parametrize("kind", [Adler, GaussNewton])
+@pytest.mark.parametrize(("first", "second"), [(0.9, None), (None, 0.9)])
+def test_all_groups_keep_an_average_or_none_does(kind, first, second):
+    match = "interpolation: either all groups keep an average, or none does"
+    with pytest.raises(ValueError, match=match):
+        start(kind, lambda m: halves(m, interpolation=second), interpolation=first)
+    run = start(kind, lambda m: m[0].parameters(), interpolation=first).train(DATA[:2])
+    before = run.state()
+    with pytest.raises(ValueError, match=match):
+        run.optimizer.add_param_group({"params": run.model[2].bias, "interpolation": second})
+    assert same(run.state(), before)
+    run = start(kind, interpolation=first).train(DATA[:2])
+    run.optimizer.param_groups[1]["interpolation"] = second
+    before = copy.deepcopy(run.state())
+    with pytest.raises(ValueError, match=match):
+        run.train(DATA[2:3])
+    assert same(run.state(), before)
+
+
+def test_each_group_may_be_at_its_own_distance_from_the_average():
+    mixed = start(Adler, lambda m: halves(m, interpolation=0.5))
+    near, far = start(Adler, interpolation=0.5), start(Adler)
+    for run in (mixed, near, far):
+        run.train(DATA[:2])
+    # Only now are the iterate and its average two points.
+    assert flat(mixed.model).equal(flat(near.model))
+    assert flat(mixed.model).equal(flat(far.model))
+    for run in (mixed, near, far):
+        run.train(DATA[2:3])
+    assert flat(mixed.model[0]).equal(flat(far.model[0]))
+    assert flat(mixed.model[2]).equal(flat(near.model[2]))
+    assert not flat(far.model[0]).equal(flat(near.model[0]))
 
 
 @pytest.mark.parametrize("params", [[], iter(()), 3, torch.ones(2)])
@@ -237,15 +334,11 @@ def test_a_late_group_shares_everything_but_its_own_options(make, others):
 NAN, INF = math.nan, math.inf
 BAD_OPTIONS = {
     "lr": [-1.0, NAN, INF, "1", None, torch.ones(2), torch.tensor(NAN), torch.tensor(-1.0)],
-    "beta": [-0.1, 1.0, NAN, "0.9", None, False],
+    "beta": [-0.1, 1.1, NAN, "0.9", None, False],
     "eps": [-1e-10, NAN, INF, None],
-    "trust_region": [0.0, -2.0, NAN, INF, "2", True],
     "weight_decay": [-0.1, NAN, INF, None],
-    "jvp": ["backward", "", None, 1],
-    "curvature_every": [0, -1, 1.5, NAN, True, None],
-    "curvature_warmup": [-1, 1.5, True, None],
-    "curvature_fraction": [0.0, -0.5, 1.5, NAN, INF, True, "1", None],
 }
+OF_ALL_GROUPS = ("beta", "eps")
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, bad in BAD_OPTIONS.items() for v in bad])
@@ -254,7 +347,10 @@ def test_a_bad_option_is_named_with_its_value_at_once_and_later(make, key, value
     with pytest.raises((ValueError, TypeError), match=match):
         start(make, **{key: value})
     run = start(make).train(DATA[:2])
-    run.optimizer.param_groups[-1][key] = value
+    if key in OF_ALL_GROUPS:
+        setattr(run.optimizer, key, value)
+    else:
+        run.optimizer.param_groups[-1][key] = value
     before, average = flat(run.model), run.optimizer.param_groups[0]["rate_total"]
     with pytest.raises((ValueError, TypeError), match=match):
         run.train(DATA[2:])
@@ -262,14 +358,39 @@ def test_a_bad_option_is_named_with_its_value_at_once_and_later(make, key, value
     assert run.optimizer.param_groups[0]["rate_total"] is average
 
 
-def test_a_shared_option_changed_in_one_group_only_is_not_ignored(make):
-    run = start(make)
-    run.optimizer.param_groups[1]["beta"] = 0.5
-    with pytest.raises(ValueError, match=r"beta=0\.5"):
-        run.train()
+@pytest.mark.parametrize("value", [0.0, 1.0, NAN, INF, "0.9", True])
+def test_a_bad_interpolation_is_named(value):
+    with pytest.raises(ValueError, match=re.escape(f"interpolation={value!r}")):
+        start(Adler, interpolation=value)
+
+
+def test_a_beta_of_one_forgets_nothing(make):
+    run, rates = start(make, beta=1, guard=None), []
+    for batch in DATA:
+        run.train([batch])
+        rates.append(float(run.optimizer.last_step.minibatch_lr))
+    mean = sum(rates) / len(rates)
+    if not isinstance(run.optimizer, GaussNewton):
+        mean = math.exp(sum(map(math.log, rates)) / len(rates))
+    assert float(run.optimizer.last_step.effective_lr) == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_an_option_of_all_groups_is_an_attribute_and_acts_at_the_next_step(make, name):
+    # Steps that a guard has shortened would not show the other options.
+    others = {"guard": Guard() if name == "guard" else None}
+    run, plain = (start(make, **others) for _ in range(2))
+    expected = start(make, **{**others, name: SHARED[name]}).train()
+    assert all(name not in group for group in run.optimizer.param_groups)
+    setattr(run.optimizer, name, SHARED[name])
+    assert same(run.train().state(), expected.state())
+    assert flat(run.model).isfinite().all()
+    assert not flat(run.model).equal(flat(plain.train().model))
 
 
 BAD_ARGUMENTS = [("model", nn.MSELoss), ("output_fn", 3), ("nesterov", True)]
+BAD_ARGUMENTS += [("guard", 2.0), ("guard", {"max_kl": 0.1}), ("measure", "forward")]
+BAD_ARGUMENTS += [("measure", None), ("guard", Measure()), ("measure", Guard())]
 BAD_ARGUMENTS += [("criterion", "mse"), ("criterion", nn.CrossEntropyLoss(reduction="none"))]
 
 
@@ -284,7 +405,8 @@ def test_a_bad_argument_is_named_and_leaves_no_hook(make, key, value):
 def test_repr_shows_the_options_and_no_state(make):
     run = start(make, lambda m: halves(m, lr=0.25), beta=0.5)
     before = repr(run.optimizer)
-    for shown in (type(run.optimizer).__name__, "lr: 0.25", "beta: 0.5", "curvature_every: 1"):
+    options = [f"{name}: {getattr(run.optimizer, name)}" for name in ("guard", "measure", "eps")]
+    for shown in (type(run.optimizer).__name__, "lr: 0.25", "beta: 0.5", *options):
         assert shown in before
     for hidden in ("rate_total", "rate_weight", "steps", "tensor("):
         assert hidden not in before

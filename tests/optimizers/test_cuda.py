@@ -7,17 +7,19 @@ from collections import Counter
 
 import pytest
 import torch
-from support.cases import KINDS, MODES, NETWORKS, batches, flat, network
+from support.cases import GUARDS, MAKERS, MODES, NETWORKS, batches, flat, network
 from support.loops import train, unchanged
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from adler import Adler, AdlerScheduleFree, curvature
+from adler import Adler, AdlerScheduleFree, Measure, curvature
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-ALL_MODES = {**MODES, "double backward": {"jvp": "double_backward"}}
+ALL_MODES = {**MODES, "double backward": Measure.every_step("double_backward")}
+every_mode = pytest.mark.parametrize("measure", ALL_MODES.values(), ids=ALL_MODES)
+every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def on_gpu(data):
@@ -42,41 +44,42 @@ def dropout():
     return nn.Sequential(*layers).cuda(), x.cuda(), y.cuda()
 
 
-@pytest.mark.parametrize("options", ALL_MODES.values(), ids=ALL_MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@every_mode
+@every_maker
 @pytest.mark.parametrize("name", NETWORKS)
-def test_steps_are_those_of_the_cpu(name, kind, options):
-    criterion = nn.CrossEntropyLoss()
+def test_steps_are_those_of_the_cpu(name, make, measure):
+    criterion, options = nn.CrossEntropyLoss(), {"measure": measure, "guard": GUARDS}
     data = batches(name, criterion, 5)
     cpu = network(name)
     gpu = copy.deepcopy(cpu).cuda()
     for model, seen in ((cpu, data), (gpu, on_gpu(data))):
-        train(model, criterion, KINDS[kind](model.parameters(), model, criterion, **options), seen)
+        train(model, criterion, make(model.parameters(), model, criterion, **options), seen)
     # A finite difference divides rounding, which differs, by its small step.
     # The GPU's kernel takes the rate in float32.
-    tolerance = 1e-4 if options.get("jvp") == "finite_difference" else 1e-7
+    tolerance = 1e-4 if measure.jvp == "finite_difference" else 1e-7
     torch.testing.assert_close(flat(gpu).cpu(), flat(cpu), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("options", ALL_MODES.values(), ids=ALL_MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@every_mode
+@every_maker
 @pytest.mark.parametrize("name", ["batchnorm", "transformer"])
-def test_nothing_waits_for_the_device(name, kind, options):
+def test_nothing_waits_for_the_device(name, make, measure):
     """PyTorch itself raises where the host would wait."""
     model, criterion = network(name).cuda(), nn.CrossEntropyLoss()
-    optimizer = KINDS[kind](model.parameters(), model, criterion, **options)
+    optimizer = make(model.parameters(), model, criterion, measure=measure, guard=GUARDS)
     data = on_gpu(batches(name, criterion, 6))
     train(model, criterion, optimizer, data[:2])
     with no_synchronisation():
         train(model, criterion, optimizer, data[2:])
 
 
-def kernels(kind, depth, **options):
+def kernels(make, depth):
     """Kernels that a step which does not measure launches."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(depth)], nn.Linear(6, 3)).cuda()
     criterion = nn.CrossEntropyLoss()
-    optimizer = kind(model.parameters(), model, criterion, curvature_every=10**9, **options)
+    measure = Measure(every=10**9, warmup=0)
+    optimizer = make(model.parameters(), model, criterion, measure=measure)
     x, y = torch.randn(8, 6, device="cuda"), torch.randint(3, (8,), device="cuda")
     train(model, criterion, optimizer, [(x, y)] * 2)
     optimizer.zero_grad()
@@ -89,10 +92,12 @@ def kernels(kind, depth, **options):
     return Counter(name for name in launched if "step" not in name)  # the optimizer's own label
 
 
-@pytest.mark.parametrize("kind", ["adler", "adam", "schedule-free", "gauss-newton"])
+@pytest.mark.parametrize(
+    "kind", ["adler", "last-iterate", "momentum", "adam", "schedule-free", "gauss-newton"]
+)
 def test_kernels_do_not_grow_with_the_number_of_parameters(kind):
     # Of tensors this small, one many-tensor kernel takes all.
-    few, many = (kernels(KINDS[kind], depth) for depth in (2, 12))
+    few, many = (kernels(MAKERS[kind], depth) for depth in (2, 12))
     assert not many - few
     assert 0 < few.total() < 150
 
@@ -101,7 +106,8 @@ def test_kernels_do_not_grow_with_the_number_of_parameters(kind):
 def test_dropout_masks_are_those_of_the_training_pass(jvp):
     model, x, y = dropout()
     criterion = nn.CrossEntropyLoss()
-    optimizer = Adler(model.parameters(), model, criterion, jvp=jvp)
+    measure = Measure.every_step(jvp)
+    optimizer = Adler(model.parameters(), model, criterion, measure=measure)
     for _ in range(3):
         train(model, criterion, optimizer, [(x, y)])
         error = abs(float(optimizer.last_step.consistency) - 1)
@@ -126,7 +132,8 @@ def test_curvature_under_autocast(jvp, rel, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).cuda()
     criterion, scaler = nn.CrossEntropyLoss(), torch.amp.GradScaler("cuda", init_scale=2.0**10)
-    optimizer = Adler(model.parameters(), model, criterion, jvp=jvp)
+    measure = Measure.every_step(jvp)
+    optimizer = Adler(model.parameters(), model, criterion, measure=measure)
     for seed in range(4):
         torch.manual_seed(seed)
         x, y = torch.randn(128, 64).cuda(), torch.randint(10, (128,)).cuda()
@@ -144,18 +151,18 @@ def test_curvature_under_autocast(jvp, rel, dtype):
         assert not optimizer.last_step.skipped
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_state_of_the_gpu_goes_on_anywhere(kind, tmp_path):
+@every_maker
+def test_a_saved_state_of_the_gpu_goes_on_anywhere(make, tmp_path):
     criterion, name = nn.CrossEntropyLoss(), "mlp-tanh"
     data = batches(name, criterion, 6)
     gpu = network(name).cuda()
-    optimizer = KINDS[kind](gpu.parameters(), gpu, criterion)
+    optimizer = make(gpu.parameters(), gpu, criterion)
     train(gpu, criterion, optimizer, on_gpu(data[:3]))
     torch.save({"model": gpu.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "s")
     saved = torch.load(tmp_path / "s", map_location="cpu")
     cpu = network(name)
     cpu.load_state_dict(saved["model"])
-    resumed = KINDS[kind](cpu.parameters(), cpu, criterion)
+    resumed = make(cpu.parameters(), cpu, criterion)
     resumed.load_state_dict(saved["optimizer"])
     train(gpu, criterion, optimizer, on_gpu(data[3:]))
     train(cpu, criterion, resumed, data[3:])
@@ -178,15 +185,15 @@ def warmed_up(model, criterion, x, y):
     model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_beside_a_captured_graph_is_the_step_without(kind):
+@every_maker
+def test_a_step_beside_a_captured_graph_is_the_step_without(make):
     """Forward and backward are captured; the step gets the batch, and stays outside."""
     criterion = nn.CrossEntropyLoss()
     plain = network("mlp-tanh").cuda()
     graphed = copy.deepcopy(plain)
     data = on_gpu(batches("mlp-tanh", criterion, 4))
-    train(plain, criterion, KINDS[kind](plain.parameters(), plain, criterion), data)
-    optimizer = KINDS[kind](graphed.parameters(), graphed, criterion)
+    train(plain, criterion, make(plain.parameters(), plain, criterion), data)
+    optimizer = make(graphed.parameters(), graphed, criterion)
     x, y = (t.clone() for t in data[0])
     warmed_up(graphed, criterion, x, y)
     graph = torch.cuda.CUDAGraph()
@@ -220,16 +227,16 @@ def test_a_step_inside_a_captured_graph_is_refused_and_nothing_moves():
 # Inductor's own; a fallback of this library is a RuntimeWarning.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-@pytest.mark.parametrize("options", [MODES["exact"], MODES["difference"], MODES["part"]])
-def test_a_compiled_model_takes_the_steps_of_the_plain_one(options, mode):
+@pytest.mark.parametrize("measure", ["default", "exact", "difference", "part"])
+def test_a_compiled_model_takes_the_steps_of_the_plain_one(measure, mode):
     torch.manual_seed(0)
     torch._dynamo.reset()
     plain = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)).cuda()
     model, criterion = copy.deepcopy(plain), nn.CrossEntropyLoss()
     data = [(torch.randn(16, 32).cuda(), torch.randint(10, (16,)).cuda()) for _ in range(5)]
-    train(
-        plain, criterion, AdlerScheduleFree(plain.parameters(), plain, criterion, **options), data
-    )
+    options = {"measure": MODES[measure]}
+    optimizer = AdlerScheduleFree(plain.parameters(), plain, criterion, **options)
+    train(plain, criterion, optimizer, data)
     compiled = torch.compile(model, mode=mode)
     optimizer = AdlerScheduleFree(compiled.parameters(), compiled, criterion, **options)
     train(compiled, criterion, optimizer, data)  # a warning would be an error here

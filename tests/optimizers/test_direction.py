@@ -2,19 +2,26 @@
 
 import copy
 import math
+from collections import defaultdict
 
 import pytest
 import torch
-from support.cases import batches, flat, network
+from support.cases import EXACT, LAST_ITERATE, UNGUARDED, batches, flat, network
 from support.loops import NoSynchronisation, train
 from support.reference import Dense
 from torch import nn
 
-from adler import Adler, AdlerAdam, GaussNewton
+from adler import Adler, AdlerAdam, GaussNewton, Measure
 from adler._averaging import DiscountedMean
+from adler._optimizers.sgd import Momentum
 
 CRITERION = nn.CrossEntropyLoss()
 PINNED = DiscountedMean(torch.clone, lambda rate: torch.full_like(rate, 1e-3))
+
+
+# With the average of the iterates, as by default, and without.
+AVERAGED = {"averaged": {}, "last iterate": LAST_ITERATE}
+with_and_without_the_average = pytest.mark.parametrize("own", AVERAGED.values(), ids=AVERAGED)
 
 
 def setting(name="mlp-tanh", make=Adler, steps=10, **options):
@@ -26,9 +33,8 @@ def setting(name="mlp-tanh", make=Adler, steps=10, **options):
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 @pytest.mark.parametrize("name", ["mlp-relu", "cnn"])
 def test_the_step_goes_along_the_average_at_the_rate_along_the_gradient(name, momentum):
-    model, optimizer, data = setting(
-        name, momentum=momentum, weight_decay=0.1, eps=0.0, trust_region=None, beta=0.9
-    )
+    options = {"weight_decay": 0.1, "beta": 0.9, **UNGUARDED, **EXACT, **LAST_ITERATE}
+    model, optimizer, data = setting(name, momentum=momentum, **options)
     dense = Dense(copy.deepcopy(model), CRITERION)
     theta, average = flat(model), torch.zeros_like(flat(model))
     logs, weight = 0.0, 0.0
@@ -44,13 +50,67 @@ def test_the_step_goes_along_the_average_at_the_rate_along_the_gradient(name, mo
         torch.testing.assert_close(flat(model), theta, rtol=1e-9, atol=1e-11)
 
 
-def test_without_momentum_every_bit_is_as_before_and_nothing_is_held():
-    model, optimizer, data = setting(momentum=0.0)
-    twin, plain, _ = setting()
+@with_and_without_the_average
+def test_without_momentum_every_bit_is_as_before_and_nothing_is_held(own):
+    model, optimizer, data = setting(momentum=0.0, **own)
+    twin, plain, _ = setting(**own)
     train(model, CRITERION, optimizer, data)
     train(twin, CRITERION, plain, data)
     assert flat(model).equal(flat(twin))
-    assert not optimizer.state
+    held = {key for state in optimizer.state.values() for key in state}
+    assert held == (set() if own else {"step", "z"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_momentum_steps_along_the_corrected_average_in_every_precision(dtype):
+    """The direction by itself: of any dtype, and with steps between that are skipped."""
+    generator, shapes = torch.Generator().manual_seed(0), [(3, 4), (5,), (), (2, 1, 3)]
+    draws = [[torch.randn(s, generator=generator).to(dtype) for s in shapes] for _ in range(4)]
+    params, rate = [p.requires_grad_() for p in draws[0]], torch.tensor(0.3, dtype=torch.float64)
+    group, state = {"params": params, "momentum": 0.8, "weight_decay": 0.0}, defaultdict(dict)
+    exact = [p.detach().double().clone() for p in params]
+    means = [torch.zeros_like(p) for p in exact]
+    for t, gradients in enumerate(draws[1:], start=1):
+        for skipped in (True, False):
+            for p, g in zip(params, gradients):
+                p.grad = g * math.nan if skipped else g
+            direction = Momentum([p.grad for p in params], state, {id(group): True})
+            with torch.no_grad():
+                direction.descend(group, params, rate, torch.tensor(skipped))
+        means = [0.8 * m + 0.2 * g.double() for m, g in zip(means, gradients)]
+        exact = [p - 0.3 * m / (1 - 0.8**t) for p, m in zip(exact, means)]
+    assert all(float(state[p]["step"]) == 3 for p in params)
+    # Three steps of entries of size one; a mean's rounding is divided by 1 - 0.8.
+    rounding = 16 * torch.finfo(dtype).eps
+    averages = [state[p]["exp_avg"] for p in params]
+    for found, expected in zip([*params, *averages], [*exact, *means]):
+        found = found.detach().double()
+        torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_what_an_iterate_moves_along_is_what_the_parameters_would(equal):
+    """`advance` and `descend`, of the same gradients: one for an average, one without."""
+    moved = []
+    for average in (False, True):
+        params = [p.requires_grad_() for p in (torch.ones(3).double(), torch.ones(2, 2).double())]
+        group, state = {"params": params, "momentum": 0.8, "weight_decay": 0.0}, defaultdict(dict)
+        for t in range(3):
+            for k, p in enumerate(params):
+                p.grad = torch.full_like(p, 1.0 + t + k).requires_grad_(False)
+            direction = Momentum([p.grad for p in params], state, {id(group): equal})
+            with torch.no_grad():
+                if not average:
+                    direction.descend(group, params, torch.tensor(0.3), torch.tensor(False))
+                    continue
+                for p in params:
+                    count = state[p].setdefault("step", torch.zeros(()))
+                    count += 1
+                along = direction.advance(group, params, torch.tensor(False))
+                for p, d in zip(params, along):
+                    p -= 0.3 * d
+        moved.append(torch.cat([p.detach().flatten() for p in params]))
+    torch.testing.assert_close(*moved, rtol=1e-7, atol=1e-7)
 
 
 def test_the_published_algorithms_have_no_momentum():
@@ -59,22 +119,25 @@ def test_the_published_algorithms_have_no_momentum():
         assert optimizer.param_groups[0]["momentum"] == 0
 
 
-def test_the_loop_over_other_devices_equals_the_fused_kernel(monkeypatch):
-    model, optimizer, data = setting(momentum=0.9)
+@with_and_without_the_average
+@pytest.mark.parametrize("fused", [("cpu",), ()])
+def test_the_kernels_of_other_devices_equal_those_of_the_host(own, fused, monkeypatch):
+    model, optimizer, data = setting(momentum=0.9, **own)
     train(model, CRITERION, optimizer, data)
-    twin, other, _ = setting(momentum=0.9)
-    monkeypatch.setattr("adler._tensors._FUSED_DEVICES", ())
+    twin, other, _ = setting(momentum=0.9, **own)
+    monkeypatch.setattr("adler._tensors._HOST_DEVICES", ())
+    monkeypatch.setattr("adler._tensors._FUSED_DEVICES", fused)
     bad = (data[0][0] * math.nan, data[0][1])
     train(twin, CRITERION, other, [*data[:3], bad, *data[3:]])
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("momentum", [0.9, "joint"])
+@with_and_without_the_average
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, 4])
-def test_a_skipped_step_leaves_the_momentum(momentum, bad, at):
-    model, optimizer, data = setting(momentum=momentum)
-    twin, other, _ = setting(momentum=momentum)
+def test_a_skipped_step_leaves_the_momentum(own, bad, at):
+    model, optimizer, data = setting(momentum=0.9, **own)
+    twin, other, _ = setting(momentum=0.9, **own)
     poison = (torch.full_like(data[0][0], bad), data[0][1])
     train(model, CRITERION, optimizer, [*data[:at], poison, *data[at:]])
     train(twin, CRITERION, other, data)
@@ -82,14 +145,15 @@ def test_a_skipped_step_leaves_the_momentum(momentum, bad, at):
     assert flat(model).equal(flat(twin))
 
 
-@pytest.mark.parametrize("momentum", [0.9, "joint"])
+@with_and_without_the_average
 @pytest.mark.parametrize("steps", [0, 5])
-def test_resuming_and_copying_continue_bit_for_bit(momentum, steps, tmp_path):
-    model, optimizer, data = setting(momentum=momentum, curvature_every=2)
+def test_resuming_and_copying_continue_bit_for_bit(own, steps, tmp_path):
+    measure = Measure(every=2, warmup=0)
+    model, optimizer, data = setting(momentum=0.9, measure=measure, **own)
     train(model, CRITERION, optimizer, data[:steps])
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "file")
     copied, copied_optimizer = copy.deepcopy((model, optimizer))
-    twin, other, _ = setting(momentum=0.5, beta=0.5)
+    twin, other, _ = setting(momentum=0.5, beta=0.5, **own)
     states = torch.load(tmp_path / "file")
     twin.load_state_dict(states[0])
     other.load_state_dict(states[1])
@@ -99,19 +163,22 @@ def test_resuming_and_copying_continue_bit_for_bit(momentum, steps, tmp_path):
     assert flat(twin).equal(flat(model))
 
 
-def test_groups_have_their_own_momentum():
+@with_and_without_the_average
+def test_groups_have_their_own_momentum(own):
     model, _, data = setting()
     halves = [
         {"params": model[0].parameters(), "momentum": 0.9},
         {"params": model[2].parameters()},
     ]
-    optimizer = Adler(halves, model, CRITERION)
+    optimizer = Adler(halves, model, CRITERION, **own)
     train(model, CRITERION, optimizer, data)
-    assert set(optimizer.state) == set(model[0].parameters())
+    with_momentum = {p for p, state in optimizer.state.items() if "exp_avg" in state}
+    assert with_momentum == set(model[0].parameters())
 
 
-def test_a_parameter_whose_gradient_comes_late_is_corrected_for_its_own_steps():
-    model, optimizer, data = setting(momentum=0.9)
+@with_and_without_the_average
+def test_a_parameter_whose_gradient_comes_late_is_corrected_for_its_own_steps(own):
+    model, optimizer, data = setting(momentum=0.9, **own)
     model[0].bias.requires_grad_(False)
     train(model, CRITERION, optimizer, data[:3])
     model[0].bias.requires_grad_(True)
@@ -123,9 +190,9 @@ def test_a_parameter_whose_gradient_comes_late_is_corrected_for_its_own_steps():
     torch.testing.assert_close(model[0].bias.detach(), step, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("momentum", [0.9, "joint"])
-def test_nothing_waits_for_the_device(momentum):
-    model, optimizer, data = setting(momentum=momentum)
+@with_and_without_the_average
+def test_nothing_waits_for_the_device(own):
+    model, optimizer, data = setting(momentum=0.9, **own)
     for x, y in data:
         optimizer.zero_grad()
         CRITERION(model(x), y).backward()
@@ -133,17 +200,10 @@ def test_nothing_waits_for_the_device(momentum):
             optimizer.step()
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan, "both", None, True])
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan, "joint", None, True])
 def test_a_bad_momentum_is_named(momentum):
     with pytest.raises(ValueError, match="momentum="):
         setting(momentum=momentum)
-
-
-def test_joint_is_for_all_groups():
-    model, _, _ = setting()
-    halves = [{"params": model[0].parameters()}, {"params": model[2].weight, "momentum": "joint"}]
-    with pytest.raises(ValueError, match="momentum='joint' in a parameter group"):
-        Adler(halves, model, CRITERION)
 
 
 # --- a pinned rate: the library's own optimizers --------------------------------------------------
@@ -159,7 +219,7 @@ class PinnedAdler(Adler):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_at_a_pinned_rate_adler_adam_is_adamw(weight_decay):
-    options = {"trust_region": None, "weight_decay": weight_decay}
+    options = {"guard": None, "weight_decay": weight_decay}
     model, optimizer, data = setting(make=PinnedAdam, **options)
     twin = network("mlp-tanh")
     adamw = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=weight_decay)
@@ -170,7 +230,8 @@ def test_at_a_pinned_rate_adler_adam_is_adamw(weight_decay):
 
 def test_at_a_pinned_rate_momentum_is_that_of_sgd():
     """SGD's buffer is m / (1 − μ), without the correction of the bias."""
-    model, optimizer, data = setting(make=PinnedAdler, trust_region=None, momentum=0.9)
+    options = {"guard": None, "momentum": 0.9, **LAST_ITERATE}
+    model, optimizer, data = setting(make=PinnedAdler, **options)
     twin = network("mlp-tanh")
     sgd = torch.optim.SGD(twin.parameters(), lr=0.0, momentum=0.9)
     for t, batch in enumerate(data, start=1):

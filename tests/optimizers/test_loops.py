@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.cases import EXACT, GUARDS, TRUST_REGION, flat
 from support.cases import classification as setting
-from support.cases import flat
 from support.launch import ROOT, torchrun
 from support.loops import train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adler import Adler, AdlerAdam
+from adler import Adler, AdlerAdam, AdlerScheduleFree
 from adler import _distributed as distributed
 from adler.curvature import quadratic_form
 from examples.programs import loop, mixed_precision
@@ -29,7 +29,7 @@ def gradients(model):
 
 
 @pytest.mark.row("Autocast and GradScaler, bf16 and fp16")
-@pytest.mark.parametrize("kind", [Adler, AdlerAdam])
+@pytest.mark.parametrize("kind", [Adler, AdlerAdam, AdlerScheduleFree])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rates_under_autocast_and_a_scaler_are_those_of_float32(dtype, kind):
     def rates(scale, enabled):
@@ -73,10 +73,8 @@ def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate(bounded):
     model, criterion, x, y = setting()
     twin = copy.deepcopy(model)
     # The bounds on predictions and weights are on the step itself: they meet a clipped one later.
-    options = {} if bounded else {"max_kl": None, "max_relative_change": None}
-    clipped, plain = (
-        Adler(m.parameters(), m, criterion, eps=0.0, **options) for m in (model, twin)
-    )
+    options = {"eps": 0.0, "guard": GUARDS if bounded else TRUST_REGION}
+    clipped, plain = (Adler(m.parameters(), m, criterion, **options) for m in (model, twin))
     criterion(model(x), y).backward()
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
     factor = 0.01 / (norm + 1e-6)
@@ -98,7 +96,7 @@ def test_clipping_by_norm_shortens_the_step_and_leaves_the_rate(bounded):
 def test_clipping_by_value_measures_along_what_is_left():
     """η = d·d / c(d), which is no more than the minimiser g·d / c(d) along d."""
     model, criterion, x, y = setting()
-    optimizer = Adler(model.parameters(), model, criterion, eps=0.0)
+    optimizer = Adler(model.parameters(), model, criterion, eps=0.0, **EXACT)
     criterion(model(x), y).backward()
     before = gradients(model)
     nn.utils.clip_grad_value_(model.parameters(), 0.02)
@@ -117,7 +115,7 @@ def test_a_curvature_of_the_last_micro_batch_alone_is_unbiased():
     found, whole = [], None
     for last in range(4):
         model, criterion, x, y = setting()
-        optimizer = Adler(model.parameters(), model, criterion, eps=0.0)
+        optimizer = Adler(model.parameters(), model, criterion, eps=0.0, **EXACT)
         parts = [slice(6 * k, 6 * k + 6) for k in range(4)]
         for rows in parts:
             (criterion(model(x[rows]), y[rows]) / 4).backward()
@@ -125,7 +123,7 @@ def test_a_curvature_of_the_last_micro_batch_alone_is_unbiased():
         found.append(optimizer.last_step)
         if whole is None:
             model, criterion, x, y = setting()
-            optimizer = Adler(model.parameters(), model, criterion, eps=0.0)
+            optimizer = Adler(model.parameters(), model, criterion, eps=0.0, **EXACT)
             train(model, criterion, optimizer, [(x, y)])
             whole = optimizer.last_step
     curvatures = [float(record.curvature) for record in found]
@@ -288,7 +286,8 @@ class TwoInputs(nn.Module):
 
 def checked_step(model, criterion, call, targets, output_fn=None, **options):
     """One step, its curvature against a second difference of outputs and the loss's Hessian."""
-    optimizer = Adler(model.parameters(), model, criterion, output_fn=output_fn, **options)
+    options = {"output_fn": output_fn, **EXACT, **options}
+    optimizer = Adler(model.parameters(), model, criterion, **options)
     pick = output_fn or (lambda outputs: outputs)
     outputs = pick(call())
     criterion(outputs, targets).backward()
@@ -408,6 +407,7 @@ def test_inputs_go_where_the_wrapper_moves_them():
     assert distributed.moved(None, "anything") == "anything"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_distributed_example_gives_both_ranks_the_same_rate(mode, tmp_path):
     options = ["--epochs", "2", "--mode", mode]

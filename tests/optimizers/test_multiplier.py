@@ -43,7 +43,9 @@ def test_a_foreign_rate_is_said_once_within_the_first_steps(kind):
 
 
 @pytest.mark.parametrize(
-    "rate", [warm_up(6e-4, 100), warm_up(1e-3, 5), lambda k: 0.01 * 0.99**k], ids=str
+    "rate",
+    [warm_up(6e-4, 100), warm_up(1e-3, 5), lambda k: 0.01 * 0.99**k],
+    ids=["warm-up", "short warm-up", "decay"],
 )
 def test_foreign_schedules_are_said_when_they_no_longer_rise(rate):
     assert len(said(rate)) == 1

@@ -1,24 +1,43 @@
 """What holds of every trajectory: invariances, equivariances, bounds; networks are drawn."""
 
+import functools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import NETWORKS, batches, flat, network
+from support.cases import (
+    EXACT,
+    GUARDS,
+    LAST_ITERATE,
+    NETWORKS,
+    TRUST_REGION,
+    batches,
+    flat,
+    network,
+)
 from support.loops import train
 from torch import nn
 
-from adler import Adler, GaussNewton
+from adler import Adler, GaussNewton, Guard, Measure
 
 settings.register_profile("properties", deadline=None, max_examples=15, derandomize=True)
-KINDS = {"adler": Adler, "as-published": Adler.as_published, "gauss-newton": GaussNewton}
+EXACT_LAST = {**EXACT, **LAST_ITERATE}
+# Of the last iterate, by the curvature of the whole batch.
+KINDS = {
+    "adler": functools.partial(Adler, **EXACT_LAST),
+    "as-published": Adler.as_published,
+    "gauss-newton": functools.partial(GaussNewton, **EXACT_LAST),
+}
+# And as they are by default, where that does not matter: on a part, and averaged.
+DEFAULT_KINDS = {**KINDS, "adler default": Adler, "gauss-newton default": GaussNewton}
 STEPS = 5
 # Without the bounds on how far the network is linear: they know a likelihood and weights' sizes.
-CAP_ONLY = {"max_kl": None, "max_relative_change": None}
+CAP_ONLY = {"guard": TRUST_REGION}
 
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+every_default_kind = pytest.mark.parametrize("make", DEFAULT_KINDS.values(), ids=DEFAULT_KINDS)
 examples = settings(settings.get_profile("properties"))
 names = st.sampled_from(sorted(NETWORKS))
 seeds = st.integers(0, 10**6)
@@ -39,6 +58,10 @@ def trajectory(make, model, criterion, data, params=None, **options):
 
 def setting(name, seed, criterion):
     return network(name, seed), criterion, batches(name, criterion, STEPS, seed=seed)
+
+
+def is_baseline(make):
+    return getattr(make, "func", make) is GaussNewton
 
 
 def close(found, expected, rtol=1e-9):
@@ -62,12 +85,13 @@ class Scaled(nn.Module):
 
 # With s·h in place of h, g and v grow by s and Q by s, so η_k shrinks by s: the step stays. The
 # baseline has s² in place of Q, so η_k shrinks by s², and the multiplier s makes up for it.
-@every_kind
+@every_default_kind
 @examples
 @given(names, seeds, scales)
 def test_the_scale_of_the_loss_does_not_matter(make, name, seed, s):
-    lr = s if make is GaussNewton else 1.0
-    guards = CAP_ONLY if make is GaussNewton else {}  # the multiplier acts after them
+    lr = s if is_baseline(make) else 1.0
+    # The multiplier acts after the guards.
+    guards = CAP_ONLY if is_baseline(make) else {"guard": GUARDS}
     plain = trajectory(make, *setting(name, seed, Scaled(1.0)), eps=0.0, **guards)
     scaled = trajectory(make, *setting(name, seed, Scaled(s)), eps=0.0, lr=lr, **guards)
     close(scaled[0], plain[0])
@@ -76,18 +100,19 @@ def test_the_scale_of_the_loss_does_not_matter(make, name, seed, s):
 
 
 # The baseline's ω_i is the criterion's, so that it does not see how examples are reduced.
-@every_kind
+@every_default_kind
 @examples
 @given(names, seeds)
 def test_the_reduction_does_not_matter(make, name, seed):
+    options = {"eps": 0.0, "guard": GUARDS}
     mean, summed = (
-        trajectory(make, *setting(name, seed, nn.CrossEntropyLoss(reduction=r)), eps=0.0)[0]
+        trajectory(make, *setting(name, seed, nn.CrossEntropyLoss(reduction=r)), **options)[0]
         for r in ("mean", "sum")
     )
     close(summed, mean)
 
 
-@every_kind
+@every_default_kind
 @examples
 @given(names, seeds, st.data())
 def test_the_division_into_groups_and_their_order_do_not_matter(make, name, seed, data):
@@ -115,7 +140,7 @@ def test_the_order_of_examples_does_not_matter(make, name, seed):
 # θ' = aθ and x' = x/a make the same outputs of F = xθ. Then g' = g/a and v' = v/a², so that
 # η'_k = a² η_k and θ' − η' g' = a (θ − η g): the network moves through the same functions. The
 # decay η λ θ does too, with λ/a².
-@every_kind
+@every_default_kind
 @examples
 @given(seeds, scales, st.floats(0, 0.1))
 def test_a_linear_model_in_other_units_moves_through_the_same_functions(make, seed, a, decay):
@@ -136,7 +161,7 @@ def test_a_linear_model_in_other_units_moves_through_the_same_functions(make, se
 
 
 # Rotated inputs x' = xR and weights θ' = θR make the same outputs, and ‖g'‖ = ‖gR‖ = ‖g‖.
-@every_kind
+@every_default_kind
 @examples
 @given(seeds)
 def test_a_rotation_of_the_inputs_rotates_the_trajectory(make, seed):
@@ -185,7 +210,7 @@ def test_convex_losses_have_no_negative_curvature(criterion, targets, dtype, nam
 def discounted(rates, beta, kind):
     """The mean of all rates so far, anew from the list."""
     weights = [beta**age for age in reversed(range(len(rates)))]
-    if kind is GaussNewton:
+    if is_baseline(kind):
         return sum(w * r for w, r in zip(weights, rates)) / sum(weights)
     return math.exp(sum(w * math.log(r) for w, r in zip(weights, rates)) / sum(weights))
 
@@ -193,16 +218,15 @@ def discounted(rates, beta, kind):
 @every_kind
 @pytest.mark.parametrize("radius", [None, 0.5, 2.0])
 @examples
-@given(names, seeds, st.floats(0, 0.999), st.lists(scales, min_size=2, max_size=6))
+@given(names, seeds, st.floats(0, 1), st.lists(scales, min_size=2, max_size=6))
 def test_a_rate_is_the_mean_or_the_bound(make, radius, name, seed, beta, sizes):
     """Batches of very different size, so that rates jump and the bound is met."""
     criterion = nn.MSELoss()
     model, data = network("linear", seed), batches("linear", criterion, len(sizes), seed=seed)
     data = [(x * size, y) for (x, y), size in zip(data, sizes)]
     before = flat(model)
-    parameters, records = trajectory(
-        make, model, criterion, data, beta=beta, lr=0.01, trust_region=radius, **CAP_ONLY
-    )
+    guard = None if radius is None else Guard(radius, max_relative_change=None)
+    parameters, records = trajectory(make, model, criterion, data, beta=beta, lr=0.01, guard=guard)
     rates = []
     for record, after in zip(records, parameters):
         rates.append(float(record.minibatch_lr))
@@ -223,16 +247,18 @@ def test_a_rate_is_the_mean_or_the_bound(make, radius, name, seed, beta, sizes):
 # GGN matrix: one step along g lands on the minimum of the line, where the gradient is normal to it.
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("jvp", ["forward", "double_backward"])
+@pytest.mark.parametrize("interpolation", [None, 0.9])
 @examples
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 9), st.booleans(), seeds)
 def test_one_step_minimises_least_squares_along_the_gradient(
-    reduction, jvp, inputs, outputs, size, bias, seed
+    reduction, jvp, interpolation, inputs, outputs, size, bias, seed
 ):
     torch.manual_seed(seed)
     model = nn.Linear(inputs, outputs, bias=bias).double()
     criterion = nn.MSELoss(reduction=reduction)
     x, y = torch.randn(size, inputs).double(), torch.randn(size, outputs).double()
-    optimizer = Adler(model.parameters(), model, criterion, jvp=jvp, eps=0.0, **CAP_ONLY)
+    options = {"interpolation": interpolation, "measure": Measure.every_step(jvp)}
+    optimizer = Adler(model.parameters(), model, criterion, eps=0.0, **CAP_ONLY, **options)
     criterion(model(x), y).backward()
     g = torch.cat([p.grad.flatten() for p in model.parameters()])
     optimizer.step()
@@ -247,7 +273,7 @@ def test_one_step_minimises_least_squares_along_the_gradient(
     assert abs(float(after @ g)) <= 1e-11 * float(g @ g)
 
 
-@every_kind
+@every_default_kind
 @examples
 @given(names, seeds, scales, scales)
 def test_a_multiplier_makes_the_step_that_many_times_as_long(make, name, seed, m, n):

@@ -5,14 +5,15 @@ import itertools
 
 import pytest
 import torch
-from support.cases import CRITERIA, NETWORKS, batches, flat, network
+from support.cases import CRITERIA, EXACT, LAST_ITERATE, NETWORKS, batches, flat, network
 from support.loops import NoSynchronisation, train
 from support.reference import Dense
 from torch import nn
 
 from adler import Adler, SpectralSGD, losses
 
-UNGUARDED = {"trust_region": None, "eps": 0.0, "beta": 0.0}
+# The rate is that of the last minibatch.
+UNGUARDED = {"guard": None, "eps": 0.0, "beta": 0.0}
 
 
 def setting(name="mlp-tanh", criterion_name="ce-mean", **options):
@@ -30,6 +31,7 @@ def dense_rate(model, criterion, x, y):
     return float(1 / (2 * torch.linalg.eigvalsh(J @ J.T)[-1] * norm))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("criterion_name", CRITERIA)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_rate_is_that_of_the_dense_kernel(name, criterion_name):
@@ -87,11 +89,13 @@ def test_a_sample_of_columns_lies_between_and_repeats_itself():
     assert rates[2, 0] == rates[2, 1] > rates[18, 0] == rates[18, 1]
 
 
+@pytest.mark.long
 def test_the_rate_is_at_most_half_of_adlers():
     for name in NETWORKS:
         model, criterion, optimizer, data = setting(name, power_iterations=20, **UNGUARDED)
         twin = copy.deepcopy(model)
-        adler = Adler(twin.parameters(), twin, criterion, beta=0.0, eps=0.0)
+        options = {"beta": 0.0, "eps": 0.0, **LAST_ITERATE, **EXACT}
+        adler = Adler(twin.parameters(), twin, criterion, **options)
         for batch in data[:4]:
             twin.load_state_dict(model.state_dict())
             train(twin, criterion, adler, [batch])
@@ -158,5 +162,18 @@ def test_bad_options_are_named():
     with pytest.raises(ValueError, match="gershgorin_columns=0"):
         SpectralSGD(model.parameters(), model, criterion, gershgorin_columns=0)
     groups = [{"params": [model.weight]}, {"params": [model.bias], "power_iterations": 2}]
-    with pytest.raises(ValueError, match="power_iterations=2 in a parameter group"):
+    with pytest.raises(ValueError, match="'power_iterations' is no option of a parameter group"):
         SpectralSGD(groups, model, criterion)
+
+
+@pytest.mark.parametrize("own", [{"power_iterations": 7}, {"gershgorin_columns": 2}])
+def test_a_checkpoint_brings_the_options_of_its_own(own):
+    model, criterion, optimizer, data = setting(**own)
+    train(model, criterion, optimizer, data[:4])
+    twin, same, other, _ = setting()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    train(model, criterion, optimizer, data[4:])
+    train(twin, same, other, data[4:])
+    assert flat(model).equal(flat(twin))
+    assert {key: getattr(other, key) for key in own} == own

@@ -11,7 +11,9 @@ from torch import nn
 from adler import Adler, AdlerAdam, AdlerScheduleFree
 
 KINDS = {
+    "averaged": Adler,
     "momentum": lambda *args: Adler(*args, momentum=0.9),
+    "momentum, last iterate": lambda *args: Adler(*args, momentum=0.9, interpolation=None),
     "adam": AdlerAdam,
     "schedule-free": AdlerScheduleFree,
 }
@@ -47,7 +49,7 @@ def test_what_is_said_to_be_equal_is(kind, steps, loads_at):
             optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
         (group,) = optimizer.param_groups
-        _, equal = optimizer._attendance._last[0]
+        _, equal = optimizer._step_counts._last[0]
         here = [p for p in group["params"] if p.grad is not None]
         counts = {float(optimizer.state[p]["step"]) for p in here}
         assert not equal or len(counts) == 1
@@ -65,7 +67,7 @@ def test_a_plain_loop_needs_no_factor_for_each_and_waits_only_after_loading(kind
         grown(model, criterion, [True] * 4, True)
         with NoSynchronisation():
             optimizer.step()
-        assert optimizer._attendance._last[0][1]
+        assert optimizer._step_counts._last[0][1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +78,7 @@ def test_one_factor_for_all_gives_the_steps_of_one_for_each(kind, monkeypatch):
         optimizer = KINDS[kind](model.parameters(), model, criterion)
         if not known:
             monkeypatch.setattr(
-                "adler._optimizers.step_counts.Attendance.equal",
+                "adler._optimizers.step_counts.StepCounts.all_equal",
                 lambda self, groups, state: {id(group): False for group in groups},
             )
         torch.manual_seed(0)

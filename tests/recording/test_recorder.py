@@ -268,28 +268,12 @@ def test_criterion_not_called():
     refuses(r"pass step\(targets=...\)", act)
 
 
-def test_outputs_changed_on_the_way():
-    def act(model, criterion, optimizer, x, y):
-        criterion(model(x) / 2, y).backward()
-        optimizer.step()
-
-    refuses("not the one that the model returned.*output_fn=", act)
-
-
 def test_outputs_that_do_not_depend_on_the_parameters():
     def act(model, criterion, optimizer, x, y):
         criterion(model(x).detach().requires_grad_(), y).backward()
         optimizer.step()
 
     refuses("on a loss that depends on the parameters", act)
-
-
-def test_targets_that_depend_on_the_parameters():
-    def act(model, criterion, optimizer, x, y):
-        criterion(model(x), model(x).softmax(1)).backward()
-        optimizer.step()
-
-    refuses("targets require grad.*detach", act)
 
 
 def test_a_criterion_that_does_not_reduce():
@@ -303,45 +287,6 @@ def test_a_criterion_that_does_not_reduce():
     criterion(model(x), y).mean().backward()
     with pytest.raises(RuntimeError, match=r"returned shape \(12,\), not a scalar"):
         optimizer.step()
-
-
-@pytest.mark.parametrize("kind", [dict, tuple])
-def test_a_model_that_returns_no_tensor(kind):
-    class Wrapped(nn.Module):
-        def __init__(self, body):
-            super().__init__()
-            self.body = body
-
-        def forward(self, x):
-            out = self.body(x)
-            return {"logits": out} if kind is dict else (out,)
-
-    body, criterion, x, y = setting()
-    model = Wrapped(body)
-    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
-    output = model(x)
-    criterion(output["logits"] if kind is dict else output[0], y).backward()
-    before = flat(model)
-    with pytest.raises(RuntimeError, match=f"returned {kind.__name__}.*output_fn="):
-        optimizer.step()
-    assert flat(model).equal(before)
-
-
-def test_an_output_fn_that_does_something_else_than_the_loop():
-    def act(model, criterion, optimizer, x, y):
-        criterion(model(x), y).backward()
-        optimizer.step()
-
-    refuses("do in output_fn what the loop does", act, output_fn=lambda out: out[:, :2])
-
-
-def test_with_output_fn_an_ambiguous_call_is_refused():
-    def act(model, criterion, optimizer, x, y):
-        first, _ = model(x), model(x[:3])
-        criterion(first, y).backward()
-        optimizer.step()
-
-    refuses("called 2 times before the criterion", act, output_fn=lambda out: out)
 
 
 def test_explicit_targets_are_refused_when_it_is_not_certain_which_call():
@@ -394,7 +339,7 @@ def test_hooks_go_with_the_optimizer():
     model, criterion, x, y = setting()
     optimizer = Adler(model.parameters(), model, criterion, **EXACT)
     assert hooks(model) == 3  # two record; one follows the model's mode
-    assert hooks(criterion) == 1
+    assert hooks(criterion) == 2
     train(model, criterion, optimizer, [(x, y)] * 2)
     alive = weakref.ref(optimizer)
     del optimizer

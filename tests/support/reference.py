@@ -1,7 +1,8 @@
-"""A second, slow implementation of Algorithm 1 and of the baseline: dense Jacobians and Hessians.
+"""A second, slow implementation of the optimizers: dense Jacobians and Hessians, whole histories.
 
-Written to be read against the thesis, not to share a line with ``src/adler``: float64, one flat
-parameter vector, ``torch.autograd.functional`` only.
+Written to be read against the thesis and the papers, not to share a line with ``src/adler``:
+float64, one flat parameter vector, ``torch.autograd.functional`` only; every mean is taken anew of
+all that it is the mean of.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
+
+# How `Search` measures, by the attributes of an `adler.Measure`.
+EVERY_STEP = SimpleNamespace(every=1, fraction=1.0, warmup=0)
 
 
 @dataclass
@@ -51,18 +56,18 @@ class Dense:
         F = self.outputs(theta, x).detach()
         return hessian(lambda f: self.criterion(f.view_as(F), y), F.flatten())
 
-    def nat(self, theta: Tensor, x: Any, y: Any) -> float:
+    def loss_per_nat(self, theta: Tensor, x: Any, y: Any) -> float:
         """What one nat an example is worth: of a class distribution, or of a Gaussian."""
         if isinstance(self.criterion, nn.MSELoss):
             return 2 * float(self.criterion(self.outputs(theta, x), y))
         return 1.0 if self.criterion.reduction == "mean" else float(len(y))
 
-    def reach(self, theta: Tensor, g: Tensor) -> float:
+    def unit_change(self, theta: Tensor, d: Tensor) -> float:
         """Step length at which the first weight matrix has moved by its norm."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         ratios = [
-            max(float(w.norm()), math.sqrt(shape[0] / 3)) / float(d.norm())
-            for w, d, shape in zip(theta.split(sizes), g.split(sizes), self.shapes.values())
+            max(float(w.norm()), math.sqrt(shape[0] / 3)) / float(along.norm())
+            for w, along, shape in zip(theta.split(sizes), d.split(sizes), self.shapes.values())
             if len(shape) > 1
         ]
         return min(ratios)
@@ -88,11 +93,83 @@ def scalar(f: Callable[[Tensor], Tensor], *at: float) -> tuple[float, float, flo
     return tuple(map(float, (f(theta).abs(), gradient.norm(), curvature)))
 
 
+def discounted(values: Sequence[float], discounts: Sequence[float]) -> float:
+    """The mean in which a value counts less by each of the discounts that came after its own."""
+    weights = [math.prod(discounts[j + 1 :]) for j in range(len(values))]
+    return sum(w * v for w, v in zip(weights, values)) / sum(weights)
+
+
+@dataclass
+class Search:
+    """Algorithm 1's rate from the list of all measurements, and the bounds of a guard.
+
+    ``kind="gauss_newton"`` is the baseline: another matrix, an arithmetic mean.
+    """
+
+    dense: Dense
+    kind: str
+    beta: float
+    eps: float
+    guard: Any
+    measure: Any
+
+    def __post_init__(self) -> None:
+        self.rates: list[float] = []
+        self.discounts: list[float] = []
+        self.ratios: list[float] = []
+        self.nat = math.inf
+
+    def look(self, theta: Tensor, d: Tensor, x: Any, y: Any) -> None:
+        """Measures ``c / d·d`` on the first examples of a batch, and what a nat is worth there."""
+        examples = len(y)
+        count = min(examples, max(2, math.ceil(self.measure.fraction * examples)))
+        x, y = x[:count], y[:count]
+        of_all = 1.0 if self.dense.criterion.reduction == "mean" else examples / count
+        published = self.kind == "adler"
+        matrix = self.dense.loss_hessian if published else self.dense.output_outer_products
+        v = self.dense.jacobian(theta, x) @ d
+        self.ratios.append(of_all * float(v @ matrix(theta, x, y) @ v) / float(d @ d))
+        self.nat = of_all * self.dense.loss_per_nat(theta, x, y)
+
+    def rate(self, theta: Tensor, g: Tensor, d: Tensor, x: Any, y: Any, steps: int) -> list[float]:
+        """The rate of the step after so many, the minimiser of its model, whether it is bounded."""
+        interval = 1 if steps < self.measure.warmup else self.measure.every
+        if due := steps % interval == 0:
+            self.look(theta, d, x, y)
+        slope, size = float(g @ d), float(d @ d)
+        curvature = discounted(self.ratios, [1 - self.measure.fraction] * len(self.ratios)) * size
+        minimiser = slope / (curvature + self.eps * size)
+        if due:
+            self.rates.append(minimiser)
+            self.discounts.append(self.beta**interval)
+        if self.kind == "adler":
+            mean = math.exp(discounted([math.log(r) for r in self.rates], self.discounts))
+        else:
+            mean = discounted(self.rates, self.discounts)
+        bound = min(self.bounds(theta, d, minimiser, curvature))
+        return [min(mean, bound), minimiser, float(mean > bound)]
+
+    def bounds(self, theta: Tensor, d: Tensor, minimiser: float, curvature: float) -> list[float]:
+        """Of the guard's three, those that there are."""
+        found, guard = [math.inf], self.guard
+        if guard is not None and guard.trust_region is not None:
+            found.append(guard.trust_region * minimiser)
+        if guard is not None and guard.max_kl is not None:
+            found.append(math.sqrt(2 * guard.max_kl * self.nat / curvature))
+        if guard is not None and guard.max_relative_change is not None:
+            found.append(guard.max_relative_change * self.dense.unit_change(theta, d))
+        return found
+
+
 @dataclass
 class Trajectory:
+    """After every step: where gradients are taken, what is tested, and how far the step went."""
+
     parameters: list[Tensor]
+    averages: list[Tensor]
     minibatch_lrs: list[float]
     effective_lrs: list[float]
+    clipped: list[bool]
 
 
 def run(
@@ -103,37 +180,41 @@ def run(
     kind: str = "adler",
     beta: float = 0.99,
     eps: float = 1e-10,
-    trust_region: float | None = None,
-    max_kl: float | None = None,
-    max_relative_change: float | None = None,
+    guard: Any = None,
+    measure: Any = EVERY_STEP,
+    momentum: float = 0.0,
+    second_moment: float | None = None,
+    interpolation: float | None = None,
+    weight_decay: float = 0.0,
 ) -> Trajectory:
-    """Algorithm 1 (``kind="adler"``) or the Gauss-Newton baseline (``kind="gauss_newton"``)."""
-    dense = Dense(model, criterion)
-    theta = dense.flat()
-    out = Trajectory([], [], [])
-    matrix: Callable[..., Tensor] = (
-        dense.loss_hessian if kind == "adler" else dense.output_outer_products
-    )
-    rates: list[float] = []
-    for x, y in batches:
-        g, J, Q = dense.gradient(theta, x, y), dense.jacobian(theta, x), matrix(theta, x, y)
-        G = J.T @ Q @ J
-        rate = float(g @ g / (g @ G @ g + eps * g @ g))
-        rates.append(rate)
-        discounts = [beta ** (len(rates) - 1 - j) for j in range(len(rates))]
-        if kind == "adler":
-            logs = sum(d * math.log(r) for d, r in zip(discounts, rates))
-            mean = math.exp(logs / sum(discounts))
+    """Steps along the gradient, its average, or either of them over Adam's denominator.
+
+    Algorithm 1, or the baseline, without further options. ``second_moment`` is Adam's β₂.
+    ``interpolation`` is the β between the iterate and the mean of all iterates; without it the
+    parameters are the iterate.
+    """
+    search = Search(Dense(model, criterion), kind, beta, eps, guard, measure)
+    theta = z = search.dense.flat()
+    history: list[Tensor] = []
+    first, second, out = torch.zeros_like(z), torch.zeros_like(z), Trajectory([], [], [], [], [])
+    for t, (x, y) in enumerate(batches, start=1):
+        g = search.dense.gradient(theta, x, y)
+        first, scale = momentum * first + (1 - momentum) * g, torch.ones_like(g)
+        if second_moment is not None:
+            second = second_moment * second + (1 - second_moment) * g**2
+            scale = 1 / ((second / (1 - second_moment**t)).sqrt() + 1e-8)
+        rate, minimiser, clipped = search.rate(theta, g, scale * g, x, y, t - 1)
+        step = scale * first / (1 - momentum**t)
+        if interpolation is None:
+            theta = average = theta - rate * (step + weight_decay * theta)
         else:
-            mean = sum(d * r for d, r in zip(discounts, rates)) / sum(discounts)
-        if trust_region is not None:
-            mean = min(mean, trust_region * rate)
-        if max_kl is not None:
-            mean = min(mean, math.sqrt(2 * max_kl * dense.nat(theta, x, y) / float(g @ G @ g)))
-        if max_relative_change is not None:
-            mean = min(mean, max_relative_change * dense.reach(theta, g))
-        theta = theta - mean * g
+            z = z - rate / (1 - interpolation * (1 - 1 / t)) * (step + weight_decay * theta)
+            history.append(z)
+            average = torch.stack(history).mean(0)
+            theta = (1 - interpolation) * z + interpolation * average
         out.parameters.append(theta)
-        out.minibatch_lrs.append(rate)
-        out.effective_lrs.append(mean)
+        out.averages.append(average)
+        out.minibatch_lrs.append(minimiser)
+        out.effective_lrs.append(rate)
+        out.clipped.append(bool(clipped))
     return out

@@ -203,7 +203,7 @@ class Adam(Preconditioned):
         directions = list(torch._foreach_mul(local(firsts), [self._inverses[p] for p in params]))
         corrections = 1 - discount ** torch.stack([t.to(steps[0].device) for t in steps]).double()
         _divide_(directions, torch.where(corrections == 0, 1.0, corrections))
-        return directions
+        return [like(part, p) for part, p in zip(directions, params, strict=True)]
 
     def _times(
         self, params: list[Tensor], inverses: list[Tensor], gradients: list[Tensor]

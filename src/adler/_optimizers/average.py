@@ -23,12 +23,15 @@ Source of the points: A. Defazio et al., *The Road Less Scheduled*, arXiv 2405.1
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import _distributed as distributed
 from adler import _tensors
@@ -36,8 +39,14 @@ from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction, State, count_, moments, shares
 from adler._recording.recorder import remove_all
 from adler._recording.replay import is_replaying
+from adler._step_length import StepLength
 
 __all__ = ["AveragedOptimizer", "Interpolation", "interpolate_"]
+
+
+_MIXED = (
+    "interpolation: either all groups keep an average, or none does; pass it to the constructor"
+)
 
 
 class AveragedOptimizer(MeasuredOptimizer):
@@ -52,9 +61,14 @@ class AveragedOptimizer(MeasuredOptimizer):
     """
 
     follow_mode: bool = True
+    _noted: Any
 
     def eval(self) -> None:
-        """Puts the averages in place of the parameters. Without effect when they are there."""
+        """Puts the averages in place of the parameters. Without effect when they are there.
+
+        Weights that were loaded or edited since the last step are taken as they are: they become
+        the average, and training goes on from them.
+        """
         # A tensor made under inference_mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
@@ -62,8 +76,10 @@ class AveragedOptimizer(MeasuredOptimizer):
                 for p in group["params"]:
                     mine = self.state.get(p, {})
                     if interpolation is not None and "z" in mine and "y" not in mine:
+                        self._take_edits(p)
                         mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                         p.lerp_(mine["z"], 1 - 1 / interpolation)
+                    self._note(p)
             distributed.let_go(self.model)
 
     def train(self) -> None:
@@ -72,8 +88,46 @@ class AveragedOptimizer(MeasuredOptimizer):
             for group in self.param_groups:
                 for p in group["params"]:
                     if p in self.state and "y" in self.state[p]:
-                        p.copy_(self.state[p].pop("y"))
+                        y = self.state[p].pop("y")
+                        if not self._take_edits(p):
+                            p.copy_(y)
+                        self._note(p)
             distributed.let_go(self.model)
+
+    def _note(self, p: Tensor) -> None:
+        """Remembers a parameter as this optimizer leaves it."""
+        self._noted[p] = p._version
+
+    def _take_edits(self, p: Tensor) -> bool:
+        """Where somebody else has written to a parameter since, the average begins there anew."""
+        noted, mine = self._noted.get(p), self.state.get(p, {})
+        if noted in (None, p._version) or "z" not in mine or distributed.is_sharded(p):
+            return False
+        mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+        return True
+
+    def _descend(self, found: StepLength, direction: Direction) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._take_edits(p)
+        super()._descend(found, direction)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._note(p)
+
+    def _retire(self) -> None:
+        """Leaves the average in the parameters and forgets the iterates: the run has ended."""
+        if any("z" in self.state.get(p, {}) for g in self.param_groups for p in g["params"]):
+            self.eval()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    for key in ("y", "z"):
+                        self.state.get(p, {}).pop(key, None)
+
+    def __del__(self) -> None:
+        """A model whose optimizer is gone keeps the average, not the point of the last gradient."""
+        with contextlib.suppress(Exception):  # the interpreter may be going, too
+            self._retire()
 
     def remove_hooks(self) -> None:
         """As for the other optimizers; the parameters no longer follow the model's mode either."""
@@ -102,6 +156,8 @@ class AveragedOptimizer(MeasuredOptimizer):
                 "step(): the parameters are the averages, for testing: call optimizer.train() "
                 "before the forward pass of a training step"
             )
+        if len({self._interpolation(group) is None for group in self.param_groups}) > 1:
+            raise ValueError(_MIXED)
         equal = self._step_counts.all_equal(self.param_groups, self.state)
         inner = self._inner_direction(params, gradients, equal)
         if all(self._interpolation(group) is None for group in self.param_groups):
@@ -113,10 +169,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         others = [self.defaults, *self.param_groups]
         averaged = [self._interpolation({**self.defaults, **g}) is not None for g in others]
         if (self._interpolation({**self.defaults, **group}) is not None) not in averaged:
-            raise ValueError(
-                "interpolation: either all groups keep an average, or none does; pass it to the "
-                "constructor"
-            )
+            raise ValueError(_MIXED)
 
     def _make_state(self, params: list[Tensor]) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
@@ -128,9 +181,17 @@ class AveragedOptimizer(MeasuredOptimizer):
     def _make_inner_state(self, p: Tensor, group: Mapping[str, Any]) -> None:
         """Creates what the direction would create at a parameter's first step."""
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As for the other optimizers; the weights are taken to be those of the checkpoint."""
+        super().load_state_dict(state_dict)
+        self._noted = WeakTensorKeyDictionary()
+
     def _attach(self) -> None:
         super()._attach()
-        handles = [self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)]
+        self._noted = WeakTensorKeyDictionary()
+        others = register_optimizer_step_pre_hook(_Retire(self))
+        follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
+        handles = [follow, others]
         self._unfollow = weakref.finalize(self, remove_all, handles)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,6 +221,25 @@ class _Follow:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Follow, (None, None)
+
+
+class _Retire:
+    """Before a step of any optimizer: another one that trains the same parameters takes over."""
+
+    def __init__(self, optimizer: AveragedOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._shares: Any = weakref.WeakKeyDictionary()
+
+    def __call__(self, stepping: torch.optim.Optimizer, *_: Any) -> None:
+        mine = self._optimizer()
+        if mine is None or stepping is mine or not mine.follow_mode:
+            return
+        if stepping not in self._shares:
+            own = {id(p) for group in mine.param_groups for p in group["params"]}
+            theirs = (p for group in stepping.param_groups for p in group["params"])
+            self._shares[stepping] = any(id(p) in own for p in theirs)
+        if self._shares[stepping]:
+            mine._retire()
 
 
 class Interpolation(Direction):

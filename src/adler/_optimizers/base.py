@@ -31,7 +31,7 @@ from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss, Recorder
 from adler._recording.replay import is_capturing, unwrap
-from adler._recording.subbatch import part
+from adler._recording.subbatch import IndivisibleError, part
 from adler._step_length import (
     ENTRIES,
     Measurement,
@@ -40,12 +40,14 @@ from adler._step_length import (
     StepLength,
     step_length,
 )
+from adler._warning import warn
 from adler.curvature.measurement import BatchCurvature, batch_curvature
 from adler.curvature.trust import Memory
 
 __all__ = ["MeasuredOptimizer"]
 
 Self = TypeVar("Self", bound="MeasuredOptimizer")
+
 
 class _Scaling(NamedTuple):
     """What a GradScaler asks of a step: its scale (NaN: unscaled by the user), and its veto."""
@@ -73,6 +75,9 @@ class MeasuredOptimizer(Optimizer):
     """
 
     _mean: ClassVar[DiscountedMean]
+    _checks: Mapping[str, Tensor]
+    _indivisible: bool
+    _to_say: str
 
     def __new__(cls: type[Self], *_: Any, **options: Any) -> Self:
         """Refuses unknown options by name, and says where one is that has moved."""
@@ -162,8 +167,7 @@ class MeasuredOptimizer(Optimizer):
                 says what to do; parameters and state are unchanged. Also under CUDA-graph capture:
                 a step saves and sets the states of the random number generators and counts its
                 steps, which the host does.
-            ValueError: If explicit targets do not fit the outputs, or ``Measure.fraction`` meets
-                a batch that it cannot divide.
+            ValueError: If explicit targets do not fit the outputs.
         """
         if is_capturing():
             raise RuntimeError(
@@ -175,8 +179,8 @@ class MeasuredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _options.check(group)
+        for options in ({"beta": self.beta, "eps": self.eps}, *self.param_groups):
+            _options.check(options)
         params, gradients = self._gradients()
         if inputs is None and targets is None and self._only_makes_state(params, gradients):
             return loss
@@ -201,6 +205,9 @@ class MeasuredOptimizer(Optimizer):
         for group in self.param_groups:
             group.update(state.entries())
         self._recorder.clear()
+        if self._to_say:
+            said, self._to_say = self._to_say, ""
+            warn(said)
         self._log.write(found, seen, consistency, self._checks if measures else {})
         return loss
 
@@ -211,7 +218,8 @@ class MeasuredOptimizer(Optimizer):
     def _rule(self, steps: int) -> Rule:
         """How the step after so many is chosen."""
         # The average forgets by steps, not by measurements; parts of as many as make one batch.
-        beta, smoothing = self.beta ** self.measure.interval(steps), 1 - self.measure.fraction
+        fraction = 1.0 if self._indivisible else self.measure.fraction
+        beta, smoothing = self.beta ** self.measure.interval(steps), 1 - fraction
         return Rule(self._mean, beta, self.eps, self.guard, smoothing)
 
     def _look(
@@ -310,7 +318,14 @@ class MeasuredOptimizer(Optimizer):
             raise ValueError("step(inputs=...) needs targets= too: what the criterion receives")
         else:
             batch = self._recorder.losses()
-        return part(batch, self.measure.fraction, self.criterion)
+        if self._indivisible:
+            return batch
+        try:
+            return part(batch, self.measure.fraction, self.criterion)
+        except IndivisibleError as error:
+            self._indivisible = True
+            self._to_say = f"curvature is measured on whole batches, which costs more: {error}"
+            return batch
 
     def _measure(
         self,
@@ -532,7 +547,8 @@ class MeasuredOptimizer(Optimizer):
                 value = group[key]
                 shown = float(value) if isinstance(value, Tensor) else value
                 lines.append(f"    {key}: {shown}")
-        return "\n".join([*lines, ")"])
+        shared = [f"{name}: {getattr(self, name)}" for name in self._shared_options()]
+        return "\n".join([*lines, *shared, ")"])
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and under ``"search"`` the options that all groups share.
@@ -545,16 +561,29 @@ class MeasuredOptimizer(Optimizer):
         """Loads state, groups and shared options: what the checkpoint holds is what counts.
 
         Raises:
-            ValueError: If the groups are others.
+            ValueError: If the groups or the options are others, or those of an optimizer that does
+                not measure; nothing has changed then.
         """
         own = dict(state_dict)
-        shared = own.pop("search", None)
+        for group in own.get("param_groups", ()):
+            if not set(ENTRIES) & set(group):
+                raise ValueError(
+                    f"loaded state dict is not that of an optimizer of adler: its lr="
+                    f"{group.get('lr')!r} would multiply the measured rate, not set it. Start "
+                    f"{type(self).__name__} afresh on the trained weights"
+                )
+        # A tool may save no more than state and groups.
+        shared = dict(own.pop("search", None) or {})
+        if unknown := sorted(shared.keys() - self._shared_options().keys()):
+            raise ValueError(
+                f"loaded state dict: {unknown[0]!r} is no option of {type(self).__name__}"
+            )
+        for name, kind in (("guard", Guard), ("measure", Measure)):
+            if name in shared:
+                shared[name] = _options.from_plain(kind, shared[name])
         super().load_state_dict(own)
-        if shared is None:  # a tool that saves no more than state and groups
-            return
         for name, value in shared.items():
-            kind = {"guard": Guard, "measure": Measure}.get(name)
-            setattr(self, name, value if kind is None else _options.from_plain(kind, value))
+            setattr(self, name, value)
 
     def _shared_options(self) -> dict[str, Any]:
         return {
@@ -605,7 +634,8 @@ class MeasuredOptimizer(Optimizer):
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
-        self._checks: Mapping[str, Tensor] = {}
+        self._indivisible, self._to_say = False, ""
+        self._checks = {}
 
     @property
     def _scalar_device(self) -> torch.device:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from adler import _tensors
-from adler._distributed import local
+from adler._distributed import like, local
 
 __all__ = [
     "Direction",
@@ -101,12 +101,11 @@ class Reach:
         factors, parts = self.factors(params, directions, rate), local(directions)
         if _tensors.is_on_host(rate.device):
             known = factors.numpy().tolist()
-            return [d if f >= 1 else d * f for d, f in zip(parts, known, strict=True)]
-        return list(
-            torch._foreach_mul(
-                parts, [f.to(d.device) for f, d in zip(factors.unbind(), parts, strict=True)]
-            )
-        )
+            rows = zip(directions, parts, known, strict=True)
+            return [d if f >= 1 else like(part * f, d) for d, part, f in rows]
+        own = [f.to(d.device) for f, d in zip(factors.unbind(), parts, strict=True)]
+        shorter = torch._foreach_mul(parts, own)
+        return [like(part, d) for part, d in zip(shorter, directions, strict=True)]
 
 
 class Direction:

@@ -63,6 +63,7 @@ class Log:
         self._failed = {name: Watch(_failure(cause), 1) for name, cause in CAUSES.items()}
         self._unmeasured = Watch("", _PATIENCE)
         self._moved = False
+        self._true: Tensor | None = None
 
     def write(
         self,
@@ -93,7 +94,7 @@ class Log:
             found.clipped.long() if last is None else last.clipped_total + found.clipped,
             found.skipped.long() if last is None else last.skipped_total + found.skipped,
             consistency,
-            torch.ones_like(found.skipped) if seen.trusted is None else seen.trusted,
+            self._sure(found.skipped) if seen.trusted is None else seen.trusted,
         )
         for name, check in checks.items():
             self._failed[name].observe(torch.logical_not(check))
@@ -111,6 +112,12 @@ class Log:
                     f"parameters have not moved: {self._cause(checks)}. docs: training-loops, "
                     "'What a measurement may rely on'"
                 )
+
+    def _sure(self, like: Tensor) -> Tensor:
+        """A 0-dim True, made once."""
+        if self._true is None or self._true.device != like.device:
+            self._true = torch.ones_like(like)
+        return self._true
 
     def _cause(self, checks: Mapping[str, Tensor]) -> str:
         return "; ".join(CAUSES[name] for name, check in checks.items() if not bool(check))

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from adler import _averaging as averaging
 from adler import _tensors, losses
+from adler._distributed import like, local
 from adler._optimizers.average import AveragedOptimizer
 from adler._optimizers.direction import (
     Direction,
@@ -237,7 +238,8 @@ class Momentum(Direction):
         averages, steps = self._averages(params)
         _tensors.lerp_(averages, gradients_of(params), 1 - momentum, skipped)
         corrections = _corrections(steps, momentum, self._equal[id(group)])
-        return list(torch._foreach_div(averages, corrections))
+        found = torch._foreach_div(local(averages), corrections)
+        return [like(part, p) for part, p in zip(found, params, strict=True)]
 
     def _averages(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         states = [moments(self._state, p, "exp_avg") for p in params]

@@ -157,7 +157,7 @@ class SpectralSGD(MeasuredOptimizer):
         known = all("eigenvector" in self.state[p] for p in params)
         # The gradient lies in the range of Jᵀ.
         start = [self.state[p]["eigenvector"] for p in params] if known else along
-        found, vector = batch_spectral_curvature(
+        found, vectors = batch_spectral_curvature(
             batch,
             named,
             dict(zip(named, start, strict=True)),
@@ -168,8 +168,9 @@ class SpectralSGD(MeasuredOptimizer):
         )
         # A batch that is not finite must not spoil the next one's start.
         good = torch.isfinite(found.value) & (found.value > 0)
-        for p, old, new in zip(params, start, vector.values(), strict=True):
+        for p, old, new in zip(params, start, vectors.values(), strict=True):
             # Replaced, never mutated: a state_dict of before stays as it is.
-            self.state[p] = {"eigenvector": torch.where(good.to(p.device), new, old)}
+            vector = torch.where(good.to(p.device), new, old)
+            self.state[p] = {**self.state[p], "eigenvector": vector}
         self._remember_engine(found.engine)
         return found._replace(value=2 * found.value * squared_norm)

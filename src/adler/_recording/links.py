@@ -66,7 +66,7 @@ class Source(NamedTuple):
 
 def mark(tensor: Tensor, key: object, place: Place) -> None:
     """Marks the node that made a tensor; the graph keeps the mark alive."""
-    node = tensor.grad_fn
+    node: Any = tensor.grad_fn
     if node is not None:
         node.metadata.setdefault(key, {})[tensor.output_nr] = place
 
@@ -85,8 +85,10 @@ def sources(
         The sources, and whether the tensors also depend on the parameters past all of them.
     """
     found: dict[tuple[Any, int], Source] = {}
-    past, seen = False, set()
-    open_ = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
+    seen: set[Any] = set()
+    open_: list[tuple[Any, int]] = [
+        (t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None
+    ]
     past = any(t.grad_fn is None and id(t) in trained for t in tensors)
     while open_ and len(seen) < _LONGEST:
         node, number = open_.pop()
@@ -116,7 +118,7 @@ def accumulates(params: Sequence[Tensor]) -> bool:
             continue
         node = torch.autograd.graph.get_gradient_edge(p).node
         try:
-            if torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
+            if torch._C._will_engine_execute_node(node):
                 return True
         except RuntimeError as error:
             # It would capture the gradient instead.

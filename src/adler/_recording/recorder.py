@@ -3,10 +3,10 @@
 Hooks on the model and on the criterion record each call made with gradients enabled: before it,
 arguments, generators and the state of the modules, by value where they may change; after it, what
 was returned. What a criterion receives is linked to the calls of the model that made it
-(`adler._recording.links`); a loss that the model returns (`ModelLoss`) belongs to the call that made
-it. The autograd graph owns the record: only when ``backward`` reaches the loss, on its way to the
-gradients of the parameters, does it come here, together with the gradient that arrives there (the
-factor by which the loss entered what was backpropagated). So a forward pass that nobody
+(`adler._recording.links`); a loss that the model returns (`ModelLoss`) belongs to the call that
+made it. The autograd graph owns the record: only when ``backward`` reaches the loss, on its way to
+the gradients of the parameters, does it come here, together with the gradient that arrives there
+(the factor by which the loss entered what was backpropagated). So a forward pass that nobody
 differentiates leaves nothing behind, several of them before one step add up as their gradients do,
 and a loss divided by the number of micro-batches is weighted so.
 
@@ -518,7 +518,7 @@ class Recorder:
     def _way(
         self, origins: list[Source], tensors: list[tuple[int, Tensor]]
     ) -> tuple[Path | None, Source | None]:
-        """How the loop made the criterion's arguments, or the first where ``output_fn`` makes it."""
+        """How the loop made the criterion's arguments; the first, where ``output_fn`` makes it."""
         received = [t for _, t in tensors]
         direct = len(received) == 1 and len(origins) == 1 and tensors[0][0] == 0
         if direct and same(origins[0], received[0]):

@@ -1,4 +1,4 @@
-"""What a call reads and may write beside its arguments: recorded when it begins, put in for replays.
+"""What a call reads and may write beside its arguments: recorded when it begins, for replays.
 
 A replay sees parameters and buffers, attributes of modules and of what these hold (lists, caches,
 counters, hidden states, queues, generators), and the modes of modules as they were when the call of
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adler._distributed import is_sharded
 from adler._recording.copies import Copier, attributes, put_back
 from adler._recording.lazy_parameters import Lazy, OnAccess
 from adler._recording.randomness import restore, state_of
@@ -92,6 +93,7 @@ class CallState:
         self._generators: list[tuple[Any, Any]] = []
         self._queue: list[Any] = []
         self._moving: frozenset[int] = frozenset()
+        self._checked = False
         self.lost = False
         self._copied = Copier(self._copy, self._visit)
         for root in roots:
@@ -136,14 +138,16 @@ class CallState:
     def _add_scripted(self, module: nn.Module, prefix: str, named: bool) -> None:
         self._modules[module] = (dict(module._parameters.items()), dict(module._buffers.items()))
         for name, p in module._parameters.items():
+            assert p is not None
             self._see_parameter(p)
             if named:
                 self._names[prefix + name] = id(p)
         for buffer in module._buffers.values():
+            assert buffer is not None
             self._see(buffer, self._within_budget(buffer), "buffer")
 
     def _add_function(self, function: Any) -> None:
-        """What a user's hook writes to: what it closes over, or the object that it is a method of."""
+        """What a user's hook writes to: what it closes over, or the object whose method it is."""
         if isinstance(function, types.MethodType):
             self._copied(function.__self__)
         elif isinstance(function, types.FunctionType):
@@ -218,9 +222,14 @@ class CallState:
                     moving.add(key)
                 if seen.copy is None and seen.role in ("buffer", "parameter"):
                     self.lost = True
-            elif self._watched is not None and self._watched.closely and seen.role == "parameter":
-                if seen.copy is not None and not _same_bits(seen.copy, seen.tensor):
-                    moving.add(key)
+            elif (
+                self._watched is not None
+                and self._watched.closely
+                and seen.role == "parameter"
+                and seen.copy is not None
+                and not _same_bits(seen.copy, seen.tensor)
+            ):
+                moving.add(key)
         if self._watched is not None:
             self._watched.calls += 1
         self._moving = frozenset(moving)
@@ -253,6 +262,7 @@ class CallState:
 
         thawed = Copier(replaced, _ignore)
         undo: list[Callable[[], None]] = []
+        backup = self._backup(by_id)
         try:
             for module, (own, buffers) in self._modules.items():
                 if isinstance(module, torch.jit.ScriptModule):
@@ -276,11 +286,38 @@ class CallState:
         finally:
             for one in reversed(undo):
                 one()
+            if backup is not None:
+                self._undo_writes(*backup)
 
     def _given(self, p: Tensor, key: int) -> Tensor:
-        """A parameter of the replay's own; a copy where the forward pass may write to it."""
-        closely = self._watched is not None and self._watched.calls <= Watched.CLOSELY
-        return p.clone() if closely or key in self._moving else p
+        """A parameter of the replay's own; a copy where the forward pass writes to it."""
+        return p.clone() if key in self._moving else p
+
+    def _backup(self, given: Collection[int]) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Copies of the parameters that a replay is given, while calls are watched closely."""
+        watched = self._watched
+        if watched is None or watched.calls > Watched.CLOSELY or self._checked:
+            return None
+        own = [s.tensor.detach() for k, s in self._seen.items() if k in given and k not in self._moving]
+        own = [p for p in own if not is_sharded(p)]
+        if not own:
+            return None
+        with torch.no_grad():
+            return own, list(torch._foreach_mul(own, 1.0))
+
+    def _undo_writes(self, own: list[Tensor], before: list[Tensor]) -> None:
+        """Where a replay has written to parameters past their versions; waits for the device."""
+        with torch.no_grad():
+            changes = torch._foreach_norm(torch._foreach_sub(own, before))
+            self._checked = True
+            if not bool((torch.stack([c.to(changes[0]) for c in changes]) > 0).any()):
+                return
+            torch._foreach_copy_(own, before)
+        pointers = {p.data_ptr() for p, c in zip(own, changes, strict=True) if bool(c > 0)}
+        writes = {k for k, s in self._seen.items() if _pointer(s.tensor) in pointers}
+        self._moving |= writes
+        assert self._watched is not None
+        self._watched.moving |= writes
 
     def _fresh(self, tensor: Tensor, alone: bool) -> Tensor:
         """What a replay sees in the place of a tensor that it is not given, and may write to."""

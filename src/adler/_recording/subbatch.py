@@ -23,7 +23,11 @@ from adler._recording.links import Place
 from adler._recording.recorder import Placed, RecordedLoss
 from adler._recording.replay import Call
 
-__all__ = ["part"]
+__all__ = ["IndivisibleError", "part"]
+
+
+class IndivisibleError(ValueError):
+    """Of this batch no part can be taken."""
 
 
 def part(
@@ -42,8 +46,8 @@ def part(
         criterion: Says how it reduces.
 
     Raises:
-        ValueError: If a tensor that the model or the criterion received does not have the batch
-            as its first dimension.
+        IndivisibleError: If a tensor that the model or the criterion received does not have the
+            batch as its first dimension.
 
     Examples:
         >>> import torch
@@ -98,9 +102,9 @@ def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
     given = (call.args, dict(call.kwargs))
     sizes = [len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim]
     if not sizes:
-        raise ValueError(
-            "Measure(fraction=...): the model received no tensor with a batch dimension, so there "
-            "is no part of the batch to take: use measure=Measure(fraction=1.0)"
+        raise IndivisibleError(
+            "the model received no tensor with a batch dimension, so there is no part of the "
+            "batch to take: use measure=Measure(fraction=1.0)"
         )
     size = sizes[0]
     count = min(size, max(2, math.ceil(fraction * size)))
@@ -117,8 +121,8 @@ def _rows(loss: RecordedLoss, size: int) -> int:
         tensors = [t for t in pytree.tree_leaves(loss.targets) if isinstance(t, Tensor) and t.ndim]
         rows = len(tensors[0]) if tensors else size
     if rows % size:
-        raise ValueError(
-            f"Measure(fraction=...): the criterion received {rows} rows for a batch of {size} "
+        raise IndivisibleError(
+            f"the criterion received {rows} rows for a batch of {size} "
             "examples, so it is not known which belong to a part of it: use "
             "measure=Measure(fraction=1.0)"
         )
@@ -132,8 +136,8 @@ def _first(tree: Any, size: int, count: int, where: str) -> Any:
         if tensor.ndim == 0:
             return tensor
         if len(tensor) != size:
-            raise ValueError(
-                f"Measure(fraction=...): the {where} received a tensor of shape "
+            raise IndivisibleError(
+                f"the {where} received a tensor of shape "
                 f"{tuple(tensor.shape)} beside {size} rows; a part of the batch needs the batch as "
                 "the first dimension of every tensor: use measure=Measure(fraction=1.0)"
             )

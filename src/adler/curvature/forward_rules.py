@@ -49,7 +49,7 @@ class ForwardRules(TorchFunctionMode):
     Inside another function transform only those remain that PyTorch can transform once more.
 
     Args:
-        plain: Whether results shall be differentiable backwards too, which only PyTorch's rules are.
+        plain: Whether results shall be differentiable backwards too, as only PyTorch's rules are.
         obeys_no_grad: Whether tangents stop where gradients do, under `torch.no_grad`.
     """
 
@@ -62,10 +62,11 @@ class ForwardRules(TorchFunctionMode):
 
     def __enter__(self) -> ForwardRules:
         self._before.append(torch._C._is_fwd_grad_enabled())
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch._C._set_fwd_grad_enabled(self._before.pop())
 
     def __torch_function__(

@@ -124,7 +124,8 @@ def _with_duals(call: Call, params: Parameters, direction: Parameters) -> tuple[
     Gradients are enabled, as in training, but no parameter requires one unless the call wants its
     graph: so none is built.
     """
-    graph = call.with_graph
+    graph, make_dual = call.with_graph, cast(Callable[..., Tensor], forward_ad.make_dual)
+    unpack_dual = cast(Callable[..., Any], forward_ad.unpack_dual)
     with (
         _one_at_a_time,
         torch.enable_grad(),
@@ -132,10 +133,10 @@ def _with_duals(call: Call, params: Parameters, direction: Parameters) -> tuple[
         ForwardRules(plain=graph, obeys_no_grad=True),
     ):
         duals = {
-            name: forward_ad.make_dual(p.detach().requires_grad_(graph), direction[name])
+            name: make_dual(p.detach().requires_grad_(graph), direction[name])
             for name, p in params.items()
         }
-        pair = forward_ad.unpack_dual(call(duals))
+        pair = unpack_dual(call(duals))
         if pair.tangent is None:
             raise ForwardModeUnsupportedError(_DROPPED)
         return pair.primal.detach(), pair.tangent.detach()

@@ -3,8 +3,8 @@
 Where the form of the losses is zero or negative, because a loss is linear or not convex in the
 outputs (policy gradients, margins, differences of losses), a quadratic model has no minimiser. Its
 place is taken by the empirical Fisher matrix of the outputs, the sum over examples of
-$\\omega_i (\\nabla \\ell_i^\\top v_i)^2$, which is positive wherever the outputs' gradient is not normal
-to what the step changes.
+$\\omega_i (\\nabla \\ell_i^\\top v_i)^2$, which is positive wherever the outputs' gradient is not
+normal to what the step changes.
 """
 
 from __future__ import annotations
@@ -159,10 +159,16 @@ def _of_a_part(one: _Measurement, jvp: str, alone: bool, checks: bool) -> BatchC
     if alone and memory.distrusts(found.trusted):
         # Its examples depend on the others, or it is not repeated.
         return _best(whole, jvp, alone) if sure is None else sure
-    if sure is None or sure.trusted is None:
+    # What arrived at a part of the outputs is no slope of the batch.
+    found = found._replace(slope=None if sure is None else sure.slope)
+    if sure is not None:
+        memory.whole = sure.trusted, sure.checks
+    if memory.whole is None or memory.whole[0] is None:
         return found
-    trusted = sure.trusted if found.trusted is None else sure.trusted & found.trusted
-    return found._replace(trusted=trusted, checks={**found.checks, **sure.checks})
+    known, whole_checks = memory.whole
+    assert known is not None
+    trusted = known if found.trusted is None else known & found.trusted
+    return found._replace(trusted=trusted, checks={**found.checks, **whole_checks})
 
 
 # Measurements of a part for one of the whole batch.
@@ -183,8 +189,7 @@ def _best(one: _Measurement, jvp: str, alone: bool) -> BatchCurvature:
     except ExplainedError:
         raise
     except _CriterionError as caught:
-        assert caught.__cause__ is not None
-        raise caught.__cause__ from None
+        raise (caught.__cause__ or caught) from None
     except Exception as caught:  # whatever a forward pass may raise where it is run another way
         error = caught
     if found is not None:
@@ -203,7 +208,8 @@ def _best(one: _Measurement, jvp: str, alone: bool) -> BatchCurvature:
             _announce(jvp, name, error)
             memory.failed = 0
             return other
-        found = other if found is None else found
+        # What failed here says more: a difference of known outputs does not see them.
+        found = other if found is None else found._replace(checks={**other.checks, **found.checks})
     if found is None:
         raise RuntimeError(
             "step(): the forward pass cannot be run once more, which a measurement needs: "
@@ -367,11 +373,12 @@ class _Measurement:
         arrived, sizes = self._arrived(replays)
         weights = loss_weights(self.batch, zero, self.amp_scale)
         total = _Total(zero, zero, zero, zero, zero, torch.ones_like(zero, dtype=torch.bool))
-        wanted = self.memory.thorough or arrived is None or jvp == "finite_difference"
+        wanted = self.memory.thorough or arrived is None
+        ascends = self._ascends(weights)
         complete = True
         nat = torch.full_like(zero, 0.0 if self.wants_nat else math.inf)
         for loss in self.batch:
-            seen = self._one(loss, replays, wanted)
+            seen = self._one(loss, replays, wanted, ascends)
             complete = complete and seen.slope is not None
             total = total.plus(weights[loss], seen)
             if self.wants_nat:
@@ -388,7 +395,9 @@ class _Measurement:
         if self.expected is not None and slope is not None:
             checks["slope"] = trust.agree(slope, self.expected.to(slope), within, scale)
         if described is not None and arrived is not None:
-            checks["loss"] = trust.agree(described, arrived, within, sizes)
+            self.memory.loss = trust.agree(described, arrived, within, sizes).detach()
+        if self.memory.loss is not None and (arrived is not None or described is None):
+            checks["loss"] = self.memory.loss  # now, or when it was last looked at
         trusted = None
         if checks:
             trusted = functools.reduce(torch.logical_and, (c.to(device) for c in checks.values()))
@@ -397,7 +406,7 @@ class _Measurement:
     def _arrived(
         self, replays: Mapping[Call, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor | None, Tensor]:
-        """``⟨∂h/∂F, v⟩`` by the gradient that backpropagation left at the outputs, and its scale."""
+        """``⟨∂h/∂F, v⟩`` by the gradient that arrived at the outputs, and its scale."""
         found = scale = torch.zeros_like(self.squared_norm)
         for call, (_, tangents) in replays.items():
             gradient = call.output_gradient
@@ -413,9 +422,20 @@ class _Measurement:
         return found, scale
 
     def _one(
-        self, loss: RecordedLoss, replays: Mapping[Call, tuple[Tensor, Tensor]], wanted: bool
+        self,
+        loss: RecordedLoss,
+        replays: Mapping[Call, tuple[Tensor, Tensor]],
+        wanted: bool,
+        ascends: bool,
     ) -> _Seen:
-        """One loss, as the criterion says it."""
+        """One loss, as the criterion says it.
+
+        Args:
+            loss: The loss.
+            replays: Outputs and tangents of its calls.
+            wanted: Whether its slope is compared with others.
+            ascends: Whether some loss is maximised.
+        """
         placed = loss.places or [Placed(loss.call)]
         outputs, tangents = ([p.cut(replays[p.call][i]) for p in placed] for i in (0, 1))
         one = loss.differentiable == (0,)
@@ -434,7 +454,8 @@ class _Measurement:
                 nat = self._hessian_of(loss).nat(at, targets, at_height)
         # That of a part may be a mean over no targets.
         finite = torch.isfinite(at_height if loss.value is None else loss.value)
-        if not wanted and (curved or not self.substitute or form.ndim):
+        replaced = self.substitute and not form.ndim and (ascends or not curved)
+        if not wanted and not replaced:
             return _Seen(form, nat, finite)
         with loss.surroundings():
             _, gradients = gradients_of(
@@ -446,9 +467,17 @@ class _Measurement:
             )
         slope, scale = _slope(gradients, tangents)
         fisher = None
-        if not curved and not form.ndim:
+        if replaced:
             fisher = _fisher(self.hessian if one else None, at, targets, gradients, tangents)
         return _Seen(form, nat, finite, fisher, slope, scale)
+
+    def _ascends(self, weights: Mapping[RecordedLoss, Tensor]) -> bool:
+        """Whether a loss has a negative weight; looked at where the host need not wait."""
+        memory = self.memory
+        for weight in weights.values():
+            negative = trust.on_host(weight < 0, wait=memory.measurements < memory.CLOSELY)
+            memory.ascends = memory.ascends or bool(negative)
+        return memory.ascends
 
     def _form(
         self, loss: RecordedLoss, at: Any, targets: Any, tangents: Sequence[Tensor]

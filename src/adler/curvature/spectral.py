@@ -165,7 +165,8 @@ def _terms(
                     within = tolerance(call, outputs.dtype)
                     same = same & outputs_agree(outputs, place.output, within).to(same.device)
             height = checked(loss, criterion, outputs)
-            finite = finite & torch.isfinite(height).to(finite.device)
+            known = torch.isfinite(height if loss.value is None else loss.value)
+            finite = finite & known.to(finite.device)
             at, targets = where_computed(loss, outputs)
             norm = norm + weighted(weights[loss].abs(), hessian.spectral_norm(at, targets))
             if wants_nat:

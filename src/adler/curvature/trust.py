@@ -53,7 +53,7 @@ _SLOPES = {
 }  # fmt: skip
 # A finite difference has an error of its own.
 _DIFFERENCES = {
-    torch.float64: 1e-3, torch.float32: 1e-1, torch.float16: 2e-1, torch.bfloat16: 2e-1,
+    torch.float64: 3e-5, torch.float32: 1e-1, torch.float16: 2e-1, torch.bfloat16: 2e-1,
 }  # fmt: skip
 
 
@@ -68,6 +68,9 @@ class Memory:
         failed: How often all have failed in a row.
         full: Measurements of a part until the next of the whole batch.
         pending: Whether an earlier measurement was trusted, on its way to the host.
+        loss: Whether the third check held when it was last taken.
+        whole: What the last look at a whole batch found, where parts are measured.
+        ascends: Whether losses with a negative weight were seen.
     """
 
     measurements: int = 0
@@ -76,6 +79,9 @@ class Memory:
     failed: int = 0
     full: int = 0
     pending: tuple[Tensor, torch.cuda.Event] | None = None
+    loss: Tensor | None = None
+    whole: tuple[Tensor | None, Mapping[str, Tensor]] | None = None
+    ascends: bool = False
 
     CLOSELY: ClassVar[int] = 3
     _EVERY: ClassVar[int] = 16
@@ -138,7 +144,8 @@ def outputs_agree(found: Tensor, recorded: Tensor, within: float) -> Tensor:
     # (Equal infinities have no difference.)
     error = torch.linalg.vector_norm(torch.where(a == b, torch.zeros_like(a), a - b))
     size = torch.linalg.vector_norm(torch.where(b.isinf(), torch.zeros_like(b), b))
-    return ~(error > within * size)
+    same: Tensor = ~(error > within * size)
+    return same
 
 
 def agree(found: Tensor, expected: Tensor, within: float, scale: Tensor) -> Tensor:

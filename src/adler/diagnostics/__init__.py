@@ -31,6 +31,7 @@ a network:
 | `composition` | Lipschitz and smoothness constants, composed layer by layer |
 | `smoothness` | those of a network and of its loss, in the parameters |
 | `input_smoothness` | those of a network in its inputs |
+| `ball` | where the tangent kernel stays well conditioned |
 | `perturbation` | how far a Gram matrix can move with the weights |
 | `activations` | activations at a normal input: moments, Hermite coefficients, normalisation |
 | `duals` | dual activations: one layer at infinite width |
@@ -81,6 +82,7 @@ from adler.diagnostics.reports import Monitor, Report, report
 from adler.diagnostics.snapshots import Snapshot, snapshot
 from adler.diagnostics.theory import (
     activations,
+    ball,
     composition,
     duals,
     generalisation,
@@ -117,6 +119,7 @@ __all__ = [
     "TangentKernel",
     "accumulated_bound",
     "activations",
+    "ball",
     "composition",
     "conditioning",
     "convergence_radius",

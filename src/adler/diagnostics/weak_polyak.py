@@ -28,6 +28,7 @@ __all__ = [
     "cross_entropy_gradient_bound",
     "cross_entropy_gradient_constant",
     "distance_estimate",
+    "proxy_pl_coefficient",
     "weak_pl_coefficient",
     "weak_predicted_decrease",
 ]
@@ -73,6 +74,49 @@ def weak_pl_coefficient(
     if away < 0:
         raise ValueError(f"distance={float(away)!r}: expected a number of at least 0")
     return torch.where(gap == 0, torch.full_like(gap, math.inf), squared * (away / gap).square())
+
+
+def proxy_pl_coefficient(
+    gradients: Gradients,
+    proxy: float | Tensor,
+    offset: float | Tensor = 0.0,
+    exponent: float = 2.0,
+) -> Tensor:
+    r"""The largest $\mu$ for which the proxy-PL inequality holds at one point.
+
+    $$
+    \|\nabla h(\theta)\|^\alpha \ge \mu\, (g(\theta) - \xi) ,
+    $$
+
+    with another function ``g``, the proxy, that one wants small. With $g = h$, $\xi = h^*$ and
+    $\alpha = 2$ it is twice `adler.diagnostics.polyak.pl_coefficient`: there is no ½ here.
+
+    Args:
+        gradients: Of ``h``; see `adler.diagnostics.polyak.pl_coefficient`.
+        proxy: ``g`` at the point.
+        offset: ``ξ``, at most the proxy.
+        exponent: ``α``, positive.
+
+    Returns:
+        0-dim, float32 or wider; infinite where the proxy is its offset.
+
+    Raises:
+        ValueError: If the proxy is below the offset, or the exponent is not positive.
+
+    Source:
+        S. Frei, Q. Gu, *Proxy convexity: a unified framework for the analysis of neural networks
+        trained by gradient descent*, NeurIPS 2021.
+
+    Examples:
+        >>> float(proxy_pl_coefficient(torch.tensor([3.0, 4.0]), proxy=10.0, exponent=1.0))
+        0.5
+    """
+    if not exponent > 0:
+        raise ValueError(f"exponent={exponent!r}: expected a positive number")
+    squared = squared_norm(gradients)
+    gap = excess("proxy", proxy, offset, squared)
+    power = squared ** (exponent / 2)
+    return torch.where(gap == 0, torch.full_like(gap, math.inf), power / gap)
 
 
 def distance_estimate(gap: Numbers, lipschitz: Numbers) -> Tensor:

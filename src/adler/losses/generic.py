@@ -62,7 +62,7 @@ def gradients_of(
     options: Mapping[str, Any] | None = None,
     strict: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Some of a criterion's arguments as leaves of at least float32, and the loss's gradients there.
+    """Some of a criterion's arguments as leaves of at least float32, and the gradients there.
 
     Args:
         criterion: The loss, reduced to a scalar.

@@ -82,7 +82,7 @@ def _form(F: Tensor, t: Tensor, v: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 class CTCHessian(LossHessian):
     r"""Of `torch.nn.CTCLoss` on log-probabilities.
 
-    Over the logits $z$ of frame ``t`` the loss of a sequence is $-\log \sum_\pi \prod_t p_t(\pi_t)$,
+    Over the logits of frame ``t`` the loss of a sequence is $-\log \sum_\pi \prod_t p_t(\pi_t)$,
     whose Hessian is that of the softmaxes less the covariance of the alignments, which is not
     negative. So the form of the softmaxes alone bounds it from above, and is exact where the
     alignment is certain:
@@ -91,8 +91,8 @@ class CTCHessian(LossHessian):
     c = \sum_i \omega_i \sum_{t \le T_i} \sum_c p_{itc} (v_{itc} - \bar v_{it})^2 ,
     $$
 
-    with $\omega_i = 1 / (b\, \max(1, S_i))$ for the mean over ``b`` sequences of $S_i$ targets, 1 for
-    the sum.
+    with $\omega_i = 1 / (b\, \max(1, S_i))$ for the mean over ``b`` sequences of $S_i$ targets, 1
+    for the sum.
 
     Examples:
         >>> F, v = torch.zeros(1, 1, 2).log_softmax(-1), torch.tensor([[[1.0, -1.0]]])

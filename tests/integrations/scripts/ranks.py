@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from scenes import (
+    DIFFERENCE,
+    EVERY_THIRD,
+    EXACT,
     GUARDS,
     STEPS,
     Barrier,
@@ -34,10 +37,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import adler
+from adler._recording.replay import is_replaying
 
 Scenario = Callable[[], dict[str, Any]]
 SCENARIOS: dict[str, Scenario] = {}
-DIFFERENCE = {"jvp": "finite_difference"}
 
 
 def scenario(function: Scenario) -> Scenario:
@@ -68,7 +71,7 @@ def run(
     **options: Any,
 ) -> Any:
     criterion = nn.CrossEntropyLoss()
-    optimizer = kind(model.parameters(), model, criterion, **options)
+    optimizer = kind(model.parameters(), model, criterion, **{**EXACT, **options})
     return train(model, optimizer, batches or mine(), criterion, tests=tests)
 
 
@@ -104,7 +107,15 @@ def ddp_finite_difference() -> dict[str, Any]:
 
 @scenario
 def ddp_every_third() -> dict[str, Any]:
-    return run(DistributedDataParallel(network()), curvature_every=3)
+    return run(DistributedDataParallel(network()), **EVERY_THIRD)
+
+
+@scenario
+def ddp_as_by_default() -> dict[str, Any]:
+    """On the first examples of each share."""
+    model, criterion = DistributedDataParallel(network()), nn.CrossEntropyLoss()
+    optimizer = adler.AdlerScheduleFree(model.parameters(), model, criterion)
+    return train(model, optimizer, mine(), criterion)
 
 
 @scenario
@@ -116,7 +127,7 @@ def ddp_compiled() -> dict[str, Any]:
 def ddp_given_the_inner_module() -> dict[str, Any]:
     """As frameworks do, which make the optimizer before they wrap the model."""
     inner, criterion = network(), nn.CrossEntropyLoss()
-    optimizer = adler.Adler(inner.parameters(), inner, criterion)
+    optimizer = adler.Adler(inner.parameters(), inner, criterion, **EXACT)
     return train(DistributedDataParallel(inner), optimizer, mine(), criterion)
 
 
@@ -132,7 +143,7 @@ def ddp_uneven() -> dict[str, Any]:
 def ddp_accumulation() -> dict[str, Any]:
     """Two micro-batches, the first under ``no_sync``."""
     model, criterion = DistributedDataParallel(network()), nn.CrossEntropyLoss()
-    optimizer = adler.Adler(model.parameters(), model, criterion)
+    optimizer = adler.Adler(model.parameters(), model, criterion, **EXACT)
     steps = []
     for ((x, y),) in mine():
         optimizer.zero_grad()
@@ -160,7 +171,7 @@ def ddp_one_loss_infinite() -> dict[str, Any]:
     if dist.get_rank() == 1:
         batches[3][0][1][0] = -1
     model, criterion = DistributedDataParallel(network()), Barrier()
-    optimizer = adler.Adler(model.parameters(), model, criterion)
+    optimizer = adler.Adler(model.parameters(), model, criterion, **EXACT)
     return train(model, optimizer, batches, criterion)
 
 
@@ -211,7 +222,12 @@ def fsdp_adam() -> dict[str, Any]:
 def fsdp_schedule_free() -> dict[str, Any]:
     """A test leaves the root's parameters gathered, all of them here, when the weights change."""
     model = fully_shard(network(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return run(model, kind=adler.AdlerScheduleFree, tests=True, **DIFFERENCE)
+    return run(model, kind=adler.AdlerScheduleFree, tests=True, weight_decay=0.1, **DIFFERENCE)
+
+
+@scenario
+def fsdp_momentum() -> dict[str, Any]:
+    return run(sharded(network()), momentum=0.9, **DIFFERENCE)
 
 
 @scenario
@@ -275,23 +291,23 @@ def fsdp_replay_that_fails() -> dict[str, Any]:
     model, criterion = sharded(network()), nn.CrossEntropyLoss()
     failing = False
 
-    def output_fn(outputs: torch.Tensor) -> torch.Tensor:
-        if failing:
+    def fail(*_: Any) -> None:
+        if failing and is_replaying():
             raise KeyError("in the middle of the replay")
-        return outputs
 
-    optimizer = adler.Adler(model.parameters(), model, criterion, output_fn=output_fn, **DIFFERENCE)
+    model[2].register_forward_hook(fail)
+    optimizer = adler.Adler(model.parameters(), model, criterion, **DIFFERENCE)
     train(model, optimizer, mine()[:2], criterion)
     before = [whole(p) for p in model.parameters()]
     average = optimizer.param_groups[0]["rate_total"]
-    failing, raised = True, False
+    failing, said = True, ""
     try:
         train(model, optimizer, mine()[2:3], criterion)
-    except KeyError:
-        raised = True
+    except RuntimeError as error:
+        said = str(error)
     after = [whole(p) for p in optimizer.param_groups[0]["params"]]
     return {
-        "raised": raised,
+        "said": said,
         "same": all(a.equal(b) for a, b in zip(before, after, strict=True))
         and average is optimizer.param_groups[0]["rate_total"],
     }

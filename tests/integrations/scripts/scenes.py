@@ -11,7 +11,10 @@ from torch import Tensor, nn
 import adler
 
 STEPS = 8
-GUARDS = {"trust_region": 2.0, "max_kl": 0.1, "max_relative_change": 0.1}
+EXACT: dict[str, Any] = {"measure": adler.Measure.every_step()}
+DIFFERENCE: dict[str, Any] = {"measure": adler.Measure.every_step("finite_difference")}
+EVERY_THIRD: dict[str, Any] = {"measure": adler.Measure(every=3, fraction=1.0, warmup=0)}
+GUARDS: dict[str, Any] = {"guard": adler.Guard(2.0, max_kl=0.1, max_relative_change=0.1)}
 
 
 def network(batchnorm: bool = False) -> nn.Sequential:

@@ -1,0 +1,100 @@
+"""Every optimizer, with its defaults and without, against the dense reference at every step."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.cases import (
+    CRITERIA,
+    EXACT,
+    GUARDS,
+    LAST_ITERATE,
+    TRUST_REGION,
+    batches,
+    flat,
+    network,
+)
+from support.loops import train
+from support.reference import run
+
+from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, Measure
+
+STEPS = 16
+
+# How it is made, and what the reference calls that.
+METHODS = {
+    "adler": (Adler, {}, {"interpolation": 0.9}),
+    "nearer the iterate": (Adler, {"interpolation": 0.5}, {"interpolation": 0.5}),
+    "last iterate": (Adler, LAST_ITERATE, {}),
+    "momentum": (Adler, {"momentum": 0.9}, {"interpolation": 0.9, "momentum": 0.9}),
+    "momentum, last iterate": (Adler, {"momentum": 0.5, **LAST_ITERATE}, {"momentum": 0.5}),
+    "gauss-newton": (GaussNewton, {}, {"interpolation": 0.9, "kind": "gauss_newton"}),
+    "adam": (AdlerAdam, {}, {"momentum": 0.9, "second_moment": 0.999}),
+    "schedule-free": (AdlerScheduleFree, {}, {"interpolation": 0.9, "second_moment": 0.999}),
+}
+# The defaults are written out here: the reference takes none from the library.
+GUARD = SimpleNamespace(trust_region=2.0, max_kl=None, max_relative_change=0.05)
+DEFAULTS = {"beta": 0.9999, "eps": 1e-10, "guard": GUARD}
+DEFAULTS |= {"measure": SimpleNamespace(every=8, fraction=0.25, warmup=100)}
+RARE = Measure(every=3, fraction=0.5, warmup=4)
+OPTIONS = {
+    "defaults": {},
+    "whole batch": EXACT,
+    "trust region": {"guard": TRUST_REGION, "beta": 0.5},
+    "all bounds": {"guard": GUARDS, **EXACT},
+    "rarely": {"measure": RARE, "guard": TRUST_REGION, "beta": 0.9},
+    "rarely, all bounds": {"measure": RARE, "guard": GUARDS},
+    "decayed": {"weight_decay": 0.1},
+}
+
+
+def follow(method, options, name, criterion_name):
+    """Compares everything that a step does; the trajectory of the reference."""
+    make, own, known = METHODS[method]
+    model, criterion = network(name), CRITERIA[criterion_name]()
+    data = batches(name, criterion, STEPS)
+    expected = run(model, criterion, data, **{**DEFAULTS, **options, **known})
+    optimizer = make(model.parameters(), model, criterion, **own, **options)
+    for k, batch in enumerate(data):
+        train(model, criterion, optimizer, [batch])
+        torch.testing.assert_close(flat(model), expected.parameters[k], rtol=1e-9, atol=1e-11)
+        last = optimizer.last_step
+        assert float(last.minibatch_lr) == pytest.approx(expected.minibatch_lrs[k], rel=1e-9)
+        assert float(last.effective_lr) == pytest.approx(expected.effective_lrs[k], rel=1e-9)
+        assert bool(last.clipped) == expected.clipped[k]
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+        torch.testing.assert_close(flat(model), expected.averages[-1], rtol=1e-8, atol=1e-10)
+    return expected
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["mlp-relu", "cnn"])
+def test_every_step_is_that_of_the_dense_reference(name, method, options):
+    follow(method, options, name, "ce-mean")
+
+
+@pytest.mark.parametrize("criterion_name", CRITERIA)
+@pytest.mark.parametrize("method", ["adler", "gauss-newton", "schedule-free"])
+def test_every_loss_is_measured_on_a_part_as_the_reference_measures_it(method, criterion_name):
+    follow(method, {"guard": GUARDS}, "mlp-tanh", criterion_name)
+
+
+# Not along Adam's direction: where a gradient is zero, as that of a bias before a normalisation,
+# it makes steps of the rounding, which is not the reference's.
+@pytest.mark.parametrize("method", ["adler", "last iterate", "momentum", "gauss-newton"])
+@pytest.mark.parametrize("name", ["batchnorm", "transformer"])
+def test_with_its_defaults_it_follows_on_networks_with_normalisation(name, method):
+    follow(method, {}, name, "ce-mean")
+
+
+def test_the_cases_meet_the_bounds_and_the_average():
+    """Else the trajectories above would show less than they say."""
+    clipped = {
+        name: follow("adler", options, "mlp-relu", "ce-mean").clipped
+        for name, options in OPTIONS.items()
+    }
+    assert any(clipped["defaults"])
+    assert not all(clipped["trust region"])
+    assert {*clipped["rarely"]} == {*clipped["all bounds"]} == {True, False}

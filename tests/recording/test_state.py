@@ -1,0 +1,442 @@
+"""A replay changes nothing, and sees everything as it was when the training call began."""
+
+import collections
+import copy
+import io
+import random
+import types
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from support.right import DOUBLE, body, check, measured, right, untouched
+from torch import nn
+from torch.nn import functional as F
+
+from adler import Adler, Measure
+
+ENGINES = ("forward", "finite_difference", "double_backward")
+ce, mse = nn.CrossEntropyLoss(), nn.MSELoss()
+every_engine = pytest.mark.parametrize("jvp", ENGINES)
+
+
+def data(n=12, i=6):
+    torch.manual_seed(1)
+    return torch.randn(n, i, dtype=DOUBLE), torch.randint(3, (n,))
+
+
+def agrees(make, jvp="forward", criterion=ce, arguments=None, params=None):
+    """One step of the plain loop measures right, and leaves the model as the training pass did."""
+    x, y = data()
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    model = make().to(DOUBLE)
+    twin = copy.deepcopy(model)
+    twin_criterion = copy.deepcopy(criterion)
+    arguments = (lambda: (x,)) if arguments is None else arguments
+    start = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    def begin():
+        torch.set_rng_state(start[0])
+        random.setstate(start[1])
+        np.random.set_state(start[2])  # noqa: NPY002
+
+    begin()
+    outputs = twin(*arguments())
+    twin_criterion(outputs, y if criterion is ce else x)
+    after, held = (torch.get_rng_state(), random.getstate()), untouched(twin)
+    chosen = (lambda m: m.parameters()) if params is None else params
+    fresh = copy.deepcopy(criterion)
+    expected = right([outputs], lambda f: fresh(f, y if criterion is ce else x), chosen(twin))
+    begin()
+    optimizer = Adler(
+        list(chosen(model)), model, criterion, lr=0.0, measure=Measure.every_step(jvp)
+    )
+    loss = criterion(model(*arguments()), y if criterion is ce else x)
+    loss.backward()
+    with warnings.catch_warnings():
+        # A difference sees through no_grad, and another engine takes over.
+        if jvp == "finite_difference":
+            warnings.simplefilter("ignore", RuntimeWarning)
+        optimizer.step()
+    assert untouched(model) == held
+    assert torch.get_rng_state().equal(after[0])
+    assert random.getstate() == after[1]
+    check(optimizer, expected, 1e-5 if jvp == "finite_difference" else 1e-9)
+    copy.deepcopy(model)
+    optimizer.remove_hooks()
+    torch.save(model.state_dict(), io.BytesIO())
+    return optimizer
+
+
+# --- parameters outside the optimizer -------------------------------------------------------------
+
+
+class Momentum(nn.Module):
+    """A key encoder that follows another inside forward."""
+
+    update = None
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 3), nn.Linear(6, 3).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for q, k in zip(self.q.parameters(), self.k.parameters()):
+                type(self).update(q, k)
+            keys = self.k(x)
+        return self.q(x) * keys
+
+
+def assign(q, k):
+    k.data = k.data * 0.9 + q.data * 0.1
+
+
+UPDATES = {
+    "data =": assign,
+    "in place": lambda q, k: k.mul_(0.9).add_(q, alpha=0.1),
+    "data in place": lambda q, k: k.data.mul_(0.9).add_(q.data, alpha=0.1),
+    "copy_": lambda q, k: k.copy_(k * 0.9 + q * 0.1),
+    "lerp_": lambda q, k: k.data.lerp_(q.data, 0.1),
+}
+
+
+@every_engine
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_momentum_encoder_moves_once(update, jvp):
+    kind = type("Kind", (Momentum,), {"update": staticmethod(update)})
+    agrees(kind, jvp, params=lambda m: m.q.parameters())
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_momentum_encoder_moves_once_at_every_step(update):
+    torch.manual_seed(0)
+    x, y = data()
+    model = type("Kind", (Momentum,), {"update": staticmethod(update)})().to(DOUBLE)
+    optimizer = Adler(list(model.q.parameters()), model, ce, measure=Measure.every_step())
+    for _ in range(8):
+        before = [
+            (k * 0.9 + q * 0.1).detach() for q, k in zip(model.q.parameters(), model.k.parameters())
+        ]
+        optimizer.zero_grad()
+        ce(model(x), y).backward()
+        optimizer.step()
+        for k, expected in zip(model.k.parameters(), before):
+            torch.testing.assert_close(k.detach(), expected, rtol=1e-12, atol=1e-12)
+        assert bool(optimizer.last_step.trusted)
+
+
+def test_weights_that_a_forward_pass_projects_stay_projected():
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(6, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.l.weight.data.renorm_(2, 0, 0.3)
+            return self.l(x)
+
+    agrees(Projected)
+
+
+# --- attributes -----------------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Reads and writes one attribute; what it holds and how is a case's."""
+
+    start = staticmethod(lambda: torch.full((3,), 0.5, dtype=DOUBLE))
+    read = staticmethod(lambda self: self.held)
+    write = None
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.held = type(self).start()
+
+    def forward(self, x):
+        out = self.b(torch.tanh(self.a(x))) * type(self).read(self)
+        type(self).write(self, out)
+        return out
+
+
+@dataclass
+class Memory:
+    value: torch.Tensor
+    seen: list = field(default_factory=list)
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self):
+        self.value = 2.0
+
+
+def half():
+    return torch.full((3,), 0.5, dtype=DOUBLE)
+
+
+HABITS = {
+    "hidden state": (half, lambda s: s.held, lambda s, o: setattr(s, "held", o.detach().mean(0))),
+    "tensor in place": (half, lambda s: s.held.clone(), lambda s, o: s.held.mul_(0.5)),
+    "tensor's data": (half, lambda s: s.held.clone(), lambda s, o: s.held.data.add_(1.0)),
+    "counter": (lambda: 1, lambda s: s.held, lambda s, o: setattr(s, "held", s.held + 1)),
+    "list": (lambda: [half()], lambda s: len(s.held), lambda s, o: s.held.append(o.detach())),
+    "queue": (
+        lambda: collections.deque([1.0, 2.0], maxlen=2),
+        lambda s: s.held[0],
+        lambda s, o: s.held.append(float(o.detach().mean())),
+    ),
+    "dictionary": (
+        lambda: {"scale": 2.0},
+        lambda s: s.held["scale"],
+        lambda s, o: s.held.update(scale=s.held["scale"] * 3),
+    ),
+    "nested": (
+        lambda: {"a": [{"b": half()}]},
+        lambda s: s.held["a"][0]["b"].clone(),
+        lambda s, o: s.held["a"][0]["b"].mul_(2),
+    ),
+    "object": (
+        lambda: Memory(half()),
+        lambda s: s.held.value,
+        lambda s, o: (setattr(s.held, "value", o.detach()[0]), s.held.seen.append(1)),
+    ),
+    "slots": (Slotted, lambda s: s.held.value, lambda s, o: setattr(s.held, "value", 5.0)),
+    "namespace": (
+        lambda: types.SimpleNamespace(t=2.0),
+        lambda s: s.held.t,
+        lambda s, o: setattr(s.held, "t", 3.0),
+    ),
+    "array": (
+        lambda: np.full(3, 2.0),
+        lambda s: torch.from_numpy(s.held.copy()),
+        lambda s, o: s.held.__imul__(2),
+    ),
+    "set": (lambda: {1, 2}, lambda s: len(s.held), lambda s, o: s.held.add(len(s.held) + 1)),
+    "hidden module": (
+        lambda: [nn.BatchNorm1d(3).to(DOUBLE).eval()],
+        lambda s: s.held[0].running_mean + 2,
+        lambda s, o: s.held[0].running_mean.add_(1),
+    ),
+    "mode": (lambda: 1, lambda s: 1.0 if s.training else 2.0, lambda s, o: s.train(not s.training)),
+    "generator": (
+        lambda: torch.Generator().manual_seed(3),
+        lambda s: torch.rand(3, generator=s.held, dtype=DOUBLE) + 0.5,
+        lambda s, o: None,
+    ),
+    "python generator": (
+        lambda: random.Random(3),
+        lambda s: s.held.random() + 0.5,
+        lambda s, o: None,
+    ),
+    "numpy generator": (
+        lambda: np.random.default_rng(3),
+        lambda s: s.held.random() + 0.5,
+        lambda s, o: None,
+    ),
+}
+
+
+@every_engine
+@pytest.mark.parametrize(("start", "read", "write"), HABITS.values(), ids=HABITS)
+def test_what_a_model_holds_is_read_as_it_was_and_not_written(start, read, write, jvp):
+    own = {"start": staticmethod(start), "read": staticmethod(read), "write": staticmethod(write)}
+    agrees(type("Kind", (Stateful,), own), jvp)
+
+
+@every_engine
+def test_buffers_advanced_in_forward(jvp):
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.register_buffer("var", torch.tensor(9.0))
+            self.register_buffer("steps", torch.tensor(0))
+
+        def forward(self, x):
+            h = self.a(x)
+            out = self.b(torch.tanh(h / self.var.sqrt()) + self.steps)
+            with torch.no_grad():
+                self.var.lerp_(h.var(), 0.5)
+                self.steps += 1
+            self.var = self.var * 1.0  # rebound as well
+            return out
+
+    agrees(Running, jvp)
+
+
+@every_engine
+def test_spectral_norm(jvp):
+    spectral = torch.nn.utils.parametrizations.spectral_norm
+    agrees(lambda: nn.Sequential(spectral(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3)), jvp)
+
+
+def test_the_list_that_a_users_hook_fills_is_not_filled_again():
+    x, y = data()
+    model, seen = body(), []
+
+    def hook(module, inputs, output):
+        seen.append(output.detach())
+
+    model[0].register_forward_hook(hook)
+    measured(model, ce, lambda m, c: c(m(x), y))
+    assert len(seen) == 1
+
+
+# --- generators and branches ----------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    draw = None
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        for _ in range(5):
+            if type(self).draw() < 0.5:
+                h = h + self.b(h).tanh()
+        return self.c(h)
+
+
+@every_engine
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_branches_are_those_of_the_training_pass(draw, jvp):
+    agrees(type("Kind", (Branches,), {"draw": staticmethod(draw)}), jvp)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+class Overwrites(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).div_(0.25))
+
+
+class WritesBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, batch):
+        batch["x"] = self.enc(batch["x"]).tanh()
+        batch["list"].append(1)
+        return self.head(batch["x"]) * len(batch["list"])
+
+
+@every_engine
+def test_an_input_written_in_place(jvp):
+    agrees(lambda: Overwrites(*body()), jvp, arguments=lambda: (data()[0],))
+
+
+@every_engine
+def test_a_batch_dictionary_written_to(jvp):
+    agrees(WritesBatch, jvp, arguments=lambda: ({"x": data()[0], "list": []},))
+
+
+@every_engine
+def test_a_batch_object_written_to(jvp):
+    class Takes(WritesBatch):
+        def forward(self, batch):
+            batch.value = self.enc(batch.value)
+            batch.seen.append(1)
+            return self.head(batch.value) * len(batch.seen)
+
+    agrees(Takes, jvp, arguments=lambda: (Memory(data()[0]),))
+
+
+@every_engine
+def test_a_buffer_that_the_next_micro_batch_overwrites(jvp):
+    x, y = data()
+    torch.manual_seed(0)
+    model = body()
+    twin = copy.deepcopy(model)
+    bx, by = torch.empty(6, 6, dtype=DOUBLE), torch.empty(6, dtype=torch.long)
+
+    def loop(m, c):
+        for px, py in zip(x.chunk(2), y.chunk(2)):
+            bx.copy_(px)
+            by.copy_(py)
+            loss = c(m(bx), by) / 2
+            if px[0, 0] == x[0, 0]:
+                loss.backward()
+        return loss
+
+    optimizer = measured(model, ce, loop, jvp=jvp)
+    bx.zero_()
+    expected = right([twin(x)], lambda f: ce(f, y), twin.parameters())
+    check(optimizer, expected, 1e-5)
+
+
+# --- the criterion --------------------------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """A centre and a queue that each call moves; the loss depends on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3, dtype=DOUBLE))
+        self.queue = [1.0]
+
+    def forward(self, f, teacher):
+        soft = (teacher - self.centre).softmax(-1) * len(self.queue)
+        loss = -(soft * (f / 0.5).log_softmax(-1)).sum(-1).mean()
+        with torch.no_grad():
+            self.centre.lerp_(teacher.mean(0), 0.5)
+        self.queue.append(2.0)
+        return loss
+
+
+@every_engine
+def test_a_criterion_with_state(jvp):
+    x, _ = data()
+    t = torch.randn(12, 3, dtype=DOUBLE)
+    model, criterion = body(), Centred()
+    twin, other = copy.deepcopy(model), copy.deepcopy(criterion)
+    expected = right([twin(x)], lambda f: copy.deepcopy(other)(f, t), twin.parameters())
+    optimizer = measured(model, criterion, lambda m, c: c(m(x), t), jvp=jvp)
+    other(twin(x), t)
+    assert untouched(criterion) == untouched(other)
+    check(optimizer, expected, 1e-5)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_an_error_in_a_replay_leaves_everything_as_it_was():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.seen, self.h = nn.Linear(6, 3), [], torch.zeros(3, dtype=DOUBLE)
+            self.register_buffer("count", torch.tensor(0))
+
+        def forward(self, x):
+            self.seen.append(1)
+            self.h = self.h + 1
+            self.count += 1
+            out = self.a(x)
+            if not isinstance(self.a.weight, nn.Parameter):
+                raise OSError("only in a replay")
+            return out
+
+    x, y = data()
+    model = Fails().to(DOUBLE)
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    ce(model(x), y).backward()
+    held, rng = untouched(model), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=r"cannot be run once more.*only in a replay"):
+        optimizer.step()
+    assert untouched(model) == held
+    assert torch.get_rng_state().equal(rng)
+    assert all(type(m._parameters) is dict for m in model.modules())
+    F.cross_entropy(model(x), y).backward()
