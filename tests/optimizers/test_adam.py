@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from support.cases import EXACT, UNGUARDED, batches, flat, network
+from support.cases import batches, flat, network
 from support.loops import NoSynchronisation, train
+from support.options import EXACT, UNGUARDED
 from torch import nn
 
 from adler import AdlerAdam, Guard, Measure, curvature

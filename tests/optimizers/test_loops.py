@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.cases import EXACT, GUARDS, TRUST_REGION, flat
 from support.cases import classification as setting
+from support.cases import flat
 from support.launch import ROOT, torchrun
 from support.loops import train
+from support.options import EXACT, GUARDS, TRUST_REGION
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -407,7 +408,6 @@ def test_inputs_go_where_the_wrapper_moves_them():
     assert distributed.moved(None, "anything") == "anything"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_distributed_example_gives_both_ranks_the_same_rate(mode, tmp_path):
     options = ["--epochs", "2", "--mode", mode]

@@ -10,8 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from support.cases import EXACT, LAST_ITERATE, batches, draw, flat, network
+from support.cases import batches, draw, flat, network
 from support.loops import NoSynchronisation, same, train, unchanged
+from support.options import EXACT, LAST_ITERATE
 from torch import nn, optim
 
 from adler import Adler, AdlerAdam, Guard, Measure, Wrapped, curvature, wrap
@@ -179,7 +180,6 @@ NAIVE = {
 
 
 # Along an average the slope is often negative, so that there is no step.
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the last .* steps were skipped")
 @pytest.mark.parametrize(("base", "factor"), NAIVE.values(), ids=NAIVE)
 def test_along_an_averaged_step_rates_are_too_large_and_training_is_worse(base, factor):
