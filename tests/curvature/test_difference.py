@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import batches, network
-from support.loops import NoSynchronisation
+from support.loops import NoSynchronisation, train
 from support.options import measuring
 from torch import nn
 

@@ -119,10 +119,15 @@ class AveragedOptimizer(MeasuredOptimizer):
         for p in params:
             self._note(p)
 
-    def _retire(self) -> None:
-        """Leaves the average in the parameters and forgets the iterates: the run has ended."""
+    def _retire(self, move: bool = True) -> None:
+        """Leaves the average in the parameters and forgets the iterates: the run has ended.
+
+        Args:
+            move: Whether to put the average in place; not where gradients have been taken already.
+        """
         if any("z" in self.state.get(p, {}) for g in self.param_groups for p in g["params"]):
-            self.eval()
+            if move:
+                self.eval()
             for group in self.param_groups:
                 for p in group["params"]:
                     for key in ("y", "z"):
@@ -223,6 +228,14 @@ class _Follow:
         elif not model.training and not torch.is_grad_enabled():
             optimizer.eval()
 
+    def hand_over(self, params: set[int]) -> None:
+        """Another optimizer of some of these parameters, by `id`, begins: this one has ended."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None or not optimizer.follow_mode:
+            return
+        if any(id(p) in params for group in optimizer.param_groups for p in group["params"]):
+            optimizer._retire()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Follow, (None, None)
 
@@ -243,7 +256,7 @@ class _Retire:
             theirs = (p for group in stepping.param_groups for p in group["params"])
             self._shares[stepping] = any(id(p) in own for p in theirs)
         if self._shares[stepping]:
-            mine._retire()
+            mine._retire(move=False)
 
 
 class Interpolation(Direction):
