@@ -161,8 +161,7 @@ def _of_a_part(one: _Measurement, jvp: str, alone: bool, checks: bool) -> BatchC
     except ExplainedError:
         raise
     except _CriterionError as caught:
-        assert caught.__cause__ is not None
-        raise caught.__cause__ from None
+        raise (caught.__cause__ or caught) from None
     except Exception:  # a hidden state or another attribute is of the whole batch's size
         memory.full = 0
         return _best(whole, jvp, alone) if sure is None else sure
