@@ -256,7 +256,8 @@ class _Retire:
             theirs = (p for group in stepping.param_groups for p in group["params"])
             self._shares[stepping] = any(id(p) in own for p in theirs)
         if self._shares[stepping]:
-            mine._retire(move=False)
+            # One that measures would measure where the gradient was not taken.
+            mine._retire(move=not isinstance(stepping, MeasuredOptimizer))
 
 
 class Interpolation(Direction):
