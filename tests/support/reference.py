@@ -169,6 +169,21 @@ class Search:
         return torch.cat(parts)
 
 
+class Preconditioned:
+    """Adam's directions: gradients over the roots of their bias-corrected second moments."""
+
+    def __init__(self, beta: float = 0.999) -> None:
+        self.beta, self.count = beta, 0
+        self.squares: list[Tensor] = []
+
+    def __call__(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        beta, before = self.beta, self.squares or [torch.zeros_like(g) for g in gradients]
+        self.count += 1
+        self.squares = [beta * v + (1 - beta) * g * g for v, g in zip(before, gradients)]
+        correction = 1 - beta**self.count
+        return [g / ((v / correction).sqrt() + 1e-8) for v, g in zip(self.squares, gradients)]
+
+
 @dataclass
 class Trajectory:
     """After every step: where gradients are taken, what is tested, and how far the step went.
