@@ -298,19 +298,13 @@ def test_explicit_targets_are_refused_when_it_is_not_certain_which_call():
     refuses("called 2 times.*pass inputs=", act)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        (EXACT, r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]"),
-        (measuring(fraction=0.25), "received 5 rows for a batch of 12 examples"),
-    ],
-    ids=["whole", "part"],
-)
-def test_explicit_targets_that_do_not_fit(options, match):
+@pytest.mark.parametrize("options", [EXACT, measuring(fraction=0.25)], ids=["whole", "part"])
+def test_explicit_targets_that_do_not_fit(options):
     def act(model, criterion, optimizer, x, y):
         F.cross_entropy(model(x), y).backward()
         optimizer.step(inputs=x, targets=y[:5])
 
+    match = r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]"
     refuses(match, act, ValueError, **options)
 
 
