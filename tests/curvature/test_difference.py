@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import batches, network
-from support.loops import NoSynchronisation, train
+from support.loops import NoSynchronisation
 from support.options import measuring
 from torch import nn
 
@@ -111,11 +111,7 @@ def test_the_measured_curvature_does_not_depend_on_the_scale_of_the_loss(factor)
     assert measured(factor) == pytest.approx(measured(1.0), rel=1e-2)
 
 
-<<<<<<< HEAD
-def test_a_first_difference_that_is_wrong_gives_way_to_an_engine_that_agrees():
-=======
 class Raised(nn.Module):
->>>>>>> w-conv2
     """A loss with a constant in it: its height says nothing, and the first difference is wrong."""
 
     def forward(self, outputs, targets):
@@ -125,13 +121,6 @@ class Raised(nn.Module):
 def skipped_steps_of_a_raised_loss():
     model, raised = network("mlp-tanh"), Raised()
     optimizer = Adler(model.parameters(), model, raised, **measuring("finite_difference"))
-<<<<<<< HEAD
-    with pytest.warns(RuntimeWarning, match="contradicts the gradient") as caught:
-        train(model, raised, optimizer, batches("mlp-tanh", criterion, 5))
-    assert len(caught) == 1
-    assert not int(optimizer.last_step.skipped_total)
-    assert float(optimizer.last_step.consistency) == pytest.approx(1, abs=1e-2)
-=======
     skipped = []
     for x, y in batches("mlp-tanh", raised, 5):
         optimizer.zero_grad()
@@ -157,7 +146,6 @@ def test_where_a_difference_is_wrong_an_exact_engine_takes_over():
     assert len(caught) == 1
     assert not any(skipped)
     assert optimizer.measure.jvp == "forward"
->>>>>>> w-conv2
 
 
 @pytest.mark.filterwarnings("ignore:forward-mode AD is not available")

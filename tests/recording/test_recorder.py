@@ -298,21 +298,8 @@ def test_explicit_targets_are_refused_when_it_is_not_certain_which_call():
     refuses("called 2 times.*pass inputs=", act)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        (EXACT, r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]"),
-        # There is no part of it to take, and the whole does not fit either.
-        (measuring(fraction=0.25), r"outputs of shape \(12, 3\) with targets of shape \[\(5,\)\]"),
-    ],
-    ids=["whole", "part"],
-)
-def test_explicit_targets_that_do_not_fit(options, match):
-=======
 @pytest.mark.parametrize("options", [EXACT, measuring(fraction=0.25)], ids=["whole", "part"])
 def test_explicit_targets_that_do_not_fit(options):
->>>>>>> w-conv2
     def act(model, criterion, optimizer, x, y):
         F.cross_entropy(model(x), y).backward()
         optimizer.step(inputs=x, targets=y[:5])
