@@ -94,7 +94,6 @@ def resume_all(folder):
         torch.save(resumed(make, f"{folder}/{name}", 4), f"{folder}/{name}-resumed")
 
 
-@pytest.mark.long
 def test_another_process_continues_bit_for_bit(tmp_path):
     options = {"measure": Measure(every=3, warmup=2)}
     runs = {name: start(make, **options).train(DATA[:4]) for name, make in MAKERS.items()}
