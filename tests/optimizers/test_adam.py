@@ -8,7 +8,7 @@ import torch
 from support.cases import batches, flat, network
 from support.loops import NoSynchronisation, train
 from support.options import EXACT, UNGUARDED
-from torch import Tensor, nn
+from torch import nn
 
 from adler import AdlerAdam, Guard, Measure, curvature
 
@@ -30,8 +30,9 @@ def test_with_its_rates_adamw_takes_the_same_steps(name, weight_decay):
         train(model, criterion, optimizer, [batch])
         adamw.param_groups[0]["lr"] = float(optimizer.param_groups[0]["effective_lr"])
         train(twin, criterion, adamw, [batch])
-        # A bias before BatchNorm has a gradient of rounding errors, which Adam makes large.
-        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-8, atol=1e-9)
+        # A bias before BatchNorm, and that of attention's keys, has a gradient of rounding errors,
+        # which Adam makes large.
+        torch.testing.assert_close(flat(model), flat(twin), rtol=1e-6, atol=1e-8)
     assert not optimizer.last_step.skipped_total
 
 
@@ -144,7 +145,7 @@ def test_the_default_guards_hold(options):
     model, criterion, optimizer, data = setting("mlp-relu", **options)
     bounds = [
         0.02 * max(float(p.norm()), (len(p) / 3) ** 0.5)
-        for p in map(Tensor.detach, model.parameters())
+        for p in (q.detach() for q in model.parameters())
     ]
     held = 0
     for batch in data:

@@ -123,7 +123,8 @@ def test_a_curvature_of_the_last_micro_batch_alone_is_unbiased():
         parts = [slice(6 * k, 6 * k + 6) for k in range(4)]
         for rows in parts:
             (criterion(model(x[rows]), y[rows]) / 4).backward()
-        optimizer.step(inputs=x[parts[last]], targets=y[parts[last]])
+        with pytest.warns(RuntimeWarning, match="contradicts the training pass"):
+            optimizer.step(inputs=x[parts[last]], targets=y[parts[last]])  # one of four: is told
         found.append(optimizer.last_step)
         if whole is None:
             model, criterion, x, y = setting()
@@ -132,10 +133,8 @@ def test_a_curvature_of_the_last_micro_batch_alone_is_unbiased():
             whole = optimizer.last_step
     curvatures = [float(record.curvature) for record in found]
     assert sum(curvatures) / 4 == pytest.approx(float(whole.curvature), rel=1e-9)
-    for record, c in zip(found, curvatures):
+    for record in found:
         assert float(record.slope) == pytest.approx(float(whole.slope), rel=1e-9)
-        noise = float(whole.curvature) / c
-        assert float(record.minibatch_lr) == pytest.approx(noise * float(whole.minibatch_lr))
     assert max(curvatures) / min(curvatures) > 1.05  # and noisy
 
 

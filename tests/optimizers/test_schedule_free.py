@@ -58,9 +58,11 @@ def test_with_its_rates_the_three_sequences_follow(name, options):
         rates.append(float(optimizer.param_groups[0]["effective_lr"]))
     renamed = {"decay" if key == "weight_decay" else key: v for key, v in options.items()}
     average = reference(twin, criterion, data, rates, **renamed)
-    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-8, atol=1e-9)
+    # The bias of attention's keys has a gradient of rounding errors, which Adam makes large.
+    close = {"rtol": 1e-4, "atol": 1e-5} if name == "transformer" else {"rtol": 1e-7, "atol": 1e-9}
+    torch.testing.assert_close(flat(model), flat(twin), **close)
     optimizer.eval()
-    torch.testing.assert_close(flat(model), average, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(flat(model), average, **close)
     assert (flat(model) - flat(twin)).norm() > 1e-4  # the average is another point
 
 

@@ -374,7 +374,11 @@ def test_a_loss_that_curves_down_is_measured_by_the_fisher_matrix_of_its_outputs
 def test_curvature_is_measured_every_so_many_steps_and_costs_no_replay_between():
     model, criterion, x, y = classification()
     calls = itertools.count()  # a list that a hook holds is put back after a replay
-    model.register_forward_hook(lambda *_: [next(calls)] and None)
+
+    def count(*_):
+        next(calls)
+
+    model.register_forward_hook(count)
     measure = Measure(every=3, fraction=1.0, warmup=0)
     optimizer = Adler(model.parameters(), model, criterion, measure=measure)
     curvatures = []

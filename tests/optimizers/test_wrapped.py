@@ -233,7 +233,9 @@ def test_with_adamw_it_is_adler_adam(name, weight_decay, measure):
     other = AdlerAdam(twin.parameters(), twin, CRITERION, **options)
     train(model, CRITERION, optimizer, data)
     train(twin, CRITERION, other, data)
-    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-11)
+    # The bias of attention's keys has a gradient of rounding errors, which Adam makes large.
+    close = {"rtol": 1e-6, "atol": 1e-7} if name == "transformer" else {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(flat(model), flat(twin), **close)
 
 
 @pytest.mark.row("Any base optimizer: SGD, AdamW")

@@ -108,6 +108,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
+        own = [p for p in params if self._noted.get(p) == p._version]
         for p in params:
             before = self.state.get(p, {}).get("z")
             if self._take_edits(p):
@@ -115,6 +116,8 @@ class AveragedOptimizer(MeasuredOptimizer):
                 self.state[p]["z"] = torch.where(found.skipped.to(p.device), before, now)
         super()._descend(found, direction)
         if found.skipped.device.type == "cpu" and bool(found.skipped.numpy()):
+            for p in own:  # a kernel that leaves every bit may count as a write
+                self._note(p)
             return  # edits are taken by the next step
         for p in params:
             self._note(p)
