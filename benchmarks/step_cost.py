@@ -36,6 +36,8 @@ from examples.shared.plots import save as save_figure
 
 # What is run compiled: peers differentiate in ways that compiled modules do not support.
 COMPILED = (BASE, "forward", "finite_difference", "low_cost", "AdlerScheduleFree")
+# What the README compares, and with what.
+HABIT, SHOWN = "AdamW", ("AdlerScheduleFree", "Adler", "Schedule-Free AdamW")
 # Rounds are summed in blocks, so that a step that measures every eighth time is seen whole.
 BLOCK = 8
 
@@ -132,10 +134,12 @@ def ratios(times: dict[str, list[float]], name: str) -> np.ndarray[Any, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    parts = [_times(run) for run in results["runs"] if run["seconds"]] + [
-        _errors(results["errors"])
-    ]
+    """The results as Markdown; between markers what the README shows of them."""
+    parts = [_times(run) for run in results["runs"] if run["seconds"]]
+    if results["runs"] and all(HABIT in times for times in results["runs"][0]["seconds"].values()):
+        start, end = (f"<!-- --8<-- [{mark}:readme] -->" for mark in ("start", "end"))
+        parts.insert(0, f"{start}\n\n{_beside_habit(results['runs'][0])}\n{end}\n")
+    parts.append(_errors(results["errors"]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts.append(
         f"Medians over {results['rounds']} interleaved steps, in blocks of {BLOCK} (quartiles); "
@@ -143,6 +147,20 @@ def table(results: dict[str, Any]) -> str:
         f"Written by `{results['command']}`.\n"
     )
     return "\n".join(parts)
+
+
+def _beside_habit(run: dict[str, Any]) -> str:
+    """Of a few methods, the median ratio to AdamW's step."""
+    networks = run["seconds"]
+    lines = [f"| step time over AdamW's ({run['device']}) | " + " | ".join(networks) + " |"]
+    lines.append("|---|" + "---|" * len(networks))
+    for name in (n for n in SHOWN if n in run["methods"]):
+        cells = [
+            f"{np.median(blocks(times[name]) / blocks(times[HABIT])):.2f}" if name in times else "–"
+            for times in networks.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _times(run: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loops import NoSynchronisation
 
@@ -10,6 +10,7 @@ from adler._averaging import Average, arithmetic, geometric
 
 rates = st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=30)
 discounts = st.floats(0, 1)
+examples = settings(deadline=None)  # however busy the machine
 
 
 def push_all(mean, values, beta):
@@ -23,6 +24,7 @@ def weights(n, beta):
     return [beta ** (n - 1 - j) for j in range(n)]
 
 
+@examples
 @given(rates, discounts)
 def test_geometric_is_the_discounted_mean_of_logarithms(values, beta):
     w = weights(len(values), beta)
@@ -30,6 +32,7 @@ def test_geometric_is_the_discounted_mean_of_logarithms(values, beta):
     assert math.isclose(push_all(geometric, values, beta), expected, rel_tol=1e-9)
 
 
+@examples
 @given(rates, discounts)
 def test_arithmetic_is_the_discounted_mean(values, beta):
     w = weights(len(values), beta)
@@ -37,6 +40,7 @@ def test_arithmetic_is_the_discounted_mean(values, beta):
     assert math.isclose(push_all(arithmetic, values, beta), expected, rel_tol=1e-9)
 
 
+@examples
 @given(rates, discounts)
 def test_means_lie_between_the_extremes_and_in_order(values, beta):
     low, high = push_all(geometric, values, beta), push_all(arithmetic, values, beta)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adler import Guard
@@ -10,6 +10,7 @@ from adler._averaging import Average, arithmetic, geometric
 from adler._step_length import ENTRIES, Measurement, Rule, SearchState, step_length
 
 TRUST_REGION = Guard(max_relative_change=None)
+examples = settings(deadline=None)  # however busy the machine
 
 
 def scalar(value):
@@ -23,8 +24,7 @@ def bounded(**bounds):
 
 def search(slope, curvature=None, state=None, *, guard=TRUST_REGION, squared_norm=None, **more):
     """One step; without a curvature it does not measure. ``d·d`` is the slope, as along ``g``."""
-    seen = {key: more.pop(key) for key in ("loss_per_nat", "unit_change") if key in more}
-    seen = {key: scalar(value) for key, value in seen.items()}
+    seen = {"loss_per_nat": scalar(more.pop("loss_per_nat"))} if "loss_per_nat" in more else {}
     for key in ("finite", "trusted"):
         seen[key] = torch.tensor(more.pop(key)) if key in more else None
     measurement = Measurement(
@@ -102,9 +102,11 @@ def test_a_scale_that_is_none_does_not_bound(nat):
     assert not found.skipped
 
 
-@pytest.mark.parametrize("unit_change", [math.nan, -math.inf])
-def test_a_rate_that_is_no_number_is_no_step(unit_change):
-    found, _ = search(8.0, 2.0, unit_change=unit_change, guard=bounded(max_relative_change=0.1))
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+def test_a_rate_that_is_no_number_is_no_step(rate):
+    before = averaged(1.0)
+    before = before._replace(rates=before.rates._replace(total=scalar(rate)))
+    found, _ = search(8.0, None, before, guard=None)
     assert found.skipped
     assert float(found.rate) == 0.0
 
@@ -115,33 +117,24 @@ def test_an_unknown_likelihood_is_not_bounded_by_max_kl():
         assert float(found.rate) == pytest.approx(4.0)
 
 
-def test_weights_move_by_no_more_than_max_relative_change():
-    found, _ = search(8.0, 2.0, unit_change=5.0, guard=bounded(max_relative_change=0.1))
-    assert float(found.rate) == pytest.approx(0.5)
-    assert found.clipped
-
-
-def test_weights_are_bounded_where_there_is_no_curvature():
-    guard = bounded(max_relative_change=0.1)
-    found, _ = search(1.0, 0.0, averaged(3.0), unit_change=5.0, guard=guard)
-    assert float(found.rate) == pytest.approx(0.5)
-
-
 def test_every_bound_works_without_the_others():
-    options = {"loss_per_nat": 4.0, "unit_change": 5.0}
-    alone = {"trust_region": 0.1, "max_kl": 0.01, "max_relative_change": 0.06}
-    expected = {"trust_region": 0.4, "max_kl": 0.2, "max_relative_change": 0.3}
+    alone = {"trust_region": 0.1, "max_kl": 0.01}
+    expected = {"trust_region": 0.4, "max_kl": 0.2}
     for name, bound in alone.items():
         guard = Guard(**{**dict.fromkeys(alone), name: bound})
-        found, _ = search(8.0, 2.0, averaged(3.0), guard=guard, **options)
+        found, _ = search(8.0, 2.0, averaged(3.0), loss_per_nat=4.0, guard=guard)
         assert float(found.rate) == pytest.approx(expected[name]), name
         assert found.clipped
-    found, _ = search(8.0, 2.0, averaged(3.0), guard=Guard(**alone), **options)
+    found, _ = search(8.0, 2.0, averaged(3.0), loss_per_nat=4.0, guard=Guard(**alone))
     assert float(found.rate) == pytest.approx(0.2)
+    # Of a tensor's move, which the step's length does not bound, nothing is known here.
+    free, _ = search(8.0, 2.0, averaged(3.0), guard=Guard(None, None, 1e-9))
+    assert float(free.rate) > 3.0
+    assert not free.clipped
 
 
 def test_without_a_guard_there_is_no_bound_at_all():
-    found, _ = search(8.0, 2.0, loss_per_nat=1e-9, unit_change=1e-9, guard=None)
+    found, _ = search(8.0, 2.0, loss_per_nat=1e-9, guard=None)
     assert float(found.rate) == pytest.approx(4.0)
     assert not found.clipped
 
@@ -198,6 +191,7 @@ def test_algorithm_1_takes_zero_curvature_at_one_over_eps():
 positive = st.floats(1e-6, 1e6)
 
 
+@examples
 @given(st.lists(st.tuples(positive, positive), min_size=1, max_size=20), st.floats(0.1, 10))
 def test_the_step_never_exceeds_the_trust_region(measurements, radius):
     state = SearchState.empty()
@@ -208,6 +202,7 @@ def test_the_step_never_exceeds_the_trust_region(measurements, radius):
         assert bool(found.clipped) == (mean(state) > bound)
 
 
+@examples
 @given(
     st.lists(
         st.tuples(
@@ -226,6 +221,7 @@ def test_no_sequence_of_measurements_breaks_the_average(measurements):
         assert all(torch.isfinite(t) for t in state.rates)
 
 
+@examples
 @given(st.lists(positive, min_size=1, max_size=20), st.floats(0, 1))
 def test_the_average_forgets_by_beta(rates, beta):
     state = SearchState.empty()
@@ -267,15 +263,8 @@ def test_a_step_between_measurements_moves_predictions_by_no_more_than_max_kl():
     assert found.clipped
 
 
-def test_a_step_between_measurements_looks_at_its_own_unit_change():
-    guard = bounded(max_relative_change=0.1)
-    found, _ = between(1.0, 10.0, averaged(0.7), unit_change=0.5, guard=guard)
-    assert float(found.rate) == pytest.approx(0.05)
-    assert found.clipped
-
-
 def test_a_step_between_measurements_is_not_bounded_without_a_guard():
-    found, _ = between(3.0, 10.0, averaged(0.7), nat=1e-9, unit_change=1e-9, guard=None)
+    found, _ = between(3.0, 10.0, averaged(0.7), nat=1e-9, guard=None)
     assert float(found.rate) == pytest.approx(0.7)
     assert not found.clipped
 
@@ -311,6 +300,7 @@ def test_a_step_before_any_measurement_is_skipped(guard):
     assert float(found.rate) == 0.0
 
 
+@examples
 @given(positive, positive, positive, positive, positive, st.floats(0.1, 10))
 def test_no_average_takes_a_step_between_measurements_past_the_guard(
     slope, squared_norm, rho, nat, average, radius

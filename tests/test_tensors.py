@@ -9,10 +9,12 @@ from adler._tensors import (
     descend_,
     descend_each_,
     dot,
+    lengths,
     lerp_,
     shifted,
     squared_norm,
-    squared_norm_and_unit_change,
+    squared_norm_and_lengths,
+    stacked,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -77,40 +79,23 @@ def test_shifted_tensors_are_new_and_that_far_away(dtypes):
         torch.testing.assert_close(f.double(), expected, rtol=rounding, atol=rounding)
 
 
-def unit_change(params, directions):
-    return squared_norm_and_unit_change(params, directions)[1]
+@pytest.mark.parametrize("dtypes", [[t] for t in DTYPES] + [DTYPES], ids=str)
+def test_one_look_finds_the_squared_norm_and_the_norm_of_each(dtypes):
+    tensors = mixed(0, dtypes)
+    squared, norms = squared_norm_and_lengths(tensors)
+    assert float(squared) == float(squared_norm(tensors))
+    assert all(n.equal(m) for n, m in zip(norms, lengths(tensors)))
+    for t, norm in zip(tensors, norms):
+        rel = 1e-14 if t.dtype == torch.float64 else 1e-6
+        assert float(norm) == pytest.approx(float(t.double().norm()), rel=rel)
 
 
-@pytest.mark.parametrize("dtypes", [DTYPES, [torch.float64]], ids=["mixed", "float64"])
-def test_one_look_finds_the_same_squared_norm(dtypes):
-    params, directions = mixed(0, dtypes), mixed(1, dtypes)
-    found, _ = squared_norm_and_unit_change(params, directions)
-    assert float(found) == float(squared_norm(directions))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_unit_change_is_the_least_ratio_of_norms_over_matrices(dtype):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4), (5,), (2, 1, 3)]
-    params = [3 * torch.randn(s, generator=generator).to(dtype) for s in shapes]
-    directions = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
-    directions[1] *= 1000  # a vector: does not count
-    ratios = [float(p.double().norm() / d.double().norm()) for p, d in zip(params, directions)]
-    assert float(unit_change(params, directions)) == pytest.approx(
-        min(ratios[0], ratios[2]), rel=1e-3
-    )
-
-
-def test_unit_change_lets_weights_leave_zero():
-    linear = torch.nn.Linear(50, 300)  # PyTorch's default initialisation is at the floor
-    direction = torch.randn(300, 50)
-    default = float(unit_change([linear.weight.detach()], [direction]))
-    from_zero = float(unit_change([torch.zeros(300, 50)], [direction]))
-    assert from_zero == pytest.approx(default, rel=0.02)
-
-
-def test_unit_change_without_matrices_is_infinite():
-    assert float(unit_change([torch.ones(3)], [torch.ones(3)])) == math.inf
+@pytest.mark.parametrize("dtypes", [DTYPES, [torch.float32]], ids=["mixed", "float32"])
+def test_scalars_of_several_dtypes_are_stacked_in_order(dtypes):
+    scalars = [torch.tensor(1.5 * k, dtype=dtype) for k, dtype in enumerate(dtypes)]
+    found = stacked(scalars, torch.zeros((), dtype=torch.float64))
+    assert found.dtype == torch.float64
+    assert found.tolist() == [1.5 * k for k in range(len(dtypes))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +190,7 @@ def test_nothing_waits_for_the_device():
     params, directions = mixed(0), mixed(1)
     with NoSynchronisation():
         size = squared_norm(directions)
-        squared_norm_and_unit_change(params, directions)
+        stacked(squared_norm_and_lengths(directions)[1], size)
         decay_(params, size * 1e-3)
         dot(params, directions)
         shifted(params, directions, size)

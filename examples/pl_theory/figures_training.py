@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from examples.pl_theory.drawing import COLOURS, MARKERS, SHADES, Values, array, band, finish, panels
 from examples.pl_theory.records import Record, of_kind
 
-__all__ = ["FIGURES", "decrease_ratio", "learned", "loss_ratio"]
+__all__ = [
+    "FIGURES",
+    "decrease_ratio",
+    "learned",
+    "loss_ratio",
+    "mean_log_condition",
+    "own_rate_ratio",
+]
 
 _TITLES = {
     "mse": "MSE on logits",
@@ -45,6 +52,19 @@ def loss_ratio(record: Record, weak: bool) -> Values:
     epochs = np.array(m["epoch"], dtype=int)
     gain = array(m["pl"]) / array(m["smoothness"])
     factor = 1 - (gain / 4 if weak else gain)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = losses[epochs + 1] / (np.where(factor > 0, factor, np.nan) * losses[epochs])
+        return np.asarray(np.log(ratio), dtype=np.float64)
+
+
+def own_rate_ratio(record: Record) -> Values:
+    r"""As `loss_ratio`, with the factor of the rate that was taken in place of that of $1/L$.
+
+    $1 - 2 \mu \eta (1 - L \eta / 2)$; below 0 the prediction was conservative.
+    """
+    m, losses = record["results"]["measured"], array(record["results"]["loss"])
+    epochs, eta = np.array(m["epoch"], dtype=int), float(record["rate"])
+    factor = 1 - 2 * array(m["pl"]) * eta * (1 - array(m["smoothness"]) * eta / 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = losses[epochs + 1] / (np.where(factor > 0, factor, np.nan) * losses[epochs])
         return np.asarray(np.log(ratio), dtype=np.float64)

@@ -21,6 +21,10 @@ __all__ = [
 ]
 
 
+# Of a bar in a table, which would else end the cell.
+_ESCAPED = "\\|"
+
+
 class Section(NamedTuple):
     """What is said of some figures.
 
@@ -95,5 +99,6 @@ def number(value: float) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table's lines."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    """A Markdown table's lines; a bar in a cell is escaped."""
+    lines = (head, ["---"] * len(head), *rows)
+    return [f"| {' | '.join(cell.replace('|', _ESCAPED) for cell in row)} |" for row in lines]

@@ -7,6 +7,7 @@ torchrun --standalone --nproc-per-node 2 -m examples.programs.ddp --mode fsdp --
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -37,14 +38,22 @@ def wrapped(mode: str, device: torch.device) -> nn.Module:
 
 
 def main(mode: str, epochs: int, checkpoint: str | None) -> None:
-    """Trains on this rank's share."""
+    """Joins the others, trains, and leaves them."""
     gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if gpu else "gloo")
-    rank = dist.get_rank()
-    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    device = torch.device("cuda", dist.get_rank()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+    train(mode, epochs, checkpoint, device)
+    # The wrapper must not outlive the process group: freed later, it can hang in gloo's thread.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
+
+def train(mode: str, epochs: int, checkpoint: str | None, device: torch.device) -> None:
+    """Trains on this rank's share."""
+    rank = dist.get_rank()
     model, criterion = wrapped(mode, device), nn.CrossEntropyLoss()
     # Shards have no forward-mode derivative: without this one warning says so.
     measure = adler.Measure() if mode == "ddp" else adler.Measure.low_cost()
@@ -70,8 +79,6 @@ def main(mode: str, epochs: int, checkpoint: str | None) -> None:
         weights, state = get_state_dict(model, optimizer)
         state_dict_loader.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

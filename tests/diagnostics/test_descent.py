@@ -156,6 +156,15 @@ def test_a_parabola_attains_the_radius_and_the_printed_formula_does_not_hold(L):
         assert L * radius < start
 
 
+@pytest.mark.parametrize("mu", [0.01, 0.5, 0.9, 1.0])
+def test_the_radius_is_the_sum_of_the_longest_steps_that_smoothness_allows(mu):
+    # ‖∇h_k‖ / L ≤ √(2 gap_k / L), with gaps that shrink by 1 - μ/L: nothing else is in the proof.
+    L, gap = 1.5, 2.0
+    gaps = [gap * (1 - mu / L) ** k for k in range(20_000)]
+    expected = math.fsum(math.sqrt(2 * g / L) for g in gaps)
+    assert float(convergence_radius(gap, mu, L)) == pytest.approx(expected, rel=1e-9)
+
+
 # --- under PL⁺ and PL -----------------------------------------------------------------------------
 
 

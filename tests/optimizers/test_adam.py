@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
-from support.cases import EXACT, UNGUARDED, batches, flat, network
+from support.cases import batches, flat, network
 from support.loops import NoSynchronisation, train
+from support.options import EXACT, UNGUARDED
+from support.reference import Preconditioned
 from torch import nn
 
 from adler import AdlerAdam, Guard, Measure, curvature
@@ -36,13 +38,12 @@ def test_with_its_rates_adamw_takes_the_same_steps(name, weight_decay):
 @pytest.mark.parametrize("name", ["linear", "mlp-tanh", "cnn"])
 def test_the_rate_is_the_minimiser_along_the_preconditioned_gradient(name):
     model, criterion, optimizer, data = setting(name, **UNGUARDED, **EXACT)
-    squares = [torch.zeros_like(p) for p in model.parameters()]
-    for k, (x, y) in enumerate(data, start=1):
+    preconditioned = Preconditioned()
+    for x, y in data:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         g = [p.grad.clone() for p in model.parameters()]
-        squares = [0.999 * v + 0.001 * t * t for v, t in zip(squares, g)]
-        d = [t / ((v / (1 - 0.999**k)).sqrt() + 1e-8) for t, v in zip(g, squares)]
+        d = preconditioned(g)
         c = curvature.quadratic_form(model, model.parameters(), x, y, criterion, d)
         slope = sum((a * b).sum() for a, b in zip(g, d))
         optimizer.step()

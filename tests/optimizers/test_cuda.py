@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from support.cases import GUARDS, MAKERS, MODES, NETWORKS, batches, flat, network
+from support.cases import MAKERS, NETWORKS, batches, flat, network
 from support.loops import train, unchanged
+from support.options import MODES, measuring
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -17,8 +18,8 @@ from adler import Adler, AdlerScheduleFree, Measure, curvature
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-ALL_MODES = {**MODES, "double backward": Measure.every_step("double_backward")}
-every_mode = pytest.mark.parametrize("measure", ALL_MODES.values(), ids=ALL_MODES)
+ALL_MODES = {**MODES, "double backward": measuring("double_backward")}
+every_mode = pytest.mark.parametrize("options", ALL_MODES.values(), ids=ALL_MODES)
 every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
@@ -47,8 +48,8 @@ def dropout():
 @every_mode
 @every_maker
 @pytest.mark.parametrize("name", NETWORKS)
-def test_steps_are_those_of_the_cpu(name, make, measure):
-    criterion, options = nn.CrossEntropyLoss(), {"measure": measure, "guard": GUARDS}
+def test_steps_are_those_of_the_cpu(name, make, options):
+    criterion = nn.CrossEntropyLoss()
     data = batches(name, criterion, 5)
     cpu = network(name)
     gpu = copy.deepcopy(cpu).cuda()
@@ -56,6 +57,7 @@ def test_steps_are_those_of_the_cpu(name, make, measure):
         train(model, criterion, make(model.parameters(), model, criterion, **options), seen)
     # A finite difference divides rounding, which differs, by its small step.
     # The GPU's kernel takes the rate in float32.
+    measure = options.get("measure", Measure())
     tolerance = 1e-4 if measure.jvp == "finite_difference" else 1e-7
     torch.testing.assert_close(flat(gpu).cpu(), flat(cpu), rtol=tolerance, atol=tolerance)
 
@@ -63,10 +65,10 @@ def test_steps_are_those_of_the_cpu(name, make, measure):
 @every_mode
 @every_maker
 @pytest.mark.parametrize("name", ["batchnorm", "transformer"])
-def test_nothing_waits_for_the_device(name, make, measure):
+def test_nothing_waits_for_the_device(name, make, options):
     """PyTorch itself raises where the host would wait."""
     model, criterion = network(name).cuda(), nn.CrossEntropyLoss()
-    optimizer = make(model.parameters(), model, criterion, measure=measure, guard=GUARDS)
+    optimizer = make(model.parameters(), model, criterion, **options)
     data = on_gpu(batches(name, criterion, 6))
     train(model, criterion, optimizer, data[:2])
     with no_synchronisation():
@@ -227,14 +229,14 @@ def test_a_step_inside_a_captured_graph_is_refused_and_nothing_moves():
 # Inductor's own; a fallback of this library is a RuntimeWarning.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-@pytest.mark.parametrize("measure", ["default", "exact", "difference", "part"])
-def test_a_compiled_model_takes_the_steps_of_the_plain_one(measure, mode):
+@pytest.mark.parametrize("how", ["default", "exact", "difference", "part"])
+def test_a_compiled_model_takes_the_steps_of_the_plain_one(how, mode):
     torch.manual_seed(0)
     torch._dynamo.reset()
     plain = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)).cuda()
     model, criterion = copy.deepcopy(plain), nn.CrossEntropyLoss()
     data = [(torch.randn(16, 32).cuda(), torch.randint(10, (16,)).cuda()) for _ in range(5)]
-    options = {"measure": MODES[measure]}
+    options = MODES[how]
     optimizer = AdlerScheduleFree(plain.parameters(), plain, criterion, **options)
     train(plain, criterion, optimizer, data)
     compiled = torch.compile(model, mode=mode)

@@ -6,8 +6,9 @@ from collections import defaultdict
 
 import pytest
 import torch
-from support.cases import EXACT, LAST_ITERATE, UNGUARDED, batches, flat, network
+from support.cases import batches, flat, network
 from support.loops import NoSynchronisation, train
+from support.options import EXACT, LAST_ITERATE, UNGUARDED
 from support.reference import Dense
 from torch import nn
 

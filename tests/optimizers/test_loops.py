@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.cases import EXACT, GUARDS, TRUST_REGION, flat
 from support.cases import classification as setting
+from support.cases import flat
 from support.launch import ROOT, torchrun
 from support.loops import train
+from support.options import EXACT, GUARDS, TRUST_REGION
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

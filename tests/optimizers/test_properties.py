@@ -7,17 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import (
-    EXACT,
-    GUARDS,
-    LAST_ITERATE,
-    NETWORKS,
-    TRUST_REGION,
-    batches,
-    flat,
-    network,
-)
+from support.cases import NETWORKS, batches, flat, network
 from support.loops import train
+from support.options import EXACT, GUARDS, LAST_ITERATE, TRUST_REGION
 from torch import nn
 
 from adler import Adler, GaussNewton, Guard, Measure

@@ -5,8 +5,10 @@ import functools
 
 import pytest
 import torch
-from support.cases import EXACT, UNGUARDED, batches, flat, network
+from support.cases import batches, flat, network
 from support.loops import NoSynchronisation, train
+from support.options import EXACT, UNGUARDED
+from support.reference import Preconditioned
 from torch import nn
 
 from adler import Adler, AdlerAdam, AdlerScheduleFree, curvature
@@ -29,13 +31,11 @@ def reference(model, criterion, data, rates, betas=(0.9, 0.999), decay=0.0):
     arrives at ``y``.
     """
     z = [p.detach().clone() for p in model.parameters()]
-    squares, history = [torch.zeros_like(p) for p in z], []
+    preconditioned, history = Preconditioned(betas[1]), []
     for k, ((inputs, targets), rate) in enumerate(zip(data, rates), start=1):
         y = [p.detach().clone() for p in model.parameters()]
         gradients = torch.autograd.grad(criterion(model(inputs), targets), model.parameters())
-        squares = [betas[1] * v + (1 - betas[1]) * g * g for v, g in zip(squares, gradients)]
-        for index, g in enumerate(gradients):
-            d = g / ((squares[index] / (1 - betas[1] ** k)).sqrt() + 1e-8)
+        for index, d in enumerate(preconditioned(gradients)):
             share = 1 - betas[0] * (1 - 1 / k)
             z[index] = z[index] - rate / share * (d + decay * y[index])
         history.append([p.clone() for p in z])
@@ -107,13 +107,12 @@ def test_parameters_that_miss_steps_have_averages_of_their_own(kind, monkeypatch
 
 def test_the_rate_is_the_minimiser_at_the_interpolated_point():
     model, criterion, optimizer, data = setting("cnn", **UNGUARDED, **EXACT)
-    squares = [torch.zeros_like(p) for p in model.parameters()]
-    for k, (x, y) in enumerate(data, start=1):
+    preconditioned = Preconditioned()
+    for x, y in data:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         g = [p.grad.clone() for p in model.parameters()]
-        squares = [0.999 * v + 0.001 * t * t for v, t in zip(squares, g)]
-        d = [t / ((v / (1 - 0.999**k)).sqrt() + 1e-8) for t, v in zip(g, squares)]
+        d = preconditioned(g)
         c = curvature.quadratic_form(model, model.parameters(), x, y, criterion, d)
         slope = sum((a * b).sum() for a, b in zip(g, d))
         optimizer.step()

@@ -7,22 +7,9 @@ import warnings
 import pytest
 import torch
 from support import loops
-from support.cases import (
-    CRITERIA,
-    EXACT,
-    GUARDS,
-    LAST_ITERATE,
-    MAKERS,
-    MODES,
-    NETWORKS,
-    TRUST_REGION,
-    UNGUARDED,
-    batches,
-    classification,
-    flat,
-    network,
-)
+from support.cases import CRITERIA, MAKERS, NETWORKS, batches, classification, flat, network
 from support.loops import NoSynchronisation, train, unchanged
+from support.options import EXACT, GUARDS, LAST_ITERATE, MODES, TRUST_REGION, UNGUARDED
 from support.reference import run
 from torch import nn
 
@@ -36,7 +23,8 @@ MEASURES = {f"every step, {jvp}": Measure.every_step(jvp) for jvp in ENGINES}
 MEASURES |= {f"default, {jvp}": Measure(jvp) for jvp in ENGINES}
 
 # A part of a batch says nothing of another part of it: what is added up is measured as a whole.
-either_measure = pytest.mark.parametrize("mode", ["default", "exact"])
+EITHER = {"default": {}, "exact": EXACT}
+either_measure = pytest.mark.parametrize("mode", EITHER)
 with_and_without_the_average = pytest.mark.parametrize("interpolation", [None, 0.9])
 
 
@@ -171,7 +159,7 @@ def test_nothing_in_a_step_waits_for_the_device(mode, options):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     criterion = nn.CrossEntropyLoss()
     x, y = torch.randn(16, 4), torch.randint(3, (16,))
-    optimizer = Adler(model.parameters(), model, criterion, measure=MODES[mode], **options)
+    optimizer = Adler(model.parameters(), model, criterion, **MODES[mode], **options)
     for _ in range(4):
         optimizer.zero_grad()
         criterion(model(x), y).backward()
@@ -182,10 +170,10 @@ def test_nothing_in_a_step_waits_for_the_device(mode, options):
 # --- several losses in one gradient ---------------------------------------------------------------
 
 
-def measured(backward, mode="exact", seed=0, **options):
+def measured(backward, mode="exact", **options):
     """The record of one step after ``backward(model, criterion, x, y)``."""
-    model, criterion, x, y = classification(seed=seed)
-    optimizer = Adler(model.parameters(), model, criterion, measure=MODES[mode], **options)
+    model, criterion, x, y = classification()
+    optimizer = Adler(model.parameters(), model, criterion, **EITHER[mode], **options)
     backward(model, criterion, x, y)
     optimizer.step()
     return optimizer.last_step, flat(model)
@@ -255,7 +243,7 @@ def test_forwards_that_are_not_differentiated_do_not_count(mode):
 @pytest.mark.parametrize("forget", ["optimizer", "model"])
 def test_a_step_that_never_came_is_forgotten_with_its_gradients(forget, mode):
     model, criterion, x, y = classification()
-    optimizer = Adler(model.parameters(), model, criterion, measure=MODES[mode])
+    optimizer = Adler(model.parameters(), model, criterion, **EITHER[mode])
     criterion(model(x[:7]), y[:7]).backward()
     (optimizer if forget == "optimizer" else model).zero_grad()
     criterion(model(x), y).backward()

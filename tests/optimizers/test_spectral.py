@@ -5,8 +5,9 @@ import itertools
 
 import pytest
 import torch
-from support.cases import CRITERIA, EXACT, LAST_ITERATE, NETWORKS, batches, flat, network
+from support.cases import CRITERIA, NETWORKS, batches, flat, network
 from support.loops import NoSynchronisation, train
+from support.options import EXACT, LAST_ITERATE
 from support.reference import Dense
 from torch import nn
 

@@ -1,25 +1,20 @@
 """Every optimizer, with its defaults and without, against the dense reference at every step."""
 
+from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.cases import (
-    CRITERIA,
-    EXACT,
-    GUARDS,
-    LAST_ITERATE,
-    TRUST_REGION,
-    batches,
-    flat,
-    network,
-)
+from support.cases import CRITERIA, batches, flat, network
 from support.loops import train
+from support.options import EXACT, GUARDS, LAST_ITERATE
 from support.reference import run
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, Measure
+from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, Guard, Measure
 
 STEPS = 16
+# Of the inputs: rates jump, so that they meet the bounds, and tensors are shortened or not.
+SIZES = (4.0, 1.0, 8.0)
 
 # How it is made, and what the reference calls that.
 METHODS = {
@@ -33,16 +28,17 @@ METHODS = {
     "schedule-free": (AdlerScheduleFree, {}, {"interpolation": 0.9, "second_moment": 0.999}),
 }
 # The defaults are written out here: the reference takes none from the library.
-GUARD = SimpleNamespace(trust_region=2.0, max_kl=None, max_relative_change=0.05)
+GUARD = SimpleNamespace(trust_region=2.0, max_kl=None, max_relative_change=0.02)
 DEFAULTS = {"beta": 0.9999, "eps": 1e-10, "guard": GUARD}
 DEFAULTS |= {"measure": SimpleNamespace(every=8, fraction=0.25, warmup=100)}
+CLOSE = Guard(trust_region=0.9, max_relative_change=None)
 RARE = Measure(every=3, fraction=0.5, warmup=4)
 OPTIONS = {
     "defaults": {},
     "whole batch": EXACT,
-    "trust region": {"guard": TRUST_REGION, "beta": 0.5},
+    "trust region": {"guard": CLOSE, "beta": 0.5},
     "all bounds": {"guard": GUARDS, **EXACT},
-    "rarely": {"measure": RARE, "guard": TRUST_REGION, "beta": 0.9},
+    "rarely": {"measure": RARE, "guard": CLOSE, "beta": 0.9},
     "rarely, all bounds": {"measure": RARE, "guard": GUARDS},
     "decayed": {"weight_decay": 0.1},
 }
@@ -52,7 +48,7 @@ def follow(method, options, name, criterion_name):
     """Compares everything that a step does; the trajectory of the reference."""
     make, own, known = METHODS[method]
     model, criterion = network(name), CRITERIA[criterion_name]()
-    data = batches(name, criterion, STEPS)
+    data = [(size * x, y) for (x, y), size in zip(batches(name, criterion, STEPS), cycle(SIZES))]
     expected = run(model, criterion, data, **{**DEFAULTS, **options, **known})
     optimizer = make(model.parameters(), model, criterion, **own, **options)
     for k, batch in enumerate(data):
@@ -91,10 +87,11 @@ def test_with_its_defaults_it_follows_on_networks_with_normalisation(name, metho
 
 def test_the_cases_meet_the_bounds_and_the_average():
     """Else the trajectories above would show less than they say."""
-    clipped = {
-        name: follow("adler", options, "mlp-relu", "ce-mean").clipped
-        for name, options in OPTIONS.items()
+    runs = {
+        name: follow("adler", options, "mlp-relu", "ce-mean") for name, options in OPTIONS.items()
     }
-    assert any(clipped["defaults"])
-    assert not all(clipped["trust region"])
-    assert {*clipped["rarely"]} == {*clipped["all bounds"]} == {True, False}
+    for name in ("defaults", "whole batch", "trust region", "all bounds", "rarely"):
+        assert {*runs[name].clipped} == {True, False}, name
+    for name in ("defaults", "whole batch", "all bounds", "rarely, all bounds", "decayed"):
+        assert any(0 < count < 4 for count in runs[name].shortened), name
+    assert not any(runs["trust region"].shortened)

@@ -10,8 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from support.cases import EXACT, LAST_ITERATE, batches, draw, flat, network
+from support.cases import batches, draw, flat, network
 from support.loops import NoSynchronisation, same, train, unchanged
+from support.options import EXACT, LAST_ITERATE
 from torch import nn, optim
 
 from adler import Adler, AdlerAdam, Guard, Measure, Wrapped, curvature, wrap

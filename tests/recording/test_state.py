@@ -440,3 +440,43 @@ def test_an_error_in_a_replay_leaves_everything_as_it_was():
     assert torch.get_rng_state().equal(rng)
     assert all(type(m._parameters) is dict for m in model.modules())
     F.cross_entropy(model(x), y).backward()
+
+
+# --- parts of a batch -----------------------------------------------------------------------------
+
+
+def test_a_hidden_state_of_the_whole_batchs_size_is_measured_whole():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.RNN(6, 8, batch_first=True), nn.Linear(8, 3)
+            self.h = torch.zeros(1, 12, 8, dtype=DOUBLE)
+
+        def forward(self, x):
+            r, h = self.rnn(x.unsqueeze(1), self.h)
+            self.h = h.detach()
+            return self.out(r).flatten(0, 1)
+
+    x, y = data()
+    model = Keeps().to(DOUBLE)
+    twin = copy.deepcopy(model)
+    expected = right([twin(x)], lambda f: ce(f, y), twin.parameters())
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure(fraction=0.25))
+    ce(model(x), y).backward()
+    held = model.h.clone()
+    optimizer.step()
+    check(optimizer, expected)
+    assert model.h.equal(held)
+
+
+def test_a_criterion_with_state_is_not_moved_by_a_part():
+    x, _ = data()
+    t = torch.randn(12, 3, dtype=DOUBLE)
+    model, criterion = body(), Centred()
+    optimizer = Adler(model.parameters(), model, criterion, measure=Measure(fraction=0.25))
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model(x), t).backward()
+        held = untouched(criterion)
+        optimizer.step()
+        assert untouched(criterion) == held

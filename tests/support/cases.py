@@ -14,8 +14,6 @@ from adler import (
     AdlerAdam,
     AdlerScheduleFree,
     GaussNewton,
-    Guard,
-    Measure,
     SpectralSGD,
 )
 from adler.diagnostics.theory.activations import normalised_activation
@@ -84,25 +82,6 @@ MAKERS = {
     "momentum": functools.partial(Adler, momentum=0.9),
     "as-published": Adler.as_published,
 }
-
-# How they may measure.
-MODES = {
-    "default": Measure(),
-    "exact": Measure.every_step(),
-    "difference": Measure.every_step("finite_difference"),
-    "part": Measure("finite_difference", every=1, fraction=0.5, warmup=0),
-    "amortised": Measure(every=2, fraction=1.0, warmup=0),
-}
-
-# What tests of exact mathematics ask for. The curvature is that of the whole batch, at each step:
-EXACT = {"measure": Measure.every_step()}
-# the rate is the average, or the minimiser of the first step:
-UNGUARDED = {"guard": None, "eps": 0.0}
-# parameters are those of the last step, not between an iterate and its average:
-LAST_ITERATE = {"interpolation": None}
-# every bound is there, and only the one that the quadratic model gives:
-GUARDS = Guard(trust_region=2.0, max_kl=0.1, max_relative_change=0.1)
-TRUST_REGION = Guard(trust_region=2.0, max_kl=None, max_relative_change=None)
 
 # Odd, even and neither; with a mean and without; with a kink and without.
 ACTIVATIONS = {

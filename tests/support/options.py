@@ -13,8 +13,16 @@ def measuring(jvp: str = "forward", **changes: Any) -> dict[str, Any]:
     return {"measure": replace(Measure.every_step(jvp), **changes)}
 
 
+# Curvature is that of the whole batch, at every step.
 EXACT = measuring()
-BOUNDS = {"guard": Guard(trust_region=2.0, max_kl=0.1, max_relative_change=0.1)}
+# The rate is the average, at the first step the minimiser.
+UNGUARDED = {"guard": None, "eps": 0.0}
+# The parameters are those of the last step, not between an iterate and its average.
+LAST_ITERATE = {"interpolation": None}
+# Every bound that there is; the one alone that the quadratic model gives.
+GUARDS = Guard(trust_region=2.0, max_kl=0.1, max_relative_change=0.1)
+TRUST_REGION = Guard(trust_region=2.0, max_kl=None, max_relative_change=None)
+BOUNDS = {"guard": GUARDS}
 
 # How a step may measure, each with another choice of bounds.
 MODES = {

@@ -37,8 +37,8 @@ class Dense:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
     def outputs(self, theta: Tensor, x: Any) -> Tensor:
-        parts = theta.split([math.prod(shape) for shape in self.shapes.values()])
-        params = {n: part.view(s) for (n, s), part in zip(self.shapes.items(), parts)}
+        parts = zip(self.shapes.items(), self.tensors(theta))
+        params = {name: part.view(shape) for (name, shape), part in parts}
         twin = copy.deepcopy(self.model)  # running statistics of the original stay
         return functional_call(twin, params, (x,))
 
@@ -62,15 +62,15 @@ class Dense:
             return 2 * float(self.criterion(self.outputs(theta, x), y))
         return 1.0 if self.criterion.reduction == "mean" else float(len(y))
 
-    def unit_change(self, theta: Tensor, d: Tensor) -> float:
-        """Step length at which the first weight matrix has moved by its norm."""
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        ratios = [
-            max(float(w.norm()), math.sqrt(shape[0] / 3)) / float(along.norm())
-            for w, along, shape in zip(theta.split(sizes), d.split(sizes), self.shapes.values())
-            if len(shape) > 1
-        ]
-        return min(ratios)
+    def tensors(self, theta: Tensor) -> list[Tensor]:
+        """The vector's parts, flat, in the order of the parameters."""
+        return list(theta.split([math.prod(shape) for shape in self.shapes.values()]))
+
+    def reaches(self) -> list[float]:
+        """Of each tensor the norm it has now, or that of PyTorch's default initialisation."""
+        rows = [shape[0] if shape else 1 for shape in self.shapes.values()]
+        norms = [float(w.norm()) for w in self.tensors(self.flat())]
+        return [max(norm, math.sqrt(n / 3)) for norm, n in zip(norms, rows)]
 
     def output_outer_products(self, theta: Tensor, x: Any, y: Any) -> Tensor:
         """The baseline's matrix: mean or sum over examples of ``∇ℓ_i ∇ℓ_iᵀ``."""
@@ -146,30 +146,57 @@ class Search:
             mean = math.exp(discounted([math.log(r) for r in self.rates], self.discounts))
         else:
             mean = discounted(self.rates, self.discounts)
-        bound = min(self.bounds(theta, d, minimiser, curvature))
+        bound = min(self.bounds(minimiser, curvature))
         return [min(mean, bound), minimiser, float(mean > bound)]
 
-    def bounds(self, theta: Tensor, d: Tensor, minimiser: float, curvature: float) -> list[float]:
-        """Of the guard's three, those that there are."""
+    def bounds(self, minimiser: float, curvature: float) -> list[float]:
+        """Of the quadratic model, those that there are."""
         found, guard = [math.inf], self.guard
         if guard is not None and guard.trust_region is not None:
             found.append(guard.trust_region * minimiser)
         if guard is not None and guard.max_kl is not None:
             found.append(math.sqrt(2 * guard.max_kl * self.nat / curvature))
-        if guard is not None and guard.max_relative_change is not None:
-            found.append(guard.max_relative_change * self.dense.unit_change(theta, d))
         return found
+
+    def within_reach(self, step: Tensor, rate: float, reaches: Sequence[float]) -> Tensor:
+        """The step's direction, in which each tensor that would go too far is shortened alone."""
+        if self.guard is None or self.guard.max_relative_change is None:
+            return step
+        parts = []
+        for part, reach in zip(self.dense.tensors(step), reaches):
+            most, length = self.guard.max_relative_change * reach, rate * float(part.norm())
+            parts.append(part if length <= most else part * most / length)
+        return torch.cat(parts)
+
+
+class Preconditioned:
+    """Adam's directions: gradients over the roots of their bias-corrected second moments."""
+
+    def __init__(self, beta: float = 0.999) -> None:
+        self.beta, self.count = beta, 0
+        self.squares: list[Tensor] = []
+
+    def __call__(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        beta, before = self.beta, self.squares or [torch.zeros_like(g) for g in gradients]
+        self.count += 1
+        self.squares = [beta * v + (1 - beta) * g * g for v, g in zip(before, gradients)]
+        correction = 1 - beta**self.count
+        return [g / ((v / correction).sqrt() + 1e-8) for v, g in zip(self.squares, gradients)]
 
 
 @dataclass
 class Trajectory:
-    """After every step: where gradients are taken, what is tested, and how far the step went."""
+    """After every step: where gradients are taken, what is tested, and how far the step went.
+
+    ``clipped`` is by the quadratic model; ``shortened`` counts tensors that would go too far.
+    """
 
     parameters: list[Tensor]
     averages: list[Tensor]
     minibatch_lrs: list[float]
     effective_lrs: list[float]
     clipped: list[bool]
+    shortened: list[int]
 
 
 def run(
@@ -191,12 +218,15 @@ def run(
 
     Algorithm 1, or the baseline, without further options. ``second_moment`` is Adam's β₂.
     ``interpolation`` is the β between the iterate and the mean of all iterates; without it the
-    parameters are the iterate.
+    parameters are the iterate. Of a step of the iterate the share s arrives at y. It is made longer
+    by 1/s, or where momentum repeats each gradient by as much as that is more than 1 / (1 - μ).
     """
     search = Search(Dense(model, criterion), kind, beta, eps, guard, measure)
     theta = z = search.dense.flat()
+    reaches = search.dense.reaches()
     history: list[Tensor] = []
-    first, second, out = torch.zeros_like(z), torch.zeros_like(z), Trajectory([], [], [], [], [])
+    first, second = torch.zeros_like(z), torch.zeros_like(z)
+    out = Trajectory([], [], [], [], [], [])
     for t, (x, y) in enumerate(batches, start=1):
         g = search.dense.gradient(theta, x, y)
         first, scale = momentum * first + (1 - momentum) * g, torch.ones_like(g)
@@ -204,11 +234,13 @@ def run(
             second = second_moment * second + (1 - second_moment) * g**2
             scale = 1 / ((second / (1 - second_moment**t)).sqrt() + 1e-8)
         rate, minimiser, clipped = search.rate(theta, g, scale * g, x, y, t - 1)
-        step = scale * first / (1 - momentum**t)
+        full = scale * first / (1 - momentum**t)
+        step = search.within_reach(full, rate, reaches)
         if interpolation is None:
             theta = average = theta - rate * (step + weight_decay * theta)
         else:
-            z = z - rate / (1 - interpolation * (1 - 1 / t)) * (step + weight_decay * theta)
+            longer = max(1.0, (1 - momentum) / (1 - interpolation * (1 - 1 / t)))
+            z = z - rate * longer * (step + weight_decay * theta)
             history.append(z)
             average = torch.stack(history).mean(0)
             theta = (1 - interpolation) * z + interpolation * average
@@ -217,4 +249,6 @@ def run(
         out.minibatch_lrs.append(minimiser)
         out.effective_lrs.append(rate)
         out.clipped.append(bool(clipped))
+        tensors = zip(search.dense.tensors(full), search.dense.tensors(step))
+        out.shortened.append(sum(not a.equal(b) for a, b in tensors))
     return out

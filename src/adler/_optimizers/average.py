@@ -79,7 +79,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                         self._take_edits(p)
                         mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                         p.lerp_(mine["z"], 1 - 1 / interpolation)
-                    self._note(p)
+                        self._note(p)
             distributed.let_go(self.model)
 
     def train(self) -> None:
@@ -107,18 +107,27 @@ class AveragedOptimizer(MeasuredOptimizer):
         return True
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._take_edits(p)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            before = self.state.get(p, {}).get("z")
+            if self._take_edits(p):
+                now = self.state[p]["z"]
+                self.state[p]["z"] = torch.where(found.skipped.to(p.device), before, now)
         super()._descend(found, direction)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._note(p)
+        if found.skipped.device.type == "cpu" and bool(found.skipped.numpy()):
+            return  # edits are taken by the next step
+        for p in params:
+            self._note(p)
 
-    def _retire(self) -> None:
-        """Leaves the average in the parameters and forgets the iterates: the run has ended."""
+    def _retire(self, move: bool = True) -> None:
+        """Leaves the average in the parameters and forgets the iterates: the run has ended.
+
+        Args:
+            move: Whether to put the average in place; not where gradients have been taken already.
+        """
         if any("z" in self.state.get(p, {}) for g in self.param_groups for p in g["params"]):
-            self.eval()
+            if move:
+                self.eval()
             for group in self.param_groups:
                 for p in group["params"]:
                     for key in ("y", "z"):
@@ -219,6 +228,14 @@ class _Follow:
         elif not model.training and not torch.is_grad_enabled():
             optimizer.eval()
 
+    def hand_over(self, params: set[int]) -> None:
+        """Another optimizer of some of these parameters, by `id`, begins: this one has ended."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None or not optimizer.follow_mode:
+            return
+        if any(id(p) in params for group in optimizer.param_groups for p in group["params"]):
+            optimizer._retire()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Follow, (None, None)
 
@@ -239,7 +256,8 @@ class _Retire:
             theirs = (p for group in stepping.param_groups for p in group["params"])
             self._shares[stepping] = any(id(p) in own for p in theirs)
         if self._shares[stepping]:
-            mine._retire()
+            # One that measures would measure where the gradient was not taken.
+            mine._retire(move=not isinstance(stepping, MeasuredOptimizer))
 
 
 class Interpolation(Direction):

@@ -618,6 +618,10 @@ class MeasuredOptimizer(Optimizer):
     def _attach(self) -> None:
         """Hooks the model and the criterion; the hooks do not keep the optimizer alive."""
         me = weakref.ref(self)
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        for hook in list(self.model._forward_pre_hooks.values()):
+            if hasattr(hook, "hand_over"):  # of an optimizer that was there before
+                hook.hand_over(own)
 
         def params() -> Iterable[Tensor]:
             alive = me()

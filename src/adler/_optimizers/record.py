@@ -109,8 +109,8 @@ class Log:
             if count is not None and count >= _PATIENCE:
                 raise RuntimeError(
                     f"step(): none of the first {count} steps could be measured, and the "
-                    f"parameters have not moved: {self._cause(checks)}. docs: training-loops, "
-                    "'What a measurement may rely on'"
+                    f"parameters have not moved: {self._cause(checks)}. What a measurement may "
+                    "rely on is said in the documentation of training loops"
                 )
 
     def _sure(self, like: Tensor) -> Tensor:

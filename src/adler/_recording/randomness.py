@@ -62,7 +62,10 @@ class RandomState:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.numpy().tobytes() == b.numpy().tobytes()
+    try:
+        return bool(a.numpy().tobytes() == b.numpy().tobytes())
+    except RuntimeError:  # inside a function transform, whose tensors have no memory of their own
+        return False
 
 
 def _key(state: dict[str, Any] | None) -> Any:

@@ -43,6 +43,7 @@ __all__ = [
     "BatchCurvature",
     "batch_curvature",
     "checked",
+    "has_batch_statistics",
     "loss_weights",
     "losses_by_call",
     "weighted",
@@ -155,7 +156,15 @@ def _of_a_part(one: _Measurement, jvp: str, alone: bool, checks: bool) -> BatchC
         sure = _best(whole, jvp, alone)
         jvp = sure.engine
         memory.full = 0 if alone and memory.distrusts(sure.trusted) else _PARTS
-    found = part.run(jvp) if sure is not None else _best(part, jvp, alone)
+    try:
+        found = part.run(jvp) if sure is not None else _best(part, jvp, alone)
+    except ExplainedError:
+        raise
+    except _CriterionError as caught:
+        raise (caught.__cause__ or caught) from None
+    except Exception:  # a hidden state or another attribute is of the whole batch's size
+        memory.full = 0
+        return _best(whole, jvp, alone) if sure is None else sure
     if alone and memory.distrusts(found.trusted):
         # Its examples depend on the others, or it is not repeated.
         return _best(whole, jvp, alone) if sure is None else sure
@@ -442,7 +451,7 @@ class _Measurement:
         curved = one and self.hessian.curved and not loss.options
         # Closed forms do not call the criterion. Others do, each time as it was in training.
         around = contextlib.nullcontext if curved else loss.surroundings
-        with loss.surroundings() if loss.value is None else contextlib.nullcontext():
+        with loss.surroundings() if loss.outputs is None else contextlib.nullcontext():
             at_height = checked(loss, self.criterion, outputs[0])
         if loss.path is not None:
             tangents = loss.path.push(tangents)

@@ -16,6 +16,7 @@ from adler.curvature.jacobian import directional_derivative, transpose
 from adler.curvature.measurement import (
     BatchCurvature,
     checked,
+    has_batch_statistics,
     loss_weights,
     losses_by_call,
     weighted,
@@ -161,7 +162,8 @@ def _terms(
                     "of the model: do in output_fn= what the loop does in between, or use Adler"
                 )
             for place in (p.place for p in loss.places if p.place is not None and p.place.intact):
-                if place.output.shape == outputs.shape:
+                alone = not call.partial or not (call.draws or has_batch_statistics(call.model))
+                if alone and place.output.shape == outputs.shape:
                     within = tolerance(call, outputs.dtype)
                     same = same & outputs_agree(outputs, place.output, within).to(same.device)
             height = checked(loss, criterion, outputs)

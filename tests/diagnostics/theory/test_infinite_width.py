@@ -132,7 +132,7 @@ def test_normalised_layers_drive_examples_apart_and_a_mean_does_not():
     assert bool((normalised.diff() > -1e-12).all())
     assert float(normalised[-1]) > 0.99
     plain = eigenvalue_lower_bound(G, torch.relu, depth=30)
-    assert float(plain[-1]) < 0.01
+    assert float(plain[-1]) < 0.05
     assert float(smallest(iterated_gram(G, torch.relu, depth=30))[-1]) < 0.05
 
 

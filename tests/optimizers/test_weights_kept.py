@@ -1,0 +1,133 @@
+"""Weights are never lost: optimizers that go, loaded weights, other optimizers, other states."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from support.right import DOUBLE, body
+from torch import nn
+
+from adler import Adler, AdlerAdam, AdlerScheduleFree, Measure
+
+ce = nn.CrossEntropyLoss()
+torch.manual_seed(1)
+X, Y = torch.randn(64, 6, dtype=DOUBLE), torch.randint(3, (64,))
+KINDS = [Adler, AdlerScheduleFree]
+
+
+def steps(model, optimizer, count):
+    model.train()
+    for k in range(count):
+        rows = torch.arange(16) + k % 40
+        optimizer.zero_grad()
+        ce(model(X[rows]), Y[rows]).backward()
+        optimizer.step()
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def at_the_average(model):
+    model.eval()
+    with torch.no_grad():
+        model(X)
+    return weights(model)
+
+
+def equal(a, b):
+    return all(x.equal(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_whose_optimizer_is_gone_holds_the_average(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 20)
+    y = weights(model)
+    optimizer.eval()
+    x = weights(model)
+    optimizer.train()
+    assert equal(weights(model), y)
+    assert not equal(x, y)
+    del optimizer
+    gc.collect()
+    assert equal(weights(model), x)
+    assert equal(at_the_average(model), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_loaded_weights_are_tested_and_trained_on(kind, mode):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 10)
+    best = dict(zip(model.state_dict(), at_the_average(model)))
+    steps(model, optimizer, 20)
+    if mode == "eval":
+        at_the_average(model)
+    model.load_state_dict(best)
+    assert equal(at_the_average(model), best.values())
+    model.train()
+    model(X)
+    assert equal(weights(model), best.values())
+    optimizer.zero_grad()
+    steps(model, optimizer, 1)
+    assert not equal(weights(model), best.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_edited_between_steps_are_those_that_move(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    for _ in range(10):
+        steps(model, optimizer, 1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.05, 0.05)
+    assert all(float(p.abs().max()) <= 0.05 for p in at_the_average(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_optimizer_leaves_the_next_phase_alone(kind):
+    model = body()
+    old = kind(model.parameters(), model, ce)
+    steps(model, old, 20)
+    x = at_the_average(model)
+    steps(model, torch.optim.SGD(model.parameters(), lr=0.0), 1)
+    assert equal(weights(model), x)
+    steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 20)
+    trained = weights(model)
+    assert not equal(trained, x)
+    assert equal(at_the_average(model), trained)
+    assert old.last_step is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_goes_on_bit_for_bit(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 12)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, 5)
+    other = body()
+    again = kind(other.parameters(), other, ce, measure=Measure())
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    steps(other, again, 5)
+    assert equal(weights(other), weights(model))
+    assert equal(at_the_average(other), at_the_average(model))
+
+
+@pytest.mark.parametrize("kind", [Adler, AdlerAdam, AdlerScheduleFree])
+@pytest.mark.parametrize("theirs", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_state_of_another_optimizer_is_refused(kind, theirs):
+    model = body()
+    old = theirs(model.parameters(), lr=1e-3)
+    steps(model, old, 1)
+    new = kind(model.parameters(), model, ce)
+    before = copy.deepcopy(new.state_dict())
+    with pytest.raises(ValueError, match=r"not that of an optimizer of adler.*0\.001"):
+        new.load_state_dict(old.state_dict())
+    assert str(new.state_dict()) == str(before)
