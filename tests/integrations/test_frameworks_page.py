@@ -53,7 +53,7 @@ def test_the_section_runs(section, tmp_path, monkeypatch, capsys):
 
 
 def example(name, *arguments):
-    command = [sys.executable, "-m", f"examples.{name}", *arguments]
+    command = [sys.executable, "-m", f"examples.programs.{name}", *arguments]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout
 

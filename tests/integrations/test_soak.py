@@ -98,7 +98,8 @@ def live(model, criterion):
 
 @pytest.mark.row("Soak")
 @pytest.mark.filterwarnings("ignore:the last 10 steps were skipped:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:the last 10 measurements contradict:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:jvp='finite_difference' contradicts:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:measurement contradicts the training pass:RuntimeWarning")
 @pytest.mark.parametrize("kind", MAKERS)
 def test_bad_batches_and_changing_options(kind):
     torch.manual_seed(0)

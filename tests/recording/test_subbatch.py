@@ -110,6 +110,11 @@ def test_losses_of_one_call_share_their_part():
     assert part(losses, 1.0, criterion) is losses
 
 
+def test_a_batch_without_examples_is_its_own_part():
+    loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(0, 4)), (torch.zeros(0),))
+    assert part([loss], 0.5, nn.MSELoss()) == [loss]
+
+
 @pytest.mark.parametrize(("fraction", "rows"), [(1e-9, 2), (0.26, 3), (0.5, 4), (0.99, 8)])
 def test_a_part_is_rounded_up_and_never_a_single_example(fraction, rows):
     loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(8, 4)), (torch.zeros(8),))

@@ -297,8 +297,8 @@ class Interpolation(Direction):
         count_(steps, skipped)
         directions = self._inner.advance(group, params, skipped)
         directions = self.within_reach(params, directions, rate)
-        if group["weight_decay"] != 0:  # decoupled, at y
-            directions = list(torch._foreach_add(directions, params, alpha=group["weight_decay"]))
+        if group["weight_decay"] != 0:
+            directions = _with_decay(directions, params, group["weight_decay"], rate)
         interpolation = self._interpolation(group)
         assert interpolation is not None
         interpolate_(
@@ -320,6 +320,19 @@ class Interpolation(Direction):
     def undo(self) -> None:
         """The inner direction's."""
         self._inner.undo()
+
+
+def _with_decay(
+    directions: Sequence[Tensor], params: Sequence[Tensor], decay: float, rate: Tensor
+) -> list[Tensor]:
+    """The directions, and the decoupled decay at ``y``, which never flips a sign there."""
+    along, at = distributed.local(directions), distributed.local(params)
+    amount = rate.reciprocal().clamp(max=decay)  # a rate of 0 allows any
+    if _tensors.is_on_host(rate.device):
+        return list(torch._foreach_add(along, at, alpha=float(amount.detach().numpy())))
+    found = torch._foreach_mul(at, [amount.to(p.device) for p in at])
+    torch._foreach_add_(found, along)
+    return list(found)
 
 
 def _fast_state(state: State, p: Tensor) -> dict[str, Tensor]:

@@ -69,6 +69,9 @@ def part(
         if loss.call not in calls:
             calls[loss.call] = _part_of_call(loss.call, fraction)
         call, count, size = calls[loss.call]
+        if size == 0:
+            found.append(loss)
+            continue
         rows = _rows(loss, size)
         targets = _first(loss.targets, rows, count * rows // size, "criterion")
         summed = getattr(criterion, "reduction", "mean") == "sum"
