@@ -32,7 +32,6 @@ def dense_rate(model, criterion, x, y):
     return float(1 / (2 * torch.linalg.eigvalsh(J @ J.T)[-1] * norm))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("criterion_name", CRITERIA)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_rate_is_that_of_the_dense_kernel(name, criterion_name):
@@ -90,7 +89,6 @@ def test_a_sample_of_columns_lies_between_and_repeats_itself():
     assert rates[2, 0] == rates[2, 1] > rates[18, 0] == rates[18, 1]
 
 
-@pytest.mark.long
 def test_the_rate_is_at_most_half_of_adlers():
     for name in NETWORKS:
         model, criterion, optimizer, data = setting(name, power_iterations=20, **UNGUARDED)

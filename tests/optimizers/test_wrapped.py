@@ -180,7 +180,6 @@ NAIVE = {
 
 
 # Along an average the slope is often negative, so that there is no step.
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the last .* steps were skipped")
 @pytest.mark.parametrize(("base", "factor"), NAIVE.values(), ids=NAIVE)
 def test_along_an_averaged_step_rates_are_too_large_and_training_is_worse(base, factor):
@@ -227,8 +226,10 @@ def test_a_third_party_optimizer_trains():
 @pytest.mark.parametrize("name", ["mlp-relu", "transformer"])
 def test_with_adamw_it_is_adler_adam(name, weight_decay, measure):
     base = partial(optim.AdamW, weight_decay=weight_decay)
-    model, optimizer, data = setting(base, name, measure=measure)
-    twin, options = network(name), {"weight_decay": weight_decay, "measure": measure}
+    free = Guard(max_relative_change=None)  # of the base's step its decay is a part
+    model, optimizer, data = setting(base, name, measure=measure, guard=free)
+    twin, options = network(name), {"measure": measure, "guard": free}
+    options["weight_decay"] = weight_decay
     other = AdlerAdam(twin.parameters(), twin, CRITERION, **options)
     train(model, CRITERION, optimizer, data)
     train(twin, CRITERION, other, data)
@@ -313,7 +314,7 @@ def test_a_loss_that_is_not_finite_is_noticed_after_the_base_has_stepped(make):
 
 
 # Of the whole batch the criterion complains, once the base has stepped; a part is not even taken.
-ERRORS = {"part": ({}, "received 5 rows for a batch of 6"), "whole": (EXACT, "refuses outputs")}
+ERRORS = {"part": ({}, "refuses outputs"), "whole": (EXACT, "refuses outputs")}
 
 
 @any_base

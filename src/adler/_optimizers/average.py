@@ -125,13 +125,17 @@ class AveragedOptimizer(MeasuredOptimizer):
         Args:
             move: Whether to put the average in place; not where gradients have been taken already.
         """
-        if any("z" in self.state.get(p, {}) for g in self.param_groups for p in g["params"]):
-            if move:
-                self.eval()
+        with torch.inference_mode(False), torch.no_grad():
             for group in self.param_groups:
+                interpolation = self._interpolation(group)
                 for p in group["params"]:
-                    for key in ("y", "z"):
-                        self.state.get(p, {}).pop(key, None)
+                    mine = self.state.get(p, {})
+                    if interpolation is None or "z" not in mine:
+                        continue
+                    if move and "y" not in mine:
+                        p.lerp_(mine["z"], 1 - 1 / interpolation)
+                    # Replaced, never mutated: a state_dict of before holds these very numbers.
+                    self.state[p] = {k: v for k, v in mine.items() if k not in ("y", "z")}
 
     def __del__(self) -> None:
         """A model whose optimizer is gone keeps the average, not the point of the last gradient."""
