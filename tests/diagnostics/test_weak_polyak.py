@@ -44,6 +44,7 @@ def test_lemma_22_holds_on_convex_functions(seed):
             assert f(x) - f.least <= float(factor) * gap + SLACK * (1 + gap)
 
 
+@pytest.mark.long
 @examples
 @given(seed=seeds)
 def test_lemma_22_holds_on_logistic_regression(seed):

@@ -525,6 +525,7 @@ def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
     assert "Figure 6.13" in done.stdout
 
 
+@pytest.mark.long
 def test_figures_are_functions_of_the_records(smoke, tmp_path):
     before = copy.deepcopy(smoke)
     made = [
@@ -535,6 +536,7 @@ def test_figures_are_functions_of_the_records(smoke, tmp_path):
     assert_same_figures(*made)
 
 
+@pytest.mark.long
 def test_every_figure_has_labels_and_a_legend(smoke):
     assert figures._FIGURES.keys() == FIGURES.keys()
     for name, make in figures._FIGURES.items():
@@ -546,6 +548,7 @@ def test_every_figure_has_labels_and_a_legend(smoke):
         assert make([]) is None
 
 
+@pytest.mark.long
 def test_claims_are_a_function_of_the_records(smoke):
     before = copy.deepcopy(smoke)
     text = claims.markdown(smoke, "smoke")
@@ -582,6 +585,7 @@ def altered(smoke, kind, change):
     return claims.markdown(found, "smoke")
 
 
+@pytest.mark.long
 def test_verdicts_follow_the_records(smoke):
     """Each verdict changes when the numbers that it speaks of do."""
 
@@ -691,6 +695,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
         records.read(tmp_path / "records.jsonl")
 
 
+@pytest.mark.long
 def test_of_several_records_of_one_experiment_the_first_counts(smoke, tmp_path):
     path = tmp_path / "records.jsonl"
     second = {**smoke[0], "seconds": -1.0}

@@ -67,6 +67,7 @@ def work(run):
     return {"name": run.key()}
 
 
+@pytest.mark.long
 def test_what_finished_is_recorded_and_what_crashed_is_counted(tmp_path, capsys):
     path = tmp_path / "new" / "a.jsonl"
     assert jobs.record_all([Run(n) for n in range(3)], 5, work, path, jobs=2, unit="sum") == 1

@@ -235,6 +235,7 @@ def test_loss_ratios_are_those_that_the_mean_is_of():
 # --- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_horizons_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "longer", SMALL)
     results = tmp_path / "longer"

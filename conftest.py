@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""What holds for every test, and for every example in a docstring."""
 
 import random
 
