@@ -502,6 +502,8 @@ def kernels(kind, depth, step, **options):
     return mode.count
 
 
+# In float32 a difference along the baseline's long steps may be replaced by an exact engine.
+@pytest.mark.filterwarnings("ignore:jvp='finite_difference' contradicts the gradient")
 @pytest.mark.parametrize("step", [1, 2], ids=["between", "measured"])  # the first makes state
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("kind", ["adler", "momentum", "adam", "schedule-free", "gauss-newton"])

