@@ -502,15 +502,14 @@ def kernels(kind, depth, step, **options):
     return mode.count
 
 
-# In float32 a difference along the baseline's long steps may be replaced by an exact engine.
-@pytest.mark.filterwarnings("ignore:jvp='finite_difference' contradicts the gradient")
 @pytest.mark.parametrize("step", [1, 2], ids=["between", "measured"])  # the first makes state
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("kind", ["adler", "momentum", "adam", "schedule-free", "gauss-newton"])
 def test_kernels_do_not_grow_with_the_number_of_parameters(kind, options, step, monkeypatch):
     monkeypatch.setattr(update, "_HOST_DEVICES", ())
     made = {**KINDS, "momentum": functools.partial(Adler, momentum=0.9)}[kind]
-    counts = [kernels(made, depth, step, **options) for depth in (2, 12)]
+    # Short steps: after a long one of the baseline a difference in float32 is no longer trusted.
+    counts = [kernels(made, depth, step, lr=0.1, **options) for depth in (2, 12)]
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) < 400  # the first measurements look closely
 
