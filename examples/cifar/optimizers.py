@@ -31,6 +31,20 @@ class Entry(NamedTuple):
     make: Factory
 
 
+def _guarded(**bounds: float | None) -> Factory:
+    """Algorithm 1 under bounds: Adler's defaults of when the comparison was run."""
+    guard = adler.Guard(trust_region=2.0, **bounds)
+    return lambda p, m, c, lr: adler.Adler(
+        p,
+        m,
+        c,
+        interpolation=None,
+        beta=0.99,
+        guard=guard,
+        measure=adler.Measure.every_step(),
+    )
+
+
 # No momentum, no weight decay, no schedule. In the order of the table's columns.
 OPTIMIZERS: dict[str, Entry] = {
     "adler-published": Entry(
@@ -40,14 +54,8 @@ OPTIMIZERS: dict[str, Entry] = {
         "GN (published)", False, 3, lambda p, m, c, lr: adler.GaussNewton.as_published(p, m, c)
     ),
     "sgd": Entry("SGD grid", True, 2, lambda p, m, c, lr: SGD(p, lr=lr)),
-    "adler": Entry("Adler (default)", False, 3, lambda p, m, c, lr: adler.Adler(p, m, c)),
-    # Without the two bounds on how far the network is linear.
+    "adler": Entry("Adler (guarded)", False, 3, _guarded(max_kl=0.1, max_relative_change=0.1)),
     "adler-cap": Entry(
-        "Adler (cap only)",
-        False,
-        3,
-        lambda p, m, c, lr: adler.Adler(
-            p, m, c, guard=adler.Guard(max_kl=None, max_relative_change=None)
-        ),
+        "Adler (cap only)", False, 3, _guarded(max_kl=None, max_relative_change=None)
     ),
 }

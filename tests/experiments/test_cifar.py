@@ -533,14 +533,14 @@ TABLE = """\
 
 ## CIFAR-100: final test accuracy
 
-| Models | Activation | ADLER (published) | GN (published) | SGD grid | Adler (default) |
+| Models | Activation | ADLER (published) | GN (published) | SGD grid | Adler (guarded) |
 | --- | --- | --- | --- | --- | --- |
 | CNN+ResNet | relu | 0.158 ± 0.098 (1 of 4 diverged) | 0.225 ± 0.006 | 0.285 ± 0.006 | 0.185 ± 0.117 (1 of 4 at chance) |
 | ViT | tanh | 0.205 ± 0.007 | 0.225 ± 0.007 | 0.285 ± 0.007 | 0.245 ± 0.007 |
 
 ## CIFAR-10: final test accuracy
 
-| Models | Activation | ADLER (published) | GN (published) | SGD grid | Adler (default) |
+| Models | Activation | ADLER (published) | GN (published) | SGD grid | Adler (guarded) |
 | --- | --- | --- | --- | --- | --- |
 | CNN+ResNet | relu | 0.158 ± 0.098 (1 of 4 diverged) | 0.225 ± 0.006 | 0.285 ± 0.006 | 0.185 ± 0.117 (1 of 4 at chance) |
 | ViT | tanh | 0.205 ± 0.007 | 0.225 ± 0.007 | 0.285 ± 0.007 | 0.245 ± 0.007 |
@@ -553,10 +553,10 @@ Mean ± standard deviation over seeds, each with its own width and depth, and ov
 | --- | --- | --- | --- | --- | --- |
 | CNN+ResNet | ADLER (published) | 2.22 | 1.111 | 1.50 | 0.750 |
 | CNN+ResNet | GN (published) | 2.11 | 1.056 | 1.50 | 0.750 |
-| CNN+ResNet | Adler (default) | 2.11 | 1.056 | 1.50 | 0.750 |
+| CNN+ResNet | Adler (guarded) | 2.11 | 1.056 | 1.50 | 0.750 |
 | ViT | ADLER (published) | 2.11 | 1.056 | 1.50 | 0.750 |
 | ViT | GN (published) | 2.11 | 1.056 | 1.50 | 0.750 |
-| ViT | Adler (default) | 2.11 | 1.056 | 1.50 | 0.750 |
+| ViT | Adler (guarded) | 2.11 | 1.056 | 1.50 | 0.750 |
 
 Medians over networks and seeds, of training without evaluation; the grid is 2 runs. A forward pass, a backward pass and a Jacobian-vector product count one pass each. Diverged runs, which stop early, enter only the whole grid's seconds.
 """  # noqa: E501
@@ -596,7 +596,7 @@ def test_figures_are_drawn_and_do_not_change(tmp_path):
     ]
     assert_same_figures(*made)
     for path in made[0][1::2]:
-        assert b"Adler (default)" in path.read_bytes() or b"<use" in path.read_bytes()
+        assert b"Adler (guarded)" in path.read_bytes() or b"<use" in path.read_bytes()
 
 
 def test_the_smoke_preset_needs_no_download(tmp_path, capsys):
