@@ -82,10 +82,12 @@ OURS: dict[str, Stepper] = {
     # Measures at the first step only: all that is not a replay.
     "all but the measurement": _ours(adler.Adler, Measure(every=10**9, warmup=0)),
     "AdamW": _of_suite("adamw"),
+    # As by default, once the first hundred steps are over.
     "AdlerScheduleFree": _ours(adler.AdlerScheduleFree, _DEFAULT),
     "AdlerScheduleFree, low_cost": _ours(adler.AdlerScheduleFree, _LOW_COST),
     "Adler": _ours(adler.Adler, _DEFAULT),
     "AdlerAdam": _ours(adler.AdlerAdam, _DEFAULT),
+    "AdlerScheduleFree, every step": _ours(adler.AdlerScheduleFree, Measure.every_step()),
 }
 
 
