@@ -13,8 +13,10 @@ from support.loops import NoSynchronisation, train, unchanged
 from support.options import EXACT, GUARDS, LAST_ITERATE, MODES, TRUST_REGION, UNGUARDED
 from support.reference import run
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adler import Adler, GaussNewton, Guard, Measure
+from adler._optimizers.sgd import _corrections
 
 KINDS = {"adler": Adler, "gauss_newton": GaussNewton}
 STEPS = 20
@@ -582,3 +584,14 @@ def test_the_step_count_survives_no_warning_on_a_healthy_run():
         optimizer = Adler(model.parameters(), model, criterion)
         train(model, criterion, optimizer, [(x, y)] * 30)
     assert int(optimizer.last_step.skipped_total) == 0
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_momentum_is_corrected_on_each_device_of_a_model(equal):
+    """Tensors that only claim a device: what is on two of them together is an error."""
+    devices = ["cuda:0", "cuda:1", "cpu"]
+    with FakeTensorMode():
+        averages = [torch.zeros(3, device=device) for device in devices]
+        steps = [torch.zeros((), device=device) for device in devices]
+        corrected = torch._foreach_div(averages, _corrections(steps, 0.9, equal, averages))
+        assert [str(part.device) for part in corrected] == devices

@@ -237,8 +237,10 @@ class Momentum(Direction):
             return super().advance(group, params, skipped)
         averages, steps = self._averages(params)
         _tensors.lerp_(averages, gradients_of(params), 1 - momentum, skipped)
-        corrections = _corrections(steps, momentum, self._equal[id(group)])
-        found = torch._foreach_div(local(averages), corrections)
+        mine = local(averages)
+        found = torch._foreach_div(
+            mine, _corrections(steps, momentum, self._equal[id(group)], mine)
+        )
         return [like(part, p) for part, p in zip(found, params, strict=True)]
 
     def _averages(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -246,9 +248,17 @@ class Momentum(Direction):
         return [mine["exp_avg"] for mine in states], [mine["step"] for mine in states]
 
 
-def _corrections(steps: Sequence[Tensor], momentum: float, equal: bool) -> Tensor | list[Tensor]:
-    """``1 - μ^t`` of each, or one of all; 1 before any step, which is skipped."""
-    counts = torch.stack(list(steps[:1] if equal else steps))
-    found = 1 - momentum ** counts.to(_tensors.widest(counts.device))
+def _corrections(
+    steps: Sequence[Tensor], momentum: float, equal: bool, averages: Sequence[Tensor]
+) -> Tensor | list[Tensor]:
+    """``1 - μ^t`` of each, on the device of its average; one of all where that is enough.
+
+    Before any step, which is then skipped, 1.
+    """
+    home = steps[0].device
+    counts = torch.stack([t.to(home) for t in (steps[:1] if equal else steps)])
+    found = 1 - momentum ** counts.to(_tensors.widest(home))
     found = torch.where(found == 0, 1.0, found)
-    return found[0] if equal else list(found.unbind())
+    if equal and all(m.device == home for m in averages):
+        return found[0]
+    return [x.to(m.device) for x, m in zip(found.expand(len(averages)), averages, strict=True)]
