@@ -19,7 +19,7 @@ the device mesh of its parameters. Nothing else is guessed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,17 +29,16 @@ __all__ = [
     "Layout",
     "active",
     "all_whole",
-    "find",
-    "groups_of",
+    "check_supported",
+    "find_ddp",
     "is_sharded",
     "layout",
-    "let_go",
     "like",
     "local",
     "mean",
     "moved",
-    "refuse",
-    "sharded_difference",
+    "process_groups",
+    "reshard",
     "whole",
 ]
 
@@ -58,7 +57,7 @@ def _is(value: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
-def find(model: nn.Module) -> nn.Module | None:
+def find_ddp(model: nn.Module) -> nn.Module | None:
     """The `DistributedDataParallel` that ``model`` is, compiled or not."""
     inner = getattr(model, "_orig_mod", model)
     if _is(inner, "torch.nn.parallel.distributed", "DistributedDataParallel"):
@@ -73,7 +72,7 @@ def active() -> nn.Module | None:
     return getattr(kind, "_active_ddp_module", None)
 
 
-def refuse(model: nn.Module) -> None:
+def check_supported(model: nn.Module) -> None:
     """Refuses wrappers whose parameters or outputs the measurement could not follow.
 
     Raises:
@@ -92,7 +91,7 @@ def refuse(model: nn.Module) -> None:
         )
 
 
-def groups_of(ddp: nn.Module | None, params: Sequence[Tensor]) -> list[Any]:
+def process_groups(ddp: nn.Module | None, params: Sequence[Tensor]) -> list[Any]:
     """The process groups over which gradients were averaged; empty for one process.
 
     Args:
@@ -220,47 +219,8 @@ def whole(sums: Tensor, where: Layout | None) -> Tensor:
     return sums
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Frees parameters that FSDP's last forward has left gathered, so that the next looks anew."""
     for module in model.modules():
         if _is(module, "torch.distributed.fsdp", "FSDPModule"):
             module.reshard()  # type: ignore[operator]
-
-
-def sharded_difference(
-    call: Callable[[Mapping[str, Tensor]], Tensor],
-    model: nn.Module,
-    params: Mapping[str, Tensor],
-    direction: Mapping[str, Tensor],
-    step: Tensor,
-    outputs: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$, in place.
-
-    FSDP gathers parameters from its own shards, so these are moved, and put back bit for bit,
-    whatever happens in between. Parameters that an earlier forward has left gathered are let go
-    before and after: they would hide the move.
-
-    Args:
-        call: The model's call; with an empty mapping, at the parameters that the model has.
-        model: The model that ``call`` calls.
-        params: Parameters by name.
-        direction: Same names and layouts.
-        step: ``α``, positive, 0-dim, the same on all ranks.
-        outputs: ``F(θ)`` if known.
-    """
-    parts = local([params[name] for name in direction])
-    with torch.no_grad():
-        let_go(model)
-        if outputs is None:
-            outputs = call({})
-            let_go(model)
-        before = [part.clone() for part in parts]
-        try:
-            for part, along in zip(parts, local(list(direction.values())), strict=True):
-                part.addcmul_(along, step.to(part), value=-1)
-            change = outputs - call({})
-        finally:
-            torch._foreach_copy_(parts, before)
-            let_go(model)
-        return outputs, change / step.to(torch.promote_types(change.dtype, torch.float32))

@@ -14,7 +14,7 @@ from adler import Adler
 from adler._recording.recorder import RecordedLoss
 from adler._recording.replay import Call
 from adler.curvature import measurement
-from adler.curvature.difference import difference_step, height
+from adler.curvature.difference import difference_step, loss_value_of
 
 
 def scalar(value):
@@ -23,7 +23,11 @@ def scalar(value):
 
 def step(rate=None, loss=math.nan, slope=1.0, squared_norm=1.0, dtype=torch.float64, call=None):
     call = Call.of(nn.Identity(), torch.ones(1)) if call is None else call
-    numbers = {"height": scalar(loss), "slope": scalar(slope), "squared_norm": scalar(squared_norm)}
+    numbers = {
+        "loss_value": scalar(loss),
+        "slope": scalar(slope),
+        "squared_norm": scalar(squared_norm),
+    }
     with NoSynchronisation():
         found = difference_step(call, dtype, rate=None if rate is None else scalar(rate), **numbers)
     return float(found)
@@ -73,7 +77,7 @@ def test_products_that_a_gpu_rounds_take_longer_steps(
     before = [backend.fp32_precision for backend in backends]
     call = replace(Call.of(layer, torch.ones(1)), devices=(torch.device(device),))
     one = torch.ones(())
-    options = {"rate": one, "height": 3 * one, "slope": one, "squared_norm": one}
+    options = {"rate": one, "loss_value": 3 * one, "slope": one, "squared_norm": one}
     try:
         for backend, precision in zip(backends, (of_products, of_convolutions)):
             backend.fp32_precision = precision
@@ -89,9 +93,11 @@ def test_the_height_is_what_was_backpropagated():
     first, second = (RecordedLoss(call, (), value=scalar(v)) for v in (2.0, 5.0))
     second.factor = 4.0  # of a part: the value is the whole's
     weights = {first: scalar(0.5), second: scalar(3.0 * 4.0)}
-    assert float(height([first, second], weights, scalar(0))) == pytest.approx(0.5 * 2 + 3 * 5)
+    assert float(loss_value_of([first, second], weights, scalar(0))) == pytest.approx(
+        0.5 * 2 + 3 * 5
+    )
     second.value = None
-    assert math.isnan(float(height([first, second], weights, scalar(0))))
+    assert math.isnan(float(loss_value_of([first, second], weights, scalar(0))))
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
@@ -112,7 +118,7 @@ def test_the_measured_curvature_does_not_depend_on_the_scale_of_the_loss(factor)
 
 
 class Raised(nn.Module):
-    """A loss with a constant in it: its height says nothing, and the first difference is wrong."""
+    """A loss with a constant in it: its value says nothing, and the first difference is wrong."""
 
     def forward(self, outputs, targets):
         return nn.functional.cross_entropy(outputs, targets) + 3e8

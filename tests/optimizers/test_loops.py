@@ -393,11 +393,11 @@ def test_complex_parameters_are_refused():
 
 def test_one_process_is_alone():
     model, _, _, _ = setting()
-    assert distributed.groups_of(None, list(model.parameters())) == []
+    assert distributed.process_groups(None, list(model.parameters())) == []
     values = [torch.tensor(1.0), torch.tensor(math.nan)]
     assert distributed.mean(values, []) == values
     assert distributed.active() is None
-    assert distributed.find(torch.compile(model, backend="eager")) is None
+    assert distributed.find_ddp(torch.compile(model, backend="eager")) is None
 
 
 def test_inputs_go_where_the_wrapper_moves_them():

@@ -10,7 +10,7 @@ from torch import nn
 from adler import Adler, AdlerAdam, GaussNewton, curvature
 from adler._recording.recorder import RecordedLoss
 from adler._recording.replay import Call
-from adler._recording.subbatch import part
+from adler._recording.subbatch import take_first
 
 
 def first_step(model, criterion, x, y, kind=Adler, **options):
@@ -104,21 +104,21 @@ def test_losses_of_one_call_share_their_part():
     model, x = nn.Linear(4, 3), torch.randn(8, 4)
     call, criterion = Call.of(model, {"input": x}), nn.CrossEntropyLoss()
     losses = [RecordedLoss(call, (torch.full((8,), label),)) for label in (0, 1)]
-    first, second = part(losses, 0.5, criterion)
+    first, second = take_first(losses, 0.5, criterion)
     assert first.call is second.call is not call
     assert first.call.kwargs["input"].equal(x[:4])
-    assert part(losses, 1.0, criterion) is losses
+    assert take_first(losses, 1.0, criterion) is losses
 
 
 def test_a_batch_without_examples_is_its_own_part():
     loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(0, 4)), (torch.zeros(0),))
-    assert part([loss], 0.5, nn.MSELoss()) == [loss]
+    assert take_first([loss], 0.5, nn.MSELoss()) == [loss]
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(1e-9, 2), (0.26, 3), (0.5, 4), (0.99, 8)])
 def test_a_part_is_rounded_up_and_never_a_single_example(fraction, rows):
     loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(8, 4)), (torch.zeros(8),))
-    (found,) = part([loss], fraction, nn.MSELoss())
+    (found,) = take_first([loss], fraction, nn.MSELoss())
     assert len(found.call.args[0]) == len(found.targets[0]) == rows
 
 
@@ -170,13 +170,13 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_advice(model, args, matc
     targets = (torch.zeros(8, dtype=torch.long),)
     loss = RecordedLoss(Call.of(model, args), targets)
     with pytest.raises(ValueError, match=match) as caught:
-        part([loss], 0.5, nn.CrossEntropyLoss())
+        take_first([loss], 0.5, nn.CrossEntropyLoss())
     assert "use measure=Measure(fraction=1.0)" in str(caught.value)
 
 
 def test_numbers_and_scalars_beside_the_batch_stay():
     loss = RecordedLoss(Call.of(Masked(), (torch.randn(8, 4), None, torch.tensor(2.0))), ())
-    (found,) = part([loss], 0.5, nn.MSELoss())
+    (found,) = take_first([loss], 0.5, nn.MSELoss())
     assert found.call.args[1] is None
     assert float(found.call.args[2]) == 2.0
 

@@ -117,7 +117,7 @@ class Search:
         self.rates: list[float] = []
         self.discounts: list[float] = []
         self.ratios: list[float] = []
-        self.nat = math.inf
+        self.loss_per_nat = math.inf
 
     def look(self, theta: Tensor, d: Tensor, x: Any, y: Any) -> None:
         """Measures ``c / d·d`` on the first examples of a batch, and what a nat is worth there."""
@@ -129,7 +129,7 @@ class Search:
         matrix = self.dense.loss_hessian if published else self.dense.output_outer_products
         v = self.dense.jacobian(theta, x) @ d
         self.ratios.append(of_all * float(v @ matrix(theta, x, y) @ v) / float(d @ d))
-        self.nat = of_all * self.dense.loss_per_nat(theta, x, y)
+        self.loss_per_nat = of_all * self.dense.loss_per_nat(theta, x, y)
 
     def rate(self, theta: Tensor, g: Tensor, d: Tensor, x: Any, y: Any, steps: int) -> list[float]:
         """The rate of the step after so many, the minimiser of its model, whether it is bounded."""
@@ -155,7 +155,7 @@ class Search:
         if guard is not None and guard.trust_region is not None:
             found.append(guard.trust_region * minimiser)
         if guard is not None and guard.max_kl is not None:
-            found.append(math.sqrt(2 * guard.max_kl * self.nat / curvature))
+            found.append(math.sqrt(2 * guard.max_kl * self.loss_per_nat / curvature))
         return found
 
     def within_reach(self, step: Tensor, rate: float, reaches: Sequence[float]) -> Tensor:

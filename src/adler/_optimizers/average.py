@@ -80,7 +80,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                         mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                         p.lerp_(mine["z"], 1 - 1 / interpolation)
                         self._note(p)
-            distributed.let_go(self.model)
+            distributed.reshard(self.model)
 
     def train(self) -> None:
         """Puts the parameters back, bit for bit. Without effect when they are there."""
@@ -92,7 +92,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                         if not self._take_edits(p):
                             p.copy_(y)
                         self._note(p)
-            distributed.let_go(self.model)
+            distributed.reshard(self.model)
 
     def _note(self, p: Tensor) -> None:
         """Remembers a parameter as this optimizer leaves it."""

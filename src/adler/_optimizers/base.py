@@ -31,7 +31,7 @@ from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
 from adler._recording.recorder import RecordedLoss, Recorder
 from adler._recording.replay import is_capturing, unwrap
-from adler._recording.subbatch import IndivisibleError, part
+from adler._recording.subbatch import IndivisibleError, take_first
 from adler._step_length import (
     ENTRIES,
     Measurement,
@@ -99,7 +99,7 @@ class MeasuredOptimizer(Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        distributed.refuse(model)
+        distributed.check_supported(model)
         self._model_loss: ModelLoss | None = None
         if isinstance(criterion, ModelLoss):
             if output_fn is not None:
@@ -188,7 +188,7 @@ class MeasuredOptimizer(Optimizer):
         self._multiplier.observe(self.param_groups, state.steps)
         measures = self.measure.is_due(state.steps)
         # What can be refused is refused before anything changes.
-        ranks = distributed.groups_of(self._recorder.ddp, list(self._names))
+        ranks = distributed.process_groups(self._recorder.ddp, list(self._names))
         batch = self._batch(inputs, targets) if measures else None
         unmodified = self._recorder.gradients_unmodified()
         scaling = self._amp_unscale(gradients)
@@ -266,7 +266,9 @@ class MeasuredOptimizer(Optimizer):
         finite = measured.finite if scaling.veto is None else measured.finite & ~scaling.veto
         trusted = measured.trusted
         seen, predicted = _of_all_ranks(
-            Measurement(slope, squared_norm, measured.value, measured.nat, finite, trusted),
+            Measurement(
+                slope, squared_norm, measured.value, measured.loss_per_nat, finite, trusted
+            ),
             measured.slope,
             ranks,
         )
@@ -321,7 +323,7 @@ class MeasuredOptimizer(Optimizer):
         if self._indivisible:
             return batch
         try:
-            return part(batch, self.measure.fraction, self.criterion)
+            return take_first(batch, self.measure.fraction, self.criterion)
         except IndivisibleError as error:
             self._indivisible = True
             self._to_say = f"curvature is measured on whole batches, which costs more: {error}"
@@ -364,11 +366,11 @@ class MeasuredOptimizer(Optimizer):
             squared_norm=squared_norm,
             slope=slope,
             rate=rate,
-            wants_nat=self._needs_kl_scale,
+            needs_kl_scale=self._needs_kl_scale,
             amp_scale=scale,
             expected=expected,
             substitute=self.guard is not None,
-            alone=not distributed.groups_of(self._recorder.ddp, list(self._names)),
+            alone=not distributed.process_groups(self._recorder.ddp, list(self._names)),
             memory=self._memory,
         )
         self._remember_engine(found.engine)

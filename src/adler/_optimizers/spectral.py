@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from adler import _averaging as averaging
 from adler import _options
-from adler._distributed import groups_of
+from adler._distributed import process_groups
 from adler._optimizers.base import MeasuredOptimizer
 from adler._options import Guard, Measure
 from adler._recording.model_loss import ModelLoss
@@ -130,7 +130,7 @@ class SpectralSGD(MeasuredOptimizer):
         expected: Tensor | None,
     ) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
-        if groups_of(self._recorder.ddp, params):
+        if process_groups(self._recorder.ddp, params):
             raise RuntimeError(
                 "step(): SpectralSGD does not run on several processes: the largest eigenvalue of "
                 "a mean of kernels is not the mean of theirs; use Adler"
@@ -139,7 +139,7 @@ class SpectralSGD(MeasuredOptimizer):
         options: dict[str, Any] = {
             "jvp": self.measure.jvp,
             "squared_norm": squared_norm,
-            "wants_nat": self._needs_kl_scale,
+            "needs_kl_scale": self._needs_kl_scale,
             "amp_scale": scale,
         }
         if self.gershgorin_columns is not None:

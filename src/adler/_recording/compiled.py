@@ -50,7 +50,7 @@ class Compiled:
 
         `DistributedDataParallel` may be around it.
         """
-        inner = getattr(distributed.find(model), "module", None)
+        inner = getattr(distributed.find_ddp(model), "module", None)
         for module in (model, inner):
             compiler = getattr(module, "dynamo_ctx", None)
             if compiler is not None:

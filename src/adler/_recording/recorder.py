@@ -210,7 +210,7 @@ class Recorder:
         self._model_loss, self._checked = model_loss, False
         self._output_fn, self._params, self._measures = output_fn, params, measures
         self._devices, self._compiled = accelerators(model), Compiled.of(model)
-        self.ddp = distributed.find(model)  # or the one that the model is found to run inside
+        self.ddp = distributed.find_ddp(model)  # or the one that the model is found to run inside
         self._watched = Watched()
         self._key = object()  # of this recorder's marks in the graph
         self._whole: dict[int, bool] = {}
@@ -415,7 +415,7 @@ class Recorder:
             return
         entered.state.seal()
         after = RandomState.now(self._devices)
-        ddp = distributed.find(self._model)
+        ddp = distributed.find_ddp(self._model)
         given = pytree.tree_map_only(Tensor, Tensor.detach, distributed.moved(ddp, (args, kwargs)))
         args, kwargs = distributed.moved(ddp, entered.arguments)
         call = Call(

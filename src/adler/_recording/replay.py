@@ -64,7 +64,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while True:
         inner = getattr(model, "_orig_mod", model)
-        if distributed.find(model) is not None:
+        if distributed.find_ddp(model) is not None:
             inner = inner.module
         if inner is model or not isinstance(inner, nn.Module):
             return model

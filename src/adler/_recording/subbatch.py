@@ -23,14 +23,14 @@ from adler._recording.links import Place
 from adler._recording.recorder import Placed, RecordedLoss
 from adler._recording.replay import Call
 
-__all__ = ["IndivisibleError", "part"]
+__all__ = ["IndivisibleError", "take_first"]
 
 
 class IndivisibleError(ValueError):
     """Of this batch no part can be taken."""
 
 
-def part(
+def take_first(
     batch: list[RecordedLoss], fraction: float, criterion: Callable[..., Tensor]
 ) -> list[RecordedLoss]:
     r"""The losses on the first $\lceil \mathtt{fraction} \cdot b \rceil$ examples of each call.
@@ -53,7 +53,7 @@ def part(
         >>> import torch
         >>> model, criterion = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
         >>> loss = RecordedLoss(Call.of(model, torch.randn(10, 3)), (torch.zeros(10).long(),))
-        >>> (small,) = part([loss], 0.25, criterion)
+        >>> (small,) = take_first([loss], 0.25, criterion)
         >>> small.call.args[0].shape, small.targets[0].shape
         (torch.Size([3, 3]), torch.Size([3]))
     """

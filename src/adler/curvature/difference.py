@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from adler import _tensors
 from adler._recording.recorder import RecordedLoss
 from adler._recording.replay import Call
 
-__all__ = ["coarsest_dtype", "difference_step", "height"]
+__all__ = ["coarsest_dtype", "difference_step", "loss_value_of", "relative_step"]
 
 # Of the shorter length.
 _FRACTION = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -28,7 +29,7 @@ _FRACTION = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torc
 _CAUTION = 4
 
 
-def height(
+def loss_value_of(
     batch: Sequence[RecordedLoss], weights: Mapping[RecordedLoss, Tensor], like: Tensor
 ) -> Tensor:
     """What was backpropagated: the weighted sum of the whole losses; NaN if one is not known."""
@@ -45,7 +46,7 @@ def difference_step(
     dtype: torch.dtype,
     *,
     rate: Tensor | None,
-    height: Tensor,
+    loss_value: Tensor,
     slope: Tensor,
     squared_norm: Tensor,
 ) -> Tensor:
@@ -56,25 +57,38 @@ def difference_step(
             to which the outputs are cast.
         dtype: Of the outputs.
         rate: The effective rate; None, NaN or not positive: not known.
-        height: The loss; NaN or not positive: not known.
+        loss_value: The loss; NaN or not positive: not known.
         slope: ``g·d``.
         squared_norm: ``d·d``; with neither length known the parameters move by 1e-3.
 
     Examples:
         >>> one = torch.ones(())
-        >>> options = {"height": 3 * one, "slope": 2 * one, "squared_norm": one}
+        >>> options = {"loss_value": 3 * one, "slope": 2 * one, "squared_norm": one}
         >>> call = Call.of(torch.nn.Identity(), one)
         >>> difference_step(call, torch.float64, rate=None, **options)
         tensor(3.7500e-07)
     """
     coarsest = coarsest_dtype(call, dtype)
-    length = height / slope
+    length = loss_value / slope
     length = torch.where(_known(length), length, math.inf)
     if rate is None:
         length = length / _CAUTION
     else:
         length = torch.where(_known(rate), torch.minimum(length, rate), length / _CAUTION)
     return torch.where(_known(length), _FRACTION[coarsest] * length, 1e-3 * squared_norm.rsqrt())
+
+
+def relative_step(params: Sequence[Tensor], squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where no length is known: moves the parameters by the root of the precision of their norm.
+
+    Args:
+        params: What is moved.
+        squared_norm: ``d·d``, 0-dim; the step is one where it is zero.
+        dtype: Whose precision is meant.
+    """
+    norm = _tensors.squared_norm(params, squared_norm.device).sqrt()
+    step = torch.finfo(dtype).eps ** 0.5 * norm.clamp(min=1.0) * squared_norm.rsqrt()
+    return torch.where(squared_norm > 0, step, torch.ones_like(step))
 
 
 def coarsest_dtype(call: Call, dtype: torch.dtype) -> torch.dtype:

@@ -20,16 +20,18 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adler import _tensors as update
+from adler._distributed import local, reshard
 from adler._recording.compiled import derivative
 from adler._recording.compiled import outputs as compiled_outputs
 from adler._recording.lazy_parameters import Lazy
 from adler._recording.replay import Call
 from adler._warning import warn
+from adler.curvature.difference import relative_step
 from adler.curvature.forward_rules import ForwardRules, load
 
 __all__ = [
@@ -37,12 +39,12 @@ __all__ = [
     "ForwardModeUnsupportedError",
     "Function",
     "Parameters",
-    "default_step",
     "differentiable_attention",
     "directional_derivative",
     "double_backward",
     "finite_difference",
     "forward",
+    "sharded_difference",
     "transpose",
     "warn_of_fallback",
 ]
@@ -181,7 +183,8 @@ def finite_difference(
         if outputs is None:
             outputs = at(params)
         if step is None:
-            step = default_step(params, direction, outputs.dtype)
+            length = update.squared_norm(list(direction.values()))
+            step = relative_step([params[n] for n in direction], length, outputs.dtype)
         alpha = torch.as_tensor(step, device=outputs.device)
         change = outputs - at(_shifted(f, params, direction, -alpha))
         return outputs, change / alpha.to(torch.promote_types(change.dtype, torch.float32))
@@ -384,12 +387,40 @@ def _shifted(f: Function, params: Parameters, direction: Parameters, by: Tensor)
     return {**params, **dict(zip(direction, moved, strict=True))}
 
 
-def default_step(params: Parameters, direction: Parameters, dtype: torch.dtype) -> Tensor:
-    """For a finite difference where no learning rate is known yet.
+def sharded_difference(
+    call: Callable[[Mapping[str, Tensor]], Tensor],
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    step: Tensor,
+    outputs: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    r"""Outputs and tangents $v \approx (F(\theta) - F(\theta - \alpha d)) / \alpha$, in place.
 
-    Moves the parameters by the square root of the precision of ``dtype``, relative to their norm.
+    FSDP gathers parameters from its own shards, so these are moved, and put back bit for bit,
+    whatever happens in between. Parameters that an earlier forward has left gathered are
+    resharded before and after: they would hide the move.
+
+    Args:
+        call: The model's call; with an empty mapping, at the parameters that the model has.
+        model: The model that ``call`` calls.
+        params: Parameters by name.
+        direction: Same names and layouts.
+        step: ``α``, positive, 0-dim, the same on all ranks.
+        outputs: ``F(θ)`` if known.
     """
-    length = update.squared_norm(list(direction.values())).sqrt()
-    reach = update.squared_norm([params[n] for n in direction]).sqrt().clamp(min=1.0)
-    step = torch.finfo(dtype).eps ** 0.5 * reach / length
-    return torch.where(length > 0, step, torch.ones_like(step))
+    parts = local([params[name] for name in direction])
+    with torch.no_grad():
+        reshard(model)
+        if outputs is None:
+            outputs = call({})
+            reshard(model)
+        before = [part.clone() for part in parts]
+        try:
+            for part, along in zip(parts, local(list(direction.values())), strict=True):
+                part.addcmul_(along, step.to(part), value=-1)
+            change = outputs - call({})
+        finally:
+            torch._foreach_copy_(parts, before)
+            reshard(model)
+        return outputs, change / step.to(torch.promote_types(change.dtype, torch.float32))

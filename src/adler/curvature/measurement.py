@@ -22,16 +22,17 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adler import _tensors as update
-from adler._distributed import is_sharded, sharded_difference
+from adler._distributed import is_sharded
 from adler._recording.recorder import Placed, RecordedLoss
 from adler._recording.replay import Call, ExplainedError, NotRepeatedError, replaying
 from adler._warning import warn
 from adler.curvature import trust
-from adler.curvature.difference import difference_step, height
+from adler.curvature.difference import difference_step, loss_value_of, relative_step
 from adler.curvature.jacobian import (
     ENGINES,
     ForwardModeUnsupportedError,
     finite_difference,
+    sharded_difference,
     warn_of_fallback,
 )
 from adler.curvature.trust import Memory
@@ -56,7 +57,8 @@ class BatchCurvature(NamedTuple):
 
     Attributes:
         value: ``c``, 0-dim.
-        nat: What one nat an example is worth in units of the loss, 0-dim; see `LossHessian.nat`.
+        loss_per_nat: What one nat an example is worth in units of the loss, 0-dim; see
+            `LossHessian.loss_per_nat`.
         finite: Whether the recorded losses are finite, 0-dim bool.
         engine: Name of the engine that computed the tangents, after any fallback.
         slope: ``g·d`` as the tangents and the gradient that arrived at the outputs have it, 0-dim;
@@ -67,7 +69,7 @@ class BatchCurvature(NamedTuple):
     """
 
     value: Tensor
-    nat: Tensor
+    loss_per_nat: Tensor
     finite: Tensor
     engine: str
     slope: Tensor | None = None
@@ -88,7 +90,7 @@ def batch_curvature(
     slope: Tensor | None = None,
     expected: Tensor | None = None,
     rate: Tensor | None = None,
-    wants_nat: bool = True,
+    needs_kl_scale: bool = True,
     amp_scale: Tensor | None = None,
     substitute: bool = True,
     alone: bool = True,
@@ -110,7 +112,7 @@ def batch_curvature(
         slope: ``g·d``, 0-dim; default: ``d·d``. With ``rate`` it scales the finite difference.
         expected: ``g·d`` by the gradient of this batch as ``backward`` left it; None: not known.
         rate: Learning rate of now; not positive: unknown.
-        wants_nat: Whether to compute ``nat``, which is infinite otherwise.
+        needs_kl_scale: Whether to compute ``loss_per_nat``, which is infinite otherwise.
         amp_scale: Scale of a `torch.amp.GradScaler` in the recorded weights; NaN: unknown, because
             the gradients are already unscaled.
         substitute: Whether the empirical Fisher matrix takes the place of a form that is not
@@ -132,7 +134,7 @@ def batch_curvature(
         slope=squared_norm if slope is None else slope,
         expected=expected,
         rate=rate,
-        wants_nat=wants_nat,
+        needs_kl_scale=needs_kl_scale,
         amp_scale=amp_scale,
         substitute=substitute,
         memory=Memory() if memory is None else memory,
@@ -270,7 +272,7 @@ class _Measurement:
     slope: Tensor
     expected: Tensor | None
     rate: Tensor | None
-    wants_nat: bool
+    needs_kl_scale: bool
     amp_scale: Tensor | None
     substitute: bool
     memory: Memory
@@ -315,7 +317,7 @@ class _Measurement:
         if self.sharded:
             if jvp != "finite_difference":
                 warn_of_fallback("sharded parameters (DTensor)", jvp)
-            length = _first_step(self.params, self.squared_norm, dtype)
+            length = relative_step(list(self.params.values()), self.squared_norm, dtype)
             if self.rate is not None:
                 # All ranks move the shards by one step, and each knows only its own loss.
                 unknown = torch.full_like(self.squared_norm, math.nan)
@@ -326,15 +328,15 @@ class _Measurement:
         step = self._step(call, dtype, None)
         return finite_difference(call, self.params, self.direction, step=step, outputs=known)
 
-    def _step(self, call: Call, dtype: torch.dtype, tall: Tensor | None) -> Tensor:
-        if tall is None:
+    def _step(self, call: Call, dtype: torch.dtype, loss_value: Tensor | None) -> Tensor:
+        if loss_value is None:
             weights = loss_weights(self.batch, self.squared_norm, self.amp_scale)
-            tall = height(self.batch, weights, self.squared_norm)
+            loss_value = loss_value_of(self.batch, weights, self.squared_norm)
         return difference_step(
             call,
             dtype,
             rate=self.rate,
-            height=tall,
+            loss_value=loss_value,
             slope=self.slope,
             squared_norm=self.squared_norm,
         )
@@ -385,13 +387,13 @@ class _Measurement:
         wanted = self.memory.thorough or arrived is None
         ascends = self._ascends(weights)
         complete = True
-        nat = torch.full_like(zero, 0.0 if self.wants_nat else math.inf)
+        loss_per_nat = torch.full_like(zero, 0.0 if self.needs_kl_scale else math.inf)
         for loss in self.batch:
             seen = self._one(loss, replays, wanted, ascends)
             complete = complete and seen.slope is not None
             total = total.plus(weights[loss], seen)
-            if self.wants_nat:
-                nat = nat + weighted(weights[loss], seen.nat)
+            if self.needs_kl_scale:
+                loss_per_nat = loss_per_nat + weighted(weights[loss], seen.loss_per_nat)
         value = total.form
         if value.ndim == 0 and self.substitute and total.fisher is not zero:
             value = torch.where(value > 0, value, total.fisher)
@@ -410,7 +412,9 @@ class _Measurement:
         trusted = None
         if checks:
             trusted = functools.reduce(torch.logical_and, (c.to(device) for c in checks.values()))
-        return BatchCurvature(value, nat, total.finite, jvp, slope, trusted, checks, within)
+        return BatchCurvature(
+            value, loss_per_nat, total.finite, jvp, slope, trusted, checks, within
+        )
 
     def _arrived(
         self, replays: Mapping[Call, tuple[Tensor, Tensor]]
@@ -452,20 +456,20 @@ class _Measurement:
         # Closed forms do not call the criterion. Others do, each time as it was in training.
         around = contextlib.nullcontext if curved else loss.surroundings
         with loss.surroundings() if loss.outputs is None else contextlib.nullcontext():
-            at_height = checked(loss, self.criterion, outputs[0])
+            loss_value = checked(loss, self.criterion, outputs[0])
         if loss.path is not None:
             tangents = loss.path.push(tangents)
         at, targets = where_computed(loss, outputs[0])
-        nat = torch.full_like(at_height, math.inf)
+        loss_per_nat = torch.full_like(loss_value, math.inf)
         with around():
             form = self._form(loss, at, targets, tangents)
-            if one and self.wants_nat:
-                nat = self._hessian_of(loss).nat(at, targets, at_height)
+            if one and self.needs_kl_scale:
+                loss_per_nat = self._hessian_of(loss).loss_per_nat(at, targets, loss_value)
         # That of a part may be a mean over no targets.
-        finite = torch.isfinite(at_height if loss.value is None else loss.value)
+        finite = torch.isfinite(loss_value if loss.value is None else loss.value)
         replaced = self.substitute and not form.ndim and (ascends or not curved)
         if not wanted and not replaced:
-            return _Seen(form, nat, finite)
+            return _Seen(form, loss_per_nat, finite)
         with loss.surroundings():
             _, gradients = gradients_of(
                 self.criterion,
@@ -478,7 +482,7 @@ class _Measurement:
         fisher = None
         if replaced:
             fisher = _fisher(self.hessian if one else None, at, targets, gradients, tangents)
-        return _Seen(form, nat, finite, fisher, slope, scale)
+        return _Seen(form, loss_per_nat, finite, fisher, slope, scale)
 
     def _ascends(self, weights: Mapping[RecordedLoss, Tensor]) -> bool:
         """Whether a loss has a negative weight; looked at where the host need not wait."""
@@ -514,7 +518,7 @@ class _Seen(NamedTuple):
     """What one loss says along its tangents; 0-dim."""
 
     form: Tensor
-    nat: Tensor
+    loss_per_nat: Tensor
     finite: Tensor
     fisher: Tensor | None = None
     slope: Tensor | None = None
@@ -593,13 +597,6 @@ def where_computed(loss: RecordedLoss, outputs: Tensor) -> tuple[Any, Any]:
 def has_batch_statistics(model: torch.nn.Module) -> bool:
     """Whether examples of a batch depend on each other by a norm's statistics of the batch."""
     return any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
-
-
-def _first_step(params: Mapping[str, Tensor], squared_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Moves the parameters by the square root of the precision, relative to their norm."""
-    norm = update.squared_norm(list(params.values()), squared_norm.device).sqrt()
-    step = torch.finfo(dtype).eps ** 0.5 * norm.clamp(min=1.0) * squared_norm.rsqrt()
-    return torch.where(squared_norm > 0, step, torch.ones_like(step))
 
 
 def checked(loss: RecordedLoss, criterion: Callable[..., Tensor], outputs: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def batch_spectral_curvature(
     iterations: int,
     jvp: str,
     squared_norm: Tensor,
-    wants_nat: bool = True,
+    needs_kl_scale: bool = True,
     amp_scale: Tensor | None = None,
 ) -> tuple[BatchCurvature, dict[str, Tensor]]:
     r"""``λ_max(A)`` of $A = \sum \|Q\|\, J^\top J$ over the losses, by power iteration.
@@ -56,7 +56,7 @@ def batch_spectral_curvature(
         iterations: How many, each of one Jacobian-vector and one vector-Jacobian product.
         jvp: As for `batch_curvature`.
         squared_norm: Gives the result its dtype and device.
-        wants_nat: As for `batch_curvature`.
+        needs_kl_scale: As for `batch_curvature`.
         amp_scale: As for `batch_curvature`.
 
     Returns:
@@ -64,8 +64,8 @@ def batch_spectral_curvature(
     """
     zero = torch.zeros_like(squared_norm)
     with replaying():
-        terms, nat, finite, same = _terms(
-            batch, params, criterion, hessian, zero, wants_nat, amp_scale
+        terms, loss_per_nat, finite, same = _terms(
+            batch, params, criterion, hessian, zero, needs_kl_scale, amp_scale
         )
         names, vector, value = list(params), [start[name] for name in params], zero
         for _ in range(iterations):
@@ -79,7 +79,9 @@ def batch_spectral_curvature(
                 torch._foreach_add_(image, [pulled[name] for name in names])
             vector = image
     after = dict(zip(names, _normalised(vector, zero), strict=True))
-    return BatchCurvature(value, nat, finite, jvp, trusted=same, checks={"outputs": same}), after
+    return BatchCurvature(
+        value, loss_per_nat, finite, jvp, trusted=same, checks={"outputs": same}
+    ), after
 
 
 def batch_gershgorin_curvature(
@@ -92,7 +94,7 @@ def batch_gershgorin_curvature(
     seed: int,
     jvp: str,
     squared_norm: Tensor,
-    wants_nat: bool = True,
+    needs_kl_scale: bool = True,
     amp_scale: Tensor | None = None,
 ) -> BatchCurvature:
     r"""Gershgorin's $\sum \|Q\|\, \max_j \sum_i |K_{ij}|$ over some columns of the tangent kernel.
@@ -109,14 +111,14 @@ def batch_gershgorin_curvature(
         seed: Of the sample.
         jvp: As for `batch_curvature`.
         squared_norm: Gives the result its dtype and device.
-        wants_nat: As for `batch_curvature`.
+        needs_kl_scale: As for `batch_curvature`.
         amp_scale: As for `batch_curvature`.
     """
     zero = value = torch.zeros_like(squared_norm)
     generator = torch.Generator().manual_seed(seed)
     with replaying():
-        terms, nat, finite, same = _terms(
-            batch, params, criterion, hessian, zero, wants_nat, amp_scale
+        terms, loss_per_nat, finite, same = _terms(
+            batch, params, criterion, hessian, zero, needs_kl_scale, amp_scale
         )
         for call, outputs, pull, norm in terms:
             largest = zero
@@ -126,7 +128,7 @@ def batch_gershgorin_curvature(
                 _, column, jvp = directional_derivative(call, params, pull(one), jvp)
                 largest = torch.maximum(largest, column.abs().sum().to(zero))
             value = value + norm * largest
-    return BatchCurvature(value, nat, finite, jvp, trusted=same, checks={"outputs": same})
+    return BatchCurvature(value, loss_per_nat, finite, jvp, trusted=same, checks={"outputs": same})
 
 
 class _Term(NamedTuple):
@@ -144,11 +146,11 @@ def _terms(
     criterion: Callable[..., Tensor],
     hessian: LossHessian,
     zero: Tensor,
-    wants_nat: bool,
+    needs_kl_scale: bool,
     amp_scale: Tensor | None,
 ) -> tuple[list[_Term], Tensor, Tensor, Tensor]:
     """Terms, what one nat is worth, whether the losses are finite and the replays the passes."""
-    nat = torch.full_like(zero, 0.0 if wants_nat else math.inf)
+    loss_per_nat = torch.full_like(zero, 0.0 if needs_kl_scale else math.inf)
     finite = torch.ones_like(zero, dtype=torch.bool)
     weights = loss_weights(batch, zero, amp_scale)
     terms, same = [], torch.ones_like(zero, dtype=torch.bool)
@@ -166,15 +168,17 @@ def _terms(
                 if alone and place.output.shape == outputs.shape:
                     within = tolerance(call, outputs.dtype)
                     same = same & outputs_agree(outputs, place.output, within).to(same.device)
-            height = checked(loss, criterion, outputs)
-            known = torch.isfinite(height if loss.value is None else loss.value)
+            loss_value = checked(loss, criterion, outputs)
+            known = torch.isfinite(loss_value if loss.value is None else loss.value)
             finite = finite & known.to(finite.device)
             at, targets = where_computed(loss, outputs)
             norm = norm + weighted(weights[loss].abs(), hessian.spectral_norm(at, targets))
-            if wants_nat:
-                nat = nat + weighted(weights[loss], hessian.nat(at, targets, height))
+            if needs_kl_scale:
+                loss_per_nat = loss_per_nat + weighted(
+                    weights[loss], hessian.loss_per_nat(at, targets, loss_value)
+                )
         terms.append(_Term(call, outputs, pull, norm))
-    return terms, nat, finite, same
+    return terms, loss_per_nat, finite, same
 
 
 def _normalised(vector: list[Tensor], like: Tensor) -> list[Tensor]:

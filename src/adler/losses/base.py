@@ -105,12 +105,12 @@ class LossHessian(abc.ABC):
             norm = torch.linalg.vector_norm(v)
         return norm
 
-    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+    def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """What one nat an example is worth, in units of the reduced loss.
 
         Predictions that move by ``v`` diverge, in the sense of Kullback and Leibler and to second
-        order, by ``½ vᵀQv / nat`` a nat and example. Infinite where the loss is not known as a
-        likelihood.
+        order, by ``½ vᵀQv / loss_per_nat``, in nats an example. Infinite where the loss is not
+        known as a likelihood.
 
         Args:
             outputs: As for `quadratic_form`.

@@ -60,7 +60,7 @@ class CrossEntropyHessian(LossHessian):
         weights = self.example_weights(outputs, targets)
         return torch.where(weights == 0, 0, weights * largest).max()
 
-    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+    def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """``Σ_i ω_i``: 1 for the plain mean."""
         return self.example_weights(outputs, targets).sum()
 

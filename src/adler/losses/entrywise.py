@@ -47,7 +47,7 @@ class _EntrywiseHessian(LossHessian):
         ones = torch.ones_like(outputs, dtype=wide(outputs.dtype))
         return self.product(outputs, targets, ones).abs().max()
 
-    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+    def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """Every entry is an example: their number for a sum, else 1."""
         return torch.full_like(value, float(outputs.numel() if self._summed else 1))
 
@@ -59,7 +59,7 @@ class _EntrywiseHessian(LossHessian):
 class _RegressionHessian(_EntrywiseHessian):
     """Of a loss that is quadratic around the target, on a scale of its own."""
 
-    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+    def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """``2 L``: of a Gaussian whose variance is the mean squared residual of now."""
         return 2 * value
 

@@ -45,9 +45,9 @@ class EmpiricalFisher(LossHessian):
         weights = self._provider.example_weights(outputs, targets).to(F)
         return outer_products(gradient, tangents, weights)
 
-    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+    def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """That of the criterion."""
-        return self._provider.nat(outputs, targets, value)
+        return self._provider.loss_per_nat(outputs, targets, value)
 
 
 def outer_products(gradient: Tensor, tangents: Tensor, weights: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class KLDivHessian(LossHessian):
             normalised = normalised | others
         return torch.where(normalised, form * self._factor(outputs), torch.zeros_like(form))
 
-    def nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
+    def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """``Σ_i ω_i Σ_c t_ic``: 1 for ``reduction="batchmean"`` and two dimensions."""
         return self._probabilities(widen(targets)).sum() * self._factor(outputs)
 
