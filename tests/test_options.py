@@ -11,7 +11,7 @@ import torch
 from support.cases import KINDS, network
 from torch import nn
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree, Guard, Measure, SpectralSGD, wrap
+from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree, Guard, Measure, SpectralSGD, wrap
 from adler._options import from_plain, plain
 
 NAN, INF = math.nan, math.inf
@@ -115,6 +115,13 @@ OWN = {
     "Adler": (Adler, {"momentum", "weight_decay", "interpolation", "follow_mode"}),
     "AdlerAdam": (AdlerAdam, {"betas", "adam_eps", "weight_decay"}),
     "AdlerScheduleFree": (AdlerScheduleFree, {"betas", "adam_eps", "weight_decay", "follow_mode"}),
+    "AdlerMuon": (
+        AdlerMuon,
+        {
+            *("momentum", "betas", "adam_eps", "weight_decay"),
+            *("interpolation", "matrices", "follow_mode"),
+        },
+    ),
     "SpectralSGD": (SpectralSGD, {"power_iterations", "gershgorin_columns", "weight_decay"}),
     "Wrapped": (wrapped, set()),
 }

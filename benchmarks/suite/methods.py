@@ -271,6 +271,7 @@ METHODS: dict[str, Method] = {
     "adler-schedulefree": Method(
         "AdlerScheduleFree", None, _RARELY, _interpolated(adler.AdlerScheduleFree)
     ),
+    "adler-muon": Method("AdlerMuon", None, _RARELY, _interpolated(adler.AdlerMuon)),
     "adler-schedulefree-every-step": Method(
         "AdlerScheduleFree, every step",
         None,

@@ -137,6 +137,7 @@ _LONG_METHODS = (
     "adler",
     "adler-adam",
     "adler-schedulefree",
+    "adler-muon",
     "adamw",
     "nadamw-cosine",
     "ademamix-cosine",

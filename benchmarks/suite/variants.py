@@ -20,6 +20,7 @@ VARIED: dict[str, type[Optimizer]] = {
     "adler": adler.Adler,
     "adler-adam": adler.AdlerAdam,
     "adler-schedulefree": adler.AdlerScheduleFree,
+    "adler-muon": adler.AdlerMuon,
 }
 _NOT_VARIED = {"output_fn", "follow_mode"}
 _VALUES = {"guard": adler.Guard, "measure": adler.Measure}

@@ -10,6 +10,7 @@ holds the loss Hessians, `curvature` the pure functions beneath, `diagnostics` l
 
 from adler import curvature, diagnostics, losses
 from adler._optimizers.adam import AdlerAdam
+from adler._optimizers.muon import AdlerMuon, hidden_matrices
 from adler._optimizers.record import StepRecord
 from adler._optimizers.schedule_free import AdlerScheduleFree
 from adler._optimizers.sgd import Adler, GaussNewton
@@ -21,6 +22,7 @@ from adler._recording.model_loss import ModelLoss
 __all__ = [
     "Adler",
     "AdlerAdam",
+    "AdlerMuon",
     "AdlerScheduleFree",
     "GaussNewton",
     "Guard",
@@ -31,6 +33,7 @@ __all__ = [
     "Wrapped",
     "curvature",
     "diagnostics",
+    "hidden_matrices",
     "losses",
     "wrap",
 ]

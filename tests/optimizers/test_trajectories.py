@@ -10,13 +10,14 @@ from support.loops import train
 from support.options import EXACT, GUARDS, LAST_ITERATE
 from support.reference import run
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton, Guard, Measure
+from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree, GaussNewton, Guard, Measure
 
 STEPS = 16
 # Of the inputs: rates jump, so that they meet the bounds. Larger ones where the reach of tensors
 # holds them, where all tensors would be shortened else; without it rounding would grow.
 SIZES, LARGE_SIZES = (2.0, 1.0, 3.0), (4.0, 1.0, 8.0)
 
+MATRICES = {"matrices": ["*weight"]}  # every one, not the hidden ones alone
 # How it is made, and what the reference calls that.
 METHODS = {
     "adler": (Adler, {}, {"interpolation": 0.9}),
@@ -27,6 +28,12 @@ METHODS = {
     "gauss-newton": (GaussNewton, {}, {"interpolation": 0.9, "kind": "gauss_newton"}),
     "adam": (AdlerAdam, {}, {"momentum": 0.9, "second_moment": 0.999}),
     "schedule-free": (AdlerScheduleFree, {}, {"interpolation": 0.9, "second_moment": 0.999}),
+    "muon": (AdlerMuon, MATRICES, {"interpolation": 0.9, "second_moment": 0.999, "muon": 0.9}),
+    "muon, last iterate": (
+        AdlerMuon,
+        {"momentum": 0.5, **MATRICES, **LAST_ITERATE},
+        {"momentum": 0.9, "second_moment": 0.999, "muon": 0.5},
+    ),
 }
 # The defaults are written out here: the reference takes none from the library.
 GUARD = SimpleNamespace(trust_region=2.0, max_kl=None, max_relative_change=0.02)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from adler import (
     Adler,
     AdlerAdam,
+    AdlerMuon,
     AdlerScheduleFree,
     GaussNewton,
     SpectralSGD,
@@ -74,12 +75,19 @@ KINDS = {
     "spectral": SpectralSGD,
 }
 
+
+def muon(params, model, criterion, **options):
+    """All matrices are orthogonalised: these small networks have hardly a hidden one."""
+    return AdlerMuon(params, model, criterion, **{"matrices": ["*weight*"], **options})
+
+
 # As a user may make them: each with its defaults, and `Adler` with and without the average of its
 # iterates, and with momentum beside it.
 MAKERS = {
     **KINDS,
     "last-iterate": functools.partial(Adler, interpolation=None),
     "momentum": functools.partial(Adler, momentum=0.9),
+    "muon": muon,
     "as-published": Adler.as_published,
 }
 

@@ -66,6 +66,11 @@ class Dense:
         """The vector's parts, flat, in the order of the parameters."""
         return list(theta.split([math.prod(shape) for shape in self.shapes.values()]))
 
+    def with_matrices(self, direction: Tensor, gradient: Tensor) -> Tensor:
+        """The direction, but of matrices the orthogonalised gradient."""
+        rows = zip(self.shapes.values(), self.tensors(direction), self.tensors(gradient))
+        return torch.cat([orthogonalized(g, s) if len(s) > 1 else d for s, d, g in rows])
+
     def reaches(self) -> list[float]:
         """Of each tensor the norm it has now, or that of PyTorch's default initialisation."""
         rows = [shape[0] if shape else 1 for shape in self.shapes.values()]
@@ -169,6 +174,16 @@ class Search:
         return torch.cat(parts)
 
 
+def orthogonalized(part: Tensor, shape: Sequence[int]) -> Tensor:
+    """Muon's direction by singular values, which a polynomial brings near one; flat."""
+    matrix = part.view(shape).flatten(1)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / matrix.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return 0.2 * math.sqrt(max(matrix.shape)) * (left * values @ right).flatten()
+
+
 class Preconditioned:
     """Adam's directions: gradients over the roots of their bias-corrected second moments."""
 
@@ -213,6 +228,7 @@ def run(
     second_moment: float | None = None,
     interpolation: float | None = None,
     weight_decay: float = 0.0,
+    muon: float | None = None,
 ) -> Trajectory:
     """Steps along the gradient, its average, or either of them over Adam's denominator.
 
@@ -220,12 +236,13 @@ def run(
     ``interpolation`` is the β between the iterate and the mean of all iterates; without it the
     parameters are the iterate. Of a step of the iterate the share s arrives at y. It is made longer
     by 1/s, or where momentum repeats each gradient by as much as that is more than 1 / (1 - μ).
+    ``muon`` is the momentum of matrices, which are orthogonalised; the rest is as without it.
     """
     search = Search(Dense(model, criterion), kind, beta, eps, guard, measure)
     theta = z = search.dense.flat()
     reaches = search.dense.reaches()
     history: list[Tensor] = []
-    first, second = torch.zeros_like(z), torch.zeros_like(z)
+    first, second, buffer = (torch.zeros_like(z) for _ in range(3))
     out = Trajectory([], [], [], [], [], [])
     for t, (x, y) in enumerate(batches, start=1):
         g = search.dense.gradient(theta, x, y)
@@ -233,8 +250,12 @@ def run(
         if second_moment is not None:
             second = second_moment * second + (1 - second_moment) * g**2
             scale = 1 / ((second / (1 - second_moment**t)).sqrt() + 1e-8)
-        rate, minimiser, clipped = search.rate(theta, g, scale * g, x, y, t - 1)
-        full = scale * first / (1 - momentum**t)
+        along, full = scale * g, scale * first / (1 - momentum**t)
+        if muon is not None:
+            buffer = muon * buffer + (1 - muon) * g
+            along = search.dense.with_matrices(along, g)
+            full = search.dense.with_matrices(full, (1 - muon) * g + muon * buffer)
+        rate, minimiser, clipped = search.rate(theta, g, along, x, y, t - 1)
         step = search.within_reach(full, rate, reaches)
         if interpolation is None:
             theta = average = theta - rate * (step + weight_decay * theta)

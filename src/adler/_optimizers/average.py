@@ -309,7 +309,7 @@ class Interpolation(Direction):
             rate,
             skipped,
             interpolation=interpolation,
-            momentum=group.get("momentum", 0.0),
+            momentum=self._inner.memory(group),
             equal=self._equal[id(group)],
         )
 

@@ -159,6 +159,10 @@ class Direction:
         """The directions, none of which moves its parameter too far at this rate."""
         return directions if self.reach is None else self.reach.shorten(params, directions, rate)
 
+    def memory(self, group: Mapping[str, Any]) -> float:
+        """``μ``, if each gradient acts ``1 / (1 − μ)`` times as long as one step; 0: once."""
+        return 0.0
+
     def finish(self, skipped: Tensor) -> None:
         """Called once, after all groups have moved."""
 

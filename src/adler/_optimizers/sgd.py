@@ -243,6 +243,11 @@ class Momentum(Direction):
         )
         return [like(part, p) for part, p in zip(found, params, strict=True)]
 
+    def memory(self, group: Mapping[str, Any]) -> float:
+        """See `Direction.memory`."""
+        value: float = group["momentum"]
+        return value
+
     def _averages(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         states = [moments(self._state, p, "exp_avg") for p in params]
         return [mine["exp_avg"] for mine in states], [mine["step"] for mine in states]
