@@ -24,7 +24,7 @@ __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
 _LINES = ("-", "--", ":", "-.")
 _LONGEST = 3.0  # SGD runs
 # Always drawn, where they have run; and of the others as many as there are colours left.
-_FIRST = (REFERENCE, "adler", "adler-adam", "adler-schedulefree", "adamw")
+_FIRST = (REFERENCE, "adler", "adler-adam", "adler-schedulefree", "adler-muon", "adamw")
 
 
 def draw(found: Sequence[Record], directory: Path) -> list[Path]:

@@ -39,6 +39,7 @@ METHODS = {
     "adler": _ORANGE,
     "adler-adam": _GREEN,
     "adler-schedulefree": _VERMILLION,
+    "adler-muon": _PINK,
     "adamw": _BLUE,
     "sgd": _BLACK,
 }

@@ -31,6 +31,7 @@ __all__ = [
     "all_whole",
     "check_supported",
     "find_ddp",
+    "gathered",
     "is_sharded",
     "layout",
     "like",
@@ -39,6 +40,7 @@ __all__ = [
     "moved",
     "process_groups",
     "reshard",
+    "scattered",
     "whole",
 ]
 
@@ -193,6 +195,35 @@ def like(part: Tensor, whole: Tensor) -> Tensor:
         stride=whole.stride(),
     )
     return made
+
+
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All of each, on every rank: for what the parts of a tensor do not tell."""
+    if all_whole(tensors):
+        return list(tensors)
+    with torch.no_grad():
+        return [t.full_tensor() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]
+
+
+def scattered(tensors: Sequence[Tensor], layouts: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `gathered`, without communication.
+
+    Args:
+        tensors: Whole, the same on every rank.
+        layouts: As many, of the same shapes; each is laid out as its own.
+    """
+    return [
+        _scattered(t, like) if is_sharded(like) else t
+        for t, like in zip(tensors, layouts, strict=True)
+    ]
+
+
+def _scattered(tensor: Tensor, like: Tensor) -> Tensor:
+    kind, mesh = type(like.detach()), like.device_mesh  # type: ignore[attr-defined]
+    copies = [torch.distributed.tensor.Replicate()] * mesh.ndim
+    everywhere = kind.from_local(tensor, mesh, copies, run_check=False)  # type: ignore[attr-defined]
+    found: Tensor = everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+    return found
 
 
 def whole(sums: Tensor, where: Layout | None) -> Tensor:

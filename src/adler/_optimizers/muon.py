@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from adler import _averaging as averaging
 from adler import _tensors
-from adler._distributed import is_sharded
+from adler._distributed import gathered, like, local, scattered
 from adler._optimizers.adam import Adam, Preconditioned
 from adler._optimizers.average import AveragedOptimizer
 from adler._optimizers.direction import Direction, State, count_, gradients_of, moments
@@ -156,12 +156,6 @@ class AdlerMuon(AveragedOptimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         self._matrices = None  # the model may have grown
-        for p in self._orthogonal():
-            if is_sharded(p):
-                raise ValueError(
-                    f"params: {self._names[p]!r} is sharded (DTensor), and a part of a matrix "
-                    "cannot be orthogonalised: use DistributedDataParallel, or AdlerScheduleFree"
-                )
 
     def _interpolation(self, group: Mapping[str, Any]) -> float | None:
         value: float | None = group["interpolation"]
@@ -244,8 +238,9 @@ class Muon(Direction):
             averages = [moments(self._state, p, "exp_avg")["exp_avg"] for p in mine]
             gradients, momentum = gradients_of(mine), group["momentum"]
             _tensors.lerp_(averages, gradients, 1 - momentum, skipped)
-            ahead = list(torch._foreach_lerp(gradients, averages, momentum))
-            found.update(zip(mine, _scaled(ahead), strict=True))
+            ahead = torch._foreach_lerp(local(gradients), local(averages), momentum)
+            rows = zip(ahead, gradients, strict=True)
+            found.update(zip(mine, _scaled([like(a, g) for a, g in rows]), strict=True))
         if others:
             found.update(zip(others, self._rest.advance(group, others, skipped), strict=True))
         return [found[p] for p in params]
@@ -257,12 +252,15 @@ class Muon(Direction):
 
 
 def _scaled(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Orthogonalised, with entries of the size that Adam's updates have."""
-    found = orthogonalized(gradients)
+    """Orthogonalised, with entries of the size that Adam's updates have.
+
+    Of sharded matrices each rank gathers all parts, and keeps its own of the result.
+    """
+    found = orthogonalized(gathered(gradients))
     if found:
         sizes = [_RMS_OF_ADAM * max(g.flatten(1).shape) ** 0.5 for g in gradients]
         torch._foreach_mul_(found, sizes)
-    return found
+    return scattered(found, gradients)
 
 
 # --- which parameters are hidden matrices ---------------------------------------------------------

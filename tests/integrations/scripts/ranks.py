@@ -20,6 +20,7 @@ from scenes import (
     EVERY_THIRD,
     EXACT,
     GUARDS,
+    MUON,
     STEPS,
     Barrier,
     joint_batches,
@@ -93,6 +94,11 @@ def ddp_adam() -> dict[str, Any]:
 @scenario
 def ddp_schedule_free() -> dict[str, Any]:
     return run(DistributedDataParallel(network()), kind=adler.AdlerScheduleFree, tests=True)
+
+
+@scenario
+def ddp_muon() -> dict[str, Any]:
+    return run(DistributedDataParallel(network()), **MUON)
 
 
 @scenario
@@ -223,6 +229,12 @@ def fsdp_schedule_free() -> dict[str, Any]:
     """A test leaves the root's parameters gathered, all of them here, when the weights change."""
     model = fully_shard(network(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return run(model, kind=adler.AdlerScheduleFree, tests=True, weight_decay=0.1, **DIFFERENCE)
+
+
+@scenario
+def fsdp_muon() -> dict[str, Any]:
+    """Matrices are gathered, orthogonalised and scattered again."""
+    return run(sharded(network()), **MUON, **DIFFERENCE)
 
 
 @scenario

@@ -15,6 +15,7 @@ EXACT: dict[str, Any] = {"measure": adler.Measure.every_step()}
 DIFFERENCE: dict[str, Any] = {"measure": adler.Measure.every_step("finite_difference")}
 EVERY_THIRD: dict[str, Any] = {"measure": adler.Measure(every=3, fraction=1.0, warmup=0)}
 GUARDS: dict[str, Any] = {"guard": adler.Guard(2.0, max_kl=0.1, max_relative_change=0.1)}
+MUON: dict[str, Any] = {"kind": adler.AdlerMuon, "matrices": ["*weight"], "tests": True}
 
 
 def network(batchnorm: bool = False) -> nn.Sequential:
@@ -71,7 +72,7 @@ def outputs_in_a_test(model: nn.Module) -> Tensor:
 
 def train(
     model: nn.Module,
-    optimizer: adler.Adler | adler.AdlerAdam | adler.AdlerScheduleFree,
+    optimizer: adler.Adler | adler.AdlerAdam | adler.AdlerMuon | adler.AdlerScheduleFree,
     batches: Iterable[list[tuple[Tensor, Tensor]]],
     criterion: Callable[..., Tensor],
     before_step: Callable[[], None] = lambda: None,
