@@ -117,6 +117,7 @@ class Search:
     eps: float
     guard: Any
     measure: Any
+    muon: bool = False
 
     def __post_init__(self) -> None:
         self.rates: list[float] = []
@@ -141,7 +142,7 @@ class Search:
         interval = 1 if steps < self.measure.warmup else self.measure.every
         if due := steps % interval == 0:
             self.look(theta, d, x, y)
-        slope, size = float(g @ d), float(d @ d)
+        slope, size = self.along(g, d, due)
         curvature = discounted(self.ratios, [1 - self.measure.fraction] * len(self.ratios)) * size
         minimiser = slope / (curvature + self.eps * size)
         if due:
@@ -153,6 +154,21 @@ class Search:
             mean = discounted(self.rates, self.discounts)
         bound = min(self.bounds(minimiser, curvature))
         return [min(mean, bound), minimiser, float(mean > bound)]
+
+    def along(self, g: Tensor, d: Tensor, due: bool) -> tuple[float, float]:
+        """``g·d`` and ``d·d``; with Muon, of a matrix by the last measurement's ratio and size."""
+        tensors = list(
+            zip(self.dense.shapes.values(), self.dense.tensors(g), self.dense.tensors(d))
+        )
+        if due:
+            self.seen = [(float(a @ b / a.norm()), float(b @ b)) for _, a, b in tensors]
+        if due or not self.muon:
+            return float(g @ d), float(d @ d)
+        slope = size = 0.0
+        for (shape, a, b), (ratio, square) in zip(tensors, self.seen):
+            slope += ratio * float(a.norm()) if len(shape) > 1 else float(a @ b)
+            size += square if len(shape) > 1 else float(b @ b)
+        return slope, size
 
     def bounds(self, minimiser: float, curvature: float) -> list[float]:
         """Of the quadratic model, those that there are."""
@@ -238,7 +254,7 @@ def run(
     by 1/s, or where momentum repeats each gradient by as much as that is more than 1 / (1 - μ).
     ``muon`` is the momentum of matrices, which are orthogonalised; the rest is as without it.
     """
-    search = Search(Dense(model, criterion), kind, beta, eps, guard, measure)
+    search = Search(Dense(model, criterion), kind, beta, eps, guard, measure, muon is not None)
     theta = z = search.dense.flat()
     reaches = search.dense.reaches()
     history: list[Tensor] = []

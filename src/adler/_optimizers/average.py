@@ -288,6 +288,14 @@ class Interpolation(Direction):
         self._inner, self._state, self._equal = inner, state, equal
         self._interpolation = interpolation
 
+    def look(
+        self, gradients: list[Tensor], home: torch.device, measured: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The inner direction's."""
+        found = self._inner.look(gradients, home, measured)
+        self.along = self._inner.along
+        return found
+
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _distributed as distributed
-from adler import _options, _tensors, losses
+from adler import _options, losses
 from adler._averaging import DiscountedMean
 from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
 from adler._optimizers.multiplier import MultiplierCheck
@@ -245,13 +245,12 @@ class MeasuredOptimizer(Optimizer):
             ranks: Process groups to agree with.
             unmodified: Whether the gradients are as the backward pass left them.
         """
-        along, home = direction.along, self._scalar_device
-        squared_norm, lengths = _tensors.squared_norm_and_lengths(along, home)
+        look = direction.look(gradients, self._scalar_device, measured=batch is not None)
+        slope, squared_norm, lengths = look
+        along = direction.along
         if self.guard is not None and self.guard.max_relative_change is not None:
             fraction = self.guard.max_relative_change
             direction.reach = Reach(params, along, lengths, fraction, self.state)
-        plain = along is gradients
-        slope = squared_norm if plain else _tensors.dot(gradients, along, home)
         unknown = torch.full_like(slope, math.nan)
         if batch is None:
             if scaling.veto is not None:

@@ -123,6 +123,22 @@ class Direction:
     def __init__(self, along: list[Tensor]) -> None:
         self.along = along
 
+    def look(
+        self, gradients: list[Tensor], home: torch.device, measured: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """``g·d``, ``d·d``, both 0-dim, and the norm of each tensor of ``d``; before any step.
+
+        Args:
+            gradients: Of this minibatch, those that the direction was made of.
+            home: Device of the sums.
+            measured: Whether curvature will be measured along ``d``. If not, these numbers only
+                bound the step, and a direction that is dear may do without `along`.
+        """
+        squared_norm, lengths = _tensors.squared_norm_and_lengths(self.along, home)
+        plain = self.along is gradients
+        slope = squared_norm if plain else _tensors.dot(gradients, self.along, home)
+        return slope, squared_norm, lengths
+
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:

@@ -156,6 +156,7 @@ class AdlerMuon(AveragedOptimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         self._matrices = None  # the model may have grown
+        self._orthogonal()  # names that nothing has are refused now
 
     def _interpolation(self, group: Mapping[str, Any]) -> float | None:
         value: float | None = group["interpolation"]
@@ -198,7 +199,8 @@ class Muon(Direction):
         groups: With ``momentum``, ``betas`` and ``adam_eps``.
         params: Those with a gradient.
         gradients: Of this minibatch.
-        state: The optimizer's; holds ``exp_avg`` of the matrices, and the moments of the rest.
+        state: The optimizer's; holds ``exp_avg`` of the matrices, and of their last measurement
+            ``slope_ratio`` and ``along_size``; and the moments of the rest.
         equal: Whether the counts of a group's parameters are equal, by its id.
     """
 
@@ -212,14 +214,51 @@ class Muon(Direction):
         state: State,
         equal: Mapping[int, bool],
     ) -> None:
-        self._state, self._matrices = state, matrices
-        of = dict(zip(params, gradients, strict=True))
-        mine, others = self._split(params)
-        found = dict(zip(mine, _scaled([of[p] for p in mine]), strict=True))
+        self._state, self._matrices, self._params = state, matrices, params
+        self._gradients = dict(zip(params, gradients, strict=True))
+        others = self._split(params)[1]
+        self._seen: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._rest: Preconditioned | None = None
         if others:
-            self._rest = rest(groups, others, [of[p] for p in others], state, equal)
-            found.update(zip(others, self._rest.along, strict=True))
-        super().__init__([found[p] for p in params])
+            own = [self._gradients[p] for p in others]
+            self._rest = rest(groups, others, own, state, equal)
+        super().__init__(gradients)
+
+    def look(
+        self, gradients: list[Tensor], home: torch.device, measured: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        r"""As `Direction.look`; orthogonalises only where that is needed.
+
+        Where curvature is not measured, the slope along $\mathrm{NS}(g)$ is taken to have the
+        ratio to $\|g\|$, and the norm of $\mathrm{NS}(g)$ the value, of the last measurement: a
+        step then costs the iterations of its momentum alone.
+        """
+        mine, others = self._split(self._params)
+        own = [self._gradients[p] for p in mine]
+        along = dict(zip(others, self._rest.along if self._rest else (), strict=True))
+        if measured or not all("along_size" in self._state[p] for p in mine):
+            whole = gathered(own)
+            found = _scaled(whole)
+            self._seen = dict(zip(mine, _ratios_and_sizes(whole, found), strict=True))
+            along.update(zip(mine, scattered(found, own), strict=True))
+            self.along = [along[p] for p in self._params]
+            return super().look(gradients, home, measured)
+        zero = torch.zeros((), dtype=_tensors.widest(home), device=home)
+        slope, squared_norm, sizes = zero, zero, dict.fromkeys(mine, zero)
+        if mine:
+            norms = _tensors.stacked(_tensors.lengths(own), zero)
+            ratios = _tensors.stacked([self._state[p]["slope_ratio"] for p in mine], zero)
+            lengths = _tensors.stacked([self._state[p]["along_size"] for p in mine], zero)
+            slope, squared_norm = (ratios * norms).sum(), lengths.square().sum()
+            sizes = dict(zip(mine, lengths.unbind(), strict=True))
+        if others:
+            rest = [along[p] for p in others]
+            squares, of_rest = _tensors.squared_norm_and_lengths(rest, home)
+            slope = slope + _tensors.dot([self._gradients[p] for p in others], rest, home)
+            squared_norm = squared_norm + squares
+            sizes.update(zip(others, of_rest, strict=True))
+        self.along = [along.get(p, self._gradients[p]) for p in self._params]
+        return slope, squared_norm, [sizes[p] for p in self._params]
 
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
@@ -227,6 +266,14 @@ class Muon(Direction):
         """As `Direction.descend`; a step that is skipped leaves the moments as they were."""
         count_([moments(self._state, p)["step"] for p in params], skipped)
         super().descend(group, params, rate, skipped)
+
+    def finish(self, skipped: Tensor) -> None:
+        """Keeps what was seen along the matrices, unless the step is skipped."""
+        for p, new in self._seen.items():
+            for name, value in zip(("slope_ratio", "along_size"), new, strict=True):
+                before = self._state[p].get(name, torch.zeros_like(value))
+                # Replaced, never mutated: a state_dict of before stays as it is.
+                self._state[p][name] = torch.where(skipped.to(value.device), before, value)
 
     def advance(
         self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
@@ -240,8 +287,9 @@ class Muon(Direction):
             _tensors.lerp_(averages, gradients, 1 - momentum, skipped)
             ahead = torch._foreach_lerp(local(gradients), local(averages), momentum)
             rows = zip(ahead, gradients, strict=True)
-            found.update(zip(mine, _scaled([like(a, g) for a, g in rows]), strict=True))
-        if others:
+            whole = gathered([like(a, g) for a, g in rows])
+            found.update(zip(mine, scattered(_scaled(whole), gradients), strict=True))
+        if self._rest and others:
             found.update(zip(others, self._rest.advance(group, others, skipped), strict=True))
         return [found[p] for p in params]
 
@@ -252,15 +300,24 @@ class Muon(Direction):
 
 
 def _scaled(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Orthogonalised, with entries of the size that Adam's updates have.
-
-    Of sharded matrices each rank gathers all parts, and keeps its own of the result.
-    """
-    found = orthogonalized(gathered(gradients))
+    """Orthogonalised, with entries of the size that Adam's updates have."""
+    found = orthogonalized(gradients)
     if found:
         sizes = [_RMS_OF_ADAM * max(g.flatten(1).shape) ** 0.5 for g in gradients]
         torch._foreach_mul_(found, sizes)
-    return scattered(found, gradients)
+    return found
+
+
+def _ratios_and_sizes(
+    gradients: Sequence[Tensor], along: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """``g·d / ‖g‖`` and ``‖d‖`` of each; 0-dim, of the gradient's dtype, as PyTorch loads state."""
+    norms, sizes = _tensors.lengths(gradients), _tensors.lengths(along)
+    found = []
+    for g, d, norm, size in zip(gradients, along, norms, sizes, strict=True):
+        slope = _tensors.dot([g], [d])
+        found.append(((slope / norm).nan_to_num(0.0).to(g.dtype), size.to(g.dtype)))
+    return found
 
 
 # --- which parameters are hidden matrices ---------------------------------------------------------
