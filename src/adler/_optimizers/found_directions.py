@@ -11,13 +11,17 @@ $$
 is one half where the step is linear in them (SGD, the Adams, SOAP), and one where they are
 normalised: signs (Lion), orthogonalisation (Muon), trust ratios (LAMB).
 
-- *Linear* ($r \le 3/4$, or no momenta): with $F = \Delta(m, g) - \Delta(m, 0)$ and
-  $\mu = \Delta(m, 0)^\top \Delta_{-1} / \|\Delta_{-1}\|^2$, the fraction (of at most 0.99) of its
-  last step that the base repeats without a gradient, $D = F / (1 - \mu)$: what equal gradients
-  would add up to.
-- *Scale-invariant* ($r > 3/4$): without a gradient the step is as long as with one, and $F$ is what
-  the gradient turns, not what it adds. So $D = \Delta(0, g)$: momenta emptied, what else the state
-  holds (second moments, eigenbases, counts) as it is.
+The momenta emptied, and what else the state holds (second moments, eigenbases, counts) as it is,
+$F = \Delta(0, g)$ is what this minibatch's gradient does. Then
+
+- where the step is *scale-invariant* ($r > 3/4$), $D = F$. The difference
+  $\Delta(m, g) - \Delta(m, 0)$ would be what the gradient turns, not what it adds: without a
+  gradient such a step is as long as with one;
+- where it is *linear*, $D = F / (1 - \mu)$: what equal gradients would add up to, with
+  $\mu = (\Delta - F)^\top \Delta_{-1} / \|\Delta_{-1}\|^2$, the fraction (of at most 0.99) of
+  its last step $\Delta_{-1}$ that the base repeats;
+- where no momenta are seen, and before they are, $F = \Delta(m, g) - \Delta(m, 0)$ in the same
+  formula.
 """
 
 from __future__ import annotations
@@ -44,9 +48,10 @@ _SCALE_INVARIANT = 0.75
 
 # What is known of a parameter, as its state holds it. Smaller numbers count the trials that have
 # found the base at rest: some do nothing with their first gradient.
-_LINEAR = 3.0
-_INVARIANT = 4.0
-_INVARIANT_DRIFTING = 5.0  # its parameter moves without gradients and momenta
+_DIFFERENCE = 3.0
+_LINEAR = 4.0
+_INVARIANT = 5.0
+_DRIFTS = 2.0  # more, where a step is not zero without gradients and momenta
 
 Momenta = dict[Tensor, list[str]]
 
@@ -88,7 +93,7 @@ def find(
         gradients: Of this minibatch.
         saved: The base's state.
         state: The wrapper's; holds the ``kind`` of each parameter, and the ``last`` step of those
-            that are linear.
+            that are not scale-invariant.
         momenta: Names in the base's state, by parameter; filled in where they are needed.
         rule: ``"difference"`` or ``"memoryless"``, for all parameters; None: decide.
     """
@@ -99,33 +104,35 @@ def find(
         before = _kinds(state, params)
         kinds = _decide(before, base, params, gradients, saved, momenta)
     else:
-        before = kinds = [_LINEAR if rule == "difference" else _INVARIANT] * len(params)
-    linear = [i for i, kind in enumerate(kinds) if kind <= _LINEAR]
-    other = [i for i, kind in enumerate(kinds) if kind > _LINEAR]
-    along, idle = list(gradients), []
-    if other:
-        parts = _memoryless(base, params, gradients, saved, momenta, other, kinds)
-        for i, part in zip(other, parts, strict=True):
-            along[i] = part
-    if linear:
+        kinds = [_DIFFERENCE if rule == "difference" else _INVARIANT] * len(params)
+    emptied = [kind >= _LINEAR for kind in kinds]
+    without = idle = gradients
+    if any(emptied):
+        without = _memoryless(base, params, gradients, saved, momenta, kinds)
+    if not all(emptied):
         idle = displacement(base, params, _zeros(gradients))
         saved.restore()
     step = displacement(base, params, gradients)
+    choices = zip(emptied, without, step, idle, strict=True)
+    along = [alone if empty else whole - rest for empty, alone, whole, rest in choices]
     found = Found(step, along)
-    if linear:
-        last = [state[params[i]].get("last") for i in linear]
-        parts = _difference([step[i] for i in linear], [idle[i] for i in linear], last)
-        for i, part in zip(linear, parts, strict=True):
-            along[i] = part
-            found.kept[params[i]] = {"last": step[i]}
+    summed = [i for i, kind in enumerate(kinds) if not _is_invariant(kind)]
+    if summed:
+        last = [state[params[i]].get("last") for i in summed]
+        _add_up_([along[i] for i in summed], [step[i] for i in summed], last)
+        found.kept = {params[i]: {"last": step[i]} for i in summed}
     found.at_rest = size > 0 and float(_tensors.squared_norm(along)) == 0
     if rule is None:
-        found.invariant = [params[i] for i in other if before[i] != kinds[i]]
-        for p, gradient, kind in zip(params, gradients, kinds, strict=True):
-            found.kept.setdefault(p, {})["kind"] = torch.full(
-                (), kind, dtype=gradient.dtype, device=gradient.device
-            )
+        for p, gradient, then, now in zip(params, gradients, before, kinds, strict=True):
+            kind = torch.full((), now, dtype=gradient.dtype, device=gradient.device)
+            found.kept.setdefault(p, {})["kind"] = kind
+            if now != then and _is_invariant(now):
+                found.invariant.append(p)
     return found
+
+
+def _is_invariant(kind: float) -> bool:
+    return kind in (_INVARIANT, _INVARIANT + _DRIFTS)
 
 
 def _kinds(state: State, params: Sequence[Tensor]) -> list[float]:
@@ -138,20 +145,17 @@ def _kinds(state: State, params: Sequence[Tensor]) -> list[float]:
     return [0.0 if kind is None else next(values) for kind in known]
 
 
-def _difference(
-    step: list[Tensor], idle: list[Tensor], last: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """``F / (1 - μ)``."""
-    along = list(torch._foreach_sub(step, idle))
+def _add_up_(fresh: list[Tensor], step: list[Tensor], last: Sequence[Tensor | None]) -> None:
+    """In place, ``F / (1 - μ)``."""
     known = [part for part in last if part is not None]
-    memory = _tensors.squared_norm(step).new_zeros(())
-    if len(known) == len(last):
-        memory = _tensors.dot(idle, known) / _tensors.squared_norm(known)
+    if len(known) < len(last):
+        return
+    repeated = torch._foreach_sub(step, fresh)
+    memory = _tensors.dot(repeated, known) / _tensors.squared_norm(known)
     # If what a step leaves of the last one is the fraction μ, equal gradients add up to
     # 1 + μ + μ² + ... times the fresh part.
     gain = 1 / (1 - memory.nan_to_num(0.0).clamp(0, _LONGEST_MEMORY))
-    torch._foreach_mul_(along, [gain.to(part) for part in along])
-    return along
+    torch._foreach_mul_(fresh, [gain.to(part) for part in fresh])
 
 
 def _memoryless(
@@ -160,18 +164,18 @@ def _memoryless(
     gradients: list[Tensor],
     saved: SavedState,
     momenta: Momenta,
-    which: list[int],
     kinds: list[float],
 ) -> list[Tensor]:
-    """Of some parameters ``Δ(0, g)``, less ``Δ(0, 0)`` where it is not zero."""
-    if not all(params[i] in momenta for i in which):
+    """``Δ(0, g)``, less ``Δ(0, 0)`` where it is not zero; of parameters whose momenta are known."""
+    chosen = [p for p, kind in zip(params, kinds, strict=True) if kind >= _LINEAR]
+    if not all(p in momenta for p in chosen):
         momenta.update(_momenta(base, params, gradients))
-    chosen = [params[i] for i in which]
-    without = _from_momenta(base, params, gradients, saved, momenta, chosen, 0.0)
-    found = [without[i] for i in which]
-    if any(kinds[i] == _INVARIANT_DRIFTING for i in which):
+    found = _from_momenta(base, params, gradients, saved, momenta, chosen, 0.0)
+    drifts = [kind >= _LINEAR + _DRIFTS for kind in kinds]
+    if any(drifts):
         rest = _from_momenta(base, params, _zeros(gradients), saved, momenta, chosen, 0.0)
-        found = list(torch._foreach_sub(found, [rest[i] for i in which]))
+        parts = zip(found, rest, drifts, strict=True)
+        found = [part - idle if drift else part for part, idle, drift in parts]
     return found
 
 
@@ -185,7 +189,7 @@ def _decide(
 ) -> list[float]:
     """The kinds, those that the base has had a step on decided where that is possible."""
     kinds = list(kinds)
-    open_ = [i for i, p in enumerate(params) if kinds[i] < _LINEAR and saved.knows(p)]
+    open_ = [i for i, p in enumerate(params) if kinds[i] < _DIFFERENCE and saved.knows(p)]
     if not open_:
         return kinds
     momenta.update(_momenta(base, params, gradients))
@@ -200,13 +204,13 @@ def _decide(
     )
     for i in open_:
         if not momenta[params[i]]:
-            kinds[i] = _LINEAR
-        elif of_whole[i] == 0:
+            kinds[i] = _DIFFERENCE
+        elif of_whole[i] == 0 and kinds[i] + 1 < _DIFFERENCE:
             kinds[i] += 1
-        elif of_half[i] > _SCALE_INVARIANT * of_whole[i]:
-            kinds[i] = _INVARIANT if of_rest[i] == 0 else _INVARIANT_DRIFTING
         else:
-            kinds[i] = _LINEAR
+            invariant = of_half[i] > _SCALE_INVARIANT * of_whole[i]
+            kinds[i] = _INVARIANT if invariant else _LINEAR
+            kinds[i] += _DRIFTS if of_rest[i] > 0 else 0.0
     return kinds
 
 

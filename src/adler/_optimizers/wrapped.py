@@ -73,13 +73,11 @@ class Wrapped(MeasuredOptimizer):
       rate; it is no part of $D$. A coupled one, added to the gradient, enters $\Delta$ and the
       base's moments alone.
     - For SGD, the Adams, RMSprop, Adagrad, Muon and Lion, $D$ is in closed form. Of any other base
-      it is found from steps that are taken back (`adler._optimizers.found_directions`), and one
-      warning says so: where a step is linear in the averages of gradients, the difference of two
-      steps, with the gradient and without; where it is *scale-invariant*, as those of sign and
-      orthogonalising methods are, the step with these averages emptied, and a second warning names
-      the parameters. The host then waits for the device. ``fresh`` says it, or replaces it.
-    - Methods that drop what disagrees with the gradient (cautious ones) do nothing without one, so
-      the difference is the step itself, and rates come out too large: give ``fresh``.
+      it is found from steps that are taken back (`adler._optimizers.found_directions`): the step
+      with its averages of gradients emptied, times what equal gradients would add up to where the
+      step is linear in them, and as it is where the step is *scale-invariant*, as those of sign
+      and orthogonalising methods are. One warning says so, and another where a base has turned
+      out to be scale-invariant. The host then waits for the device. ``fresh`` says it instead.
     - Bases that keep a copy of the parameters in their state (schedule-free methods) assume that
       their own step was taken, and do not fit. What a base keeps outside its state and its groups
       sees the steps that are taken back.
@@ -104,7 +102,7 @@ class Wrapped(MeasuredOptimizer):
             each parameter after the base's step, that returns a tensor of its shape. Or for all
             parameters ``"sign"``, the signs of the gradient; ``"memoryless"``, the base's step
             with its averages of gradients emptied; ``"difference"``, what the gradient changes in
-            the base's step. No part of a checkpoint.
+            the base's step, and equal gradients would add up to. No part of a checkpoint.
 
     Attributes:
         base: The optimizer that gives the direction.
@@ -177,8 +175,9 @@ class Wrapped(MeasuredOptimizer):
         if fresh is None and closed_form(base) is None:
             warn(
                 f"wrap: {type(base).__name__} is not one of the optimizers that this library "
-                "knows, so the rate is measured along what the gradient changes in its step, "
-                "found by stepping twice, with and without the gradient. fresh= says otherwise"
+                "knows, so the rate is measured along what this minibatch alone does in its step, "
+                "found by stepping twice, with its averages of gradients and without. fresh= says "
+                "otherwise"
             )
 
     def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
@@ -196,10 +195,9 @@ class Wrapped(MeasuredOptimizer):
             self._to_say = (
                 f"wrap: the step of {type(self.base).__name__} does not grow with its gradients "
                 f"(it is scale-invariant) at {len(names)} of {len(params)} parameters "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), so what the "
-                "gradient changes in it has no size. There the rate is measured along the step of "
-                "this minibatch alone, taken with its averages of gradients emptied. fresh= says "
-                "otherwise"
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), so equal gradients "
+                "do not add up. There the rate is measured along the step of this minibatch alone, "
+                "as long as it is. fresh= says otherwise"
             )
         return found
 
