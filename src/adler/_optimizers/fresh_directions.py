@@ -1,4 +1,4 @@
-r"""What the steps of PyTorch's optimizers would be, had all gradients been this minibatch's.
+r"""What the steps of known optimizers would be, had all gradients been this minibatch's.
 
 An optimizer that averages gradients takes a step $\Delta$ along the average. Its *fresh* direction
 $D$ replaces every gradient in that average by the last one and keeps the preconditioner, so that
@@ -13,8 +13,13 @@ $D = \Delta$ where all gradients are alike, from the first step on. Weight decay
 | Adamax | $g / u$ |
 | RMSprop | $a_t \odot g$; $a_t = \mu a_{t-1} + 1 / (\sqrt{v} + \epsilon)$, elementwise |
 | Adagrad | $g / (\sqrt{s} + \epsilon)$, divided by its own decay of the rate |
+| Muon | $s\, \mathrm{NS}(g)$: the Newton–Schulz steps of the base; $s$ of `adjust_lr_fn` |
+| Lion | $\mathrm{sign}(g)$ |
 
-The gains $a_t$ of SGD and RMSprop with momentum are kept beside the base's state.
+The gains $a_t$ of SGD and RMSprop with momentum are kept beside the base's state. Muon's factor $s$
+for a matrix of $n$ rows and $m$ columns is $\sqrt{\max(1, n / m)}$, or
+$0.2 \sqrt{\max(n, m)}$ where it matches AdamW. Lion is that of the packages lion-pytorch and
+pytorch_optimizer, known by name. For any other base see `adler._optimizers.found_directions`.
 """
 
 from __future__ import annotations
@@ -28,7 +33,12 @@ from torch import Tensor, optim
 
 from adler._optimizers.adam import adam_denominators
 
-__all__ = ["FRESH", "Update", "fresh"]
+try:  # since PyTorch 2.9; without these, Muon is a base like any that is not known
+    from torch.optim._muon import Muon, _adjust_lr, _zeropower_via_newtonschulz
+except ImportError:
+    Muon = None  # type: ignore[assignment,misc]
+
+__all__ = ["Update", "closed_form", "sign"]
 
 
 @dataclass
@@ -36,6 +46,7 @@ class Update:
     """One step of a base on one parameter.
 
     Attributes:
+        parameter: As before the step.
         group: The base's param group.
         state: The base's state of the parameter after the step.
         started: Whether the base had made steps on it before.
@@ -43,6 +54,7 @@ class Update:
         gradient: Of this minibatch.
     """
 
+    parameter: Tensor
     group: Mapping[str, Any]
     state: Mapping[str, Tensor]
     started: bool
@@ -55,14 +67,36 @@ class Update:
         return torch.as_tensor(self.state["step"]).to(self.gradient.device).double()
 
 
-def fresh(base: optim.Optimizer, update: Update) -> Tensor:
-    """``D`` of one parameter.
+Fresh = Callable[[Update], Tensor]
 
-    Args:
-        base: Its type is in `FRESH`.
-        update: After its step.
-    """
-    return update.gradient * FRESH[type(base)](update)
+
+def closed_form(base: optim.Optimizer) -> Fresh | None:
+    """What gives ``D`` of each parameter after a step of this base; None: not known."""
+    kind = type(base)
+    if kind in _FRESH:
+        return _FRESH[kind]
+    function, unless = _NAMED.get(f"{kind.__module__}.{kind.__qualname__}", (None, ()))
+    if any(group.get(option) for group in base.param_groups for option in unless):
+        return None
+    return function
+
+
+def sign(update: Update) -> Tensor:
+    """The signs of the gradient."""
+    return update.gradient.sign()
+
+
+def _muon(update: Update) -> Tensor:
+    group, gradient = update.group, update.gradient
+    whole = _zeropower_via_newtonschulz(
+        gradient, group["ns_coefficients"], group["ns_steps"], group["eps"]
+    )
+    return whole.to(gradient) * _adjust_lr(1.0, group["adjust_lr_fn"], gradient.shape)
+
+
+def _scaled(factor: Fresh) -> Fresh:
+    """The gradient times a factor."""
+    return lambda update: update.gradient * factor(update)
 
 
 def _sgd(update: Update) -> Tensor:
@@ -134,14 +168,22 @@ def _adagrad(update: Update) -> Tensor:
     return denominator.mul_(own_decay).reciprocal_()
 
 
-# The factor of the gradient in D. Not of subclasses, which may step in another way.
-FRESH: dict[type[optim.Optimizer], Callable[[Update], Tensor]] = {
-    optim.SGD: _sgd,
-    optim.Adam: _adam,
-    optim.AdamW: _adam,
-    optim.NAdam: _nadam,
-    optim.RAdam: _radam,
-    optim.Adamax: _adamax,
-    optim.RMSprop: _rmsprop,
-    optim.Adagrad: _adagrad,
+# Not of subclasses, which may step in another way.
+_FRESH: dict[type[optim.Optimizer], Fresh] = {
+    optim.SGD: _scaled(_sgd),
+    optim.Adam: _scaled(_adam),
+    optim.AdamW: _scaled(_adam),
+    optim.NAdam: _scaled(_nadam),
+    optim.RAdam: _scaled(_radam),
+    optim.Adamax: _scaled(_adamax),
+    optim.RMSprop: _scaled(_rmsprop),
+    optim.Adagrad: _scaled(_adagrad),
+}
+if Muon is not None:
+    _FRESH[Muon] = _muon
+
+# Of other packages, which need not be there; unless an option is on that changes the direction.
+_NAMED: dict[str, tuple[Fresh, tuple[str, ...]]] = {
+    "lion_pytorch.lion_pytorch.Lion": (sign, ()),
+    "pytorch_optimizer.optimizer.lion.Lion": (sign, ("use_gc", "cautious")),
 }

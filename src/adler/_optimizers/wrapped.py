@@ -13,16 +13,18 @@ from torch.optim.optimizer import Optimizer
 from adler import _averaging as averaging
 from adler import _tensors as update
 from adler._optimizers.base import MeasuredOptimizer
+from adler._optimizers.base_steps import displacement
 from adler._optimizers.direction import Direction, State
-from adler._optimizers.fresh_directions import FRESH, Update, fresh
+from adler._optimizers.found_directions import Momenta, find
+from adler._optimizers.fresh_directions import Fresh, Update, closed_form, sign
 from adler._optimizers.state_backup import SavedState
 from adler._options import Guard, Measure
 from adler._warning import warn
 
 __all__ = ["Displacement", "Wrapped", "wrap"]
 
-# An unknown base is taken to forget at least this much of its last step.
-_LONGEST_MEMORY = 0.99
+# What `fresh` may be but a function.
+_RULES = ("difference", "memoryless", "sign")
 
 
 def wrap(
@@ -70,13 +72,15 @@ class Wrapped(MeasuredOptimizer):
     - A decoupled weight decay of the base is part of $\Delta$, so it is scaled by the measured
       rate; it is no part of $D$. A coupled one, added to the gradient, enters $\Delta$ and the
       base's moments alone.
-    - Any other base is stepped twice from the same state, with the gradient and without. With
-      $F = \Delta(g) - \Delta(0)$ and $\mu = \Delta(0)^\top \Delta_{-1} / \|\Delta_{-1}\|^2$, the
-      fraction (of at most 0.99) of its last step that the base repeats without a gradient,
-      $D = F / (1 - \mu)$: what equal gradients would add up to. The host then waits for the
-      device. One warning says so.
+    - For SGD, the Adams, RMSprop, Adagrad, Muon and Lion, $D$ is in closed form. Of any other base
+      it is found from steps that are taken back (`adler._optimizers.found_directions`): the step
+      with its averages of gradients emptied, times what equal gradients would add up to where the
+      step is linear in them, and as it is where the step is *scale-invariant*, as those of sign
+      and orthogonalising methods are. One warning says so, and another where a base has turned
+      out to be scale-invariant. The host then waits for the device. ``fresh`` says it instead.
     - Bases that keep a copy of the parameters in their state (schedule-free methods) assume that
-      their own step was taken, and do not fit.
+      their own step was taken, and do not fit. What a base keeps outside its state and its groups
+      sees the steps that are taken back.
 
     Beside the forward pass, a step holds a copy of the gradients, two of the parameters and one of
     the base's state; for bases that are not known, the last step too. The displacement is a
@@ -94,9 +98,15 @@ class Wrapped(MeasuredOptimizer):
         guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
+        fresh: What $D$ is. None: in closed form or found. A function of an `Update`, called for
+            each parameter after the base's step, that returns a tensor of its shape. Or for all
+            parameters ``"sign"``, the signs of the gradient; ``"memoryless"``, the base's step
+            with its averages of gradients emptied; ``"difference"``, what the gradient changes in
+            the base's step, and equal gradients would add up to. No part of a checkpoint.
 
     Attributes:
         base: The optimizer that gives the direction.
+        fresh: As given.
 
     Raises:
         ValueError: For an argument out of its range, a base that maximises, parameters that are
@@ -105,9 +115,28 @@ class Wrapped(MeasuredOptimizer):
 
     Source: the rule is Algorithm 1 of D. Balboni's thesis (SNS 2025, ch. 7) along another
     direction.
+
+    Examples:
+        A base that steps along the signs of an average of gradients:
+
+        >>> class Signs(torch.optim.SGD):
+        ...     @torch.no_grad()
+        ...     def step(self, closure=None):
+        ...         for group in self.param_groups:
+        ...             for p in group["params"]:
+        ...                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+        ...                 p.sub_(mean.lerp_(p.grad, 0.1).sign(), alpha=group["lr"])
+        >>> model, criterion = nn.Linear(4, 3), nn.CrossEntropyLoss()
+        >>> optimizer = Wrapped(Signs(model.parameters()), model, criterion, fresh="sign")
+        >>> criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+        >>> slope = sum(float(p.grad.abs().sum()) for p in model.parameters())
+        >>> optimizer.step()
+        >>> abs(float(optimizer.last_step.slope) / slope - 1) < 1e-5
+        True
     """
 
     _mean = averaging.geometric
+    _said_invariant = False
     base: Optimizer
 
     def __init__(
@@ -122,8 +151,13 @@ class Wrapped(MeasuredOptimizer):
         guard: Guard | None = Guard(),
         measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
+        fresh: Fresh | str | None = None,
     ) -> None:
         _check_base(base)
+        if isinstance(fresh, str) and fresh not in _RULES:
+            raise ValueError(f"fresh={fresh!r}: expected a function or one of {', '.join(_RULES)}")
+        if not (fresh is None or isinstance(fresh, str) or callable(fresh)):
+            raise TypeError(f"fresh: expected a function or a name, got {type(fresh).__name__}")
         groups = [{"params": _params_of(group)} for group in base.param_groups]
         super().__init__(
             groups,
@@ -136,12 +170,14 @@ class Wrapped(MeasuredOptimizer):
             measure=measure,
             output_fn=output_fn,
         )
-        self.base = base
-        if type(base) not in FRESH:
+        self.base, self.fresh = base, fresh
+        self._momenta: Momenta = {}
+        if fresh is None and closed_form(base) is None:
             warn(
-                f"wrap: {type(base).__name__} is not one of PyTorch's optimizers that this library "
-                "knows, so the rate is measured along what the gradient changes in its step, "
-                "found by stepping twice, with and without the gradient"
+                f"wrap: {type(base).__name__} is not one of the optimizers that this library "
+                "knows, so the rate is measured along what this minibatch alone does in its step, "
+                "found by stepping twice, with its averages of gradients and without. fresh= says "
+                "otherwise"
             )
 
     def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
@@ -152,7 +188,18 @@ class Wrapped(MeasuredOptimizer):
                 "step(): the base has other parameters than its wrapper: add groups with "
                 "add_param_group of the wrapper, which passes them on"
             )
-        return Displacement(self.base, params, gradients, self.state)
+        found = Displacement(self.base, params, gradients, self.state, self.fresh, self._momenta)
+        if found.invariant and not self._said_invariant:
+            self._said_invariant = True
+            names = [self._names[p] for p in found.invariant]
+            self._to_say = (
+                f"wrap: the step of {type(self.base).__name__} does not grow with its gradients "
+                f"(it is scale-invariant) at {len(names)} of {len(params)} parameters "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), so equal gradients "
+                "do not add up. There the rate is measured along the step of this minibatch alone, "
+                "as long as it is. fresh= says otherwise"
+            )
+        return found
 
     # --- the contract of torch.optim.Optimizer ---------------------------------------------------
 
@@ -197,7 +244,12 @@ class Wrapped(MeasuredOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """With the base."""
-        return {**super().__getstate__(), "base": self.base}
+        return {**super().__getstate__(), "base": self.base, "fresh": self.fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What is known of the base's state is found again."""
+        self._momenta = {}
+        super().__setstate__(state)
 
 
 class Displacement(Direction):
@@ -209,60 +261,59 @@ class Displacement(Direction):
         base: The optimizer that gives the step.
         params: Those with a gradient.
         gradients: Of this minibatch.
-        state: The wrapper's; holds ``gain`` where a known base has momentum, and the ``last`` step
-            of any other.
+        state: The wrapper's; holds ``gain`` where a known base has momentum, and the ``kind`` and
+            the ``last`` step of the parameters of any other.
+        fresh: See `Wrapped`.
+        momenta: What `find` remembers.
+
+    Attributes:
+        invariant: Parameters whose step has turned out to be scale-invariant.
     """
 
     def __init__(
-        self, base: Optimizer, params: list[Tensor], gradients: list[Tensor], state: State
+        self,
+        base: Optimizer,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: State,
+        fresh: Fresh | str | None = None,
+        momenta: Momenta | None = None,
     ) -> None:
         self._saved, self._state = SavedState(base), state
         self._kept: dict[Tensor, dict[str, Tensor]] = {}
+        self.invariant: list[Tensor] = []
+        self._at_rest = False
+        function = sign if fresh == "sign" else fresh
+        if function is None:
+            function = closed_form(base)
         try:
-            if type(base) in FRESH:
-                step = _displacement(base, params, gradients)
-                along = self._fresh(base, params, gradients)
+            if function is None or isinstance(function, str):
+                memory = {} if momenta is None else momenta
+                found = find(base, params, gradients, self._saved, state, memory, function)
+                step, along = found.step, found.along
+                self._kept, self.invariant = found.kept, found.invariant
+                self._at_rest = found.at_rest
             else:
-                step, along = self._fresh_part(base, params, gradients)
+                step = displacement(base, params, gradients)
+                along = self._described(function, base, params, gradients)
         except BaseException:
             self.undo()
             raise
         self._step = dict(zip(params, step, strict=True))
         super().__init__(along)
 
-    def _fresh(
-        self, base: Optimizer, params: list[Tensor], gradients: list[Tensor]
+    def _described(
+        self, fresh: Fresh, base: Optimizer, params: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
         groups = {p: group for group in base.param_groups for p in group["params"]}
-        found = []
+        along = []
         for p, gradient in zip(params, gradients, strict=True):
             started, gain = self._saved.knows(p), self._state[p].get("gain")
-            one = Update(groups[p], base.state[p], started, gain, gradient)
-            found.append(fresh(base, one))
+            one = Update(p, groups[p], base.state[p], started, gain, gradient)
+            along.append(_checked(fresh(one), gradient))
             if one.gain is not None:
                 self._kept[p] = {"gain": one.gain}
-        return found
-
-    def _fresh_part(
-        self, base: Optimizer, params: list[Tensor], gradients: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        squared_norm = update.squared_norm(gradients)
-        if not bool(torch.isfinite(squared_norm)):  # nobody knows what the base would do with it
-            return gradients, gradients
-        idle = _displacement(base, params, [torch.zeros_like(g) for g in gradients])
-        self._saved.restore()
-        step = _displacement(base, params, gradients)
-        along = list(torch._foreach_sub(step, idle))
-        memory = torch.zeros_like(squared_norm)
-        if all("last" in self._state[p] for p in params):
-            last = [self._state[p]["last"] for p in params]
-            memory = update.dot(idle, last) / update.squared_norm(last)
-        # If what a step leaves of the last one is the fraction μ, equal gradients add up to
-        # 1 + μ + μ² + ... times the fresh part.
-        gain = 1 / (1 - memory.nan_to_num(0.0).clamp(0, _LONGEST_MEMORY))
-        torch._foreach_mul_(along, [gain.to(part) for part in along])
-        self._kept = {p: {"last": part} for p, part in zip(params, step, strict=True)}
-        return step, along
+        return along
 
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
@@ -272,7 +323,12 @@ class Displacement(Direction):
         update.descend_(params, steps, rate, skipped)
 
     def finish(self, skipped: Tensor) -> None:
-        """In a step that is skipped, the base's state goes back to what it was."""
+        """In a step that is skipped, the base's state goes back to what it was.
+
+        Not where it was the base that took no step: it would not take one ever after.
+        """
+        if self._at_rest:
+            skipped = torch.zeros_like(skipped)
         self._saved.restore_where(skipped)
         for p, kept in self._kept.items():
             for key, after in kept.items():
@@ -286,25 +342,15 @@ class Displacement(Direction):
         self._saved.restore()
 
 
-@torch.no_grad()
-def _displacement(base: Optimizer, params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """What a step of the base at rate one subtracts; its state advances, the parameters stay."""
-    before = [p.detach().clone() for p in params]
-    kept = [p.grad for p in params]
-    rates = [group["lr"] for group in base.param_groups]
-    try:
-        for p, gradient in zip(params, gradients, strict=True):
-            p.grad = gradient.clone()  # the base may write into it
-        for group, lr in zip(base.param_groups, rates, strict=True):
-            group["lr"] = torch.ones_like(lr) if isinstance(lr, Tensor) else 1.0
-        base.step()
-        return list(torch._foreach_sub(before, params))
-    finally:
-        torch._foreach_copy_(params, before)
-        for p, grad in zip(params, kept, strict=True):
-            p.grad = grad
-        for group, lr in zip(base.param_groups, rates, strict=True):
-            group["lr"] = lr
+def _checked(found: object, gradient: Tensor) -> Tensor:
+    if not isinstance(found, Tensor):
+        raise TypeError(f"fresh: expected a tensor, got {type(found).__name__}")
+    if found.shape != gradient.shape:
+        raise ValueError(
+            f"fresh: a direction of shape {tuple(found.shape)} for a parameter of shape "
+            f"{tuple(gradient.shape)}"
+        )
+    return found.to(gradient)
 
 
 def _params_of(group: Mapping[str, Any]) -> list[Any]:
@@ -332,5 +378,5 @@ def _check_base(base: object) -> None:
             "had at the loop's gradients: wrap an optimizer that steps without one"
         )
     for key in ("maximize", "differentiable"):
-        if any(group.get(key, False) for group in base.param_groups):
+        if getattr(base, key, False) or any(group.get(key, False) for group in base.param_groups):
             raise ValueError(f"base: {key}=True of {name} is not supported: the loss is minimised")
