@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from examples.shared.networks import Block, Residual, ViT, mlp
 
-__all__ = ["QUICK", "TASKS", "Task"]
+__all__ = ["QUICK", "TASKS", "Decoder", "Task", "resnet"]
 
 Device = torch.device | str
 
@@ -88,20 +88,40 @@ def vit(width: int, depth: int, heads: int) -> nn.Module:
 
 
 class Decoder(nn.Module):
-    """GPT-style: causal blocks, tied embedding."""
+    """GPT-style: causal blocks, learned positions, pre-norm.
 
-    def __init__(self, width: int, depth: int, heads: int, length: int, vocabulary: int) -> None:
+    Args:
+        width: Of a token.
+        depth: Blocks.
+        heads: Of attention; ``width`` is a multiple of them.
+        length: Tokens that it sees at once.
+        vocabulary: Tokens that there are.
+        tied: Whether the embedding's weights are those of the last layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        length: int,
+        vocabulary: int,
+        *,
+        tied: bool = True,
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
         self.blocks = nn.Sequential(*[Block(width, width // heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embed.weight, std=0.02)
+        self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores of the next token, ``(b T, vocabulary)``."""
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        return F.linear(self.norm(self.blocks(x)), self.embed.weight).flatten(0, 1)
+        last = self.embed.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(self.blocks(x)), last).flatten(0, 1)
 
 
 def _image(build: Callable[[], nn.Module], batch_size: int) -> Task:
@@ -133,6 +153,7 @@ TASKS: dict[str, dict[str, Task]] = {
         "CNN + BatchNorm, 0.07 M": _image(cnn_bn, 1024),
         "ResNet-18, 11 M": _image(lambda: resnet(64, 128, 256, 512, repeats=2), 256),
         "ViT, 21 M": _image(lambda: vit(384, depth=12, heads=6), 128),
+        "GPT-style decoder, 30 M": _decoder(512, 8, 1024, 8192, batch_size=8),
         "GPT-style decoder, 124 M": _decoder(768, 12, 1024, 50257, batch_size=2),
     },
 }

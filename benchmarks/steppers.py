@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,47 @@ from adler.curvature.jacobian import differentiable_attention
 from benchmarks.suite.methods import method
 from benchmarks.suite.steppers import Setting
 
-__all__ = ["BASE", "OURS", "PEERS", "Step", "optimized"]
+__all__ = [
+    "BASE",
+    "DEFAULT",
+    "LOW_COST",
+    "OURS",
+    "PEERS",
+    "OptimizedStepper",
+    "Step",
+    "Stepper",
+    "measured",
+    "of_suite",
+    "optimized",
+]
 
 Step = Callable[[Tensor, Tensor], None]
 Stepper = Callable[[nn.Module, nn.Module], Step]
+
+
+class OptimizedStepper(Protocol):
+    """A `Stepper` that can also compute the loss under autocast to bfloat16."""
+
+    def __call__(self, model: nn.Module, criterion: nn.Module, *, autocast: bool = False) -> Step:
+        """Begins."""
+
 
 BASE = "SGD"
 
 
 def optimized(
     make: Callable[[nn.Module, nn.Module], torch.optim.Optimizer],
-) -> Stepper:
+) -> OptimizedStepper:
     """The plain loop."""
 
-    def stepper(model: nn.Module, criterion: nn.Module) -> Step:
+    def stepper(model: nn.Module, criterion: nn.Module, *, autocast: bool = False) -> Step:
         optimizer = make(model, criterion)
 
         def step(x: Tensor, y: Tensor) -> None:
             optimizer.zero_grad()
-            criterion(model(x), y).backward()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                loss = criterion(model(x), y)
+            loss.backward()
             optimizer.step()
 
         return step
@@ -46,21 +68,23 @@ def optimized(
     return stepper
 
 
-def _ours(kind: Callable[..., torch.optim.Optimizer], measure: Measure) -> Stepper:
+def measured(kind: Callable[..., torch.optim.Optimizer], measure: Measure) -> OptimizedStepper:
+    """An optimizer of this library."""
     return optimized(lambda model, loss: kind(model.parameters(), model, loss, measure=measure))
 
 
-def _of_suite(name: str) -> Stepper:
+def of_suite(name: str) -> OptimizedStepper:
     """A method of `benchmarks.suite`, as it is run there, in a run that does not end soon."""
 
-    def stepper(model: nn.Module, criterion: nn.Module) -> Step:
+    def stepper(model: nn.Module, criterion: nn.Module, *, autocast: bool = False) -> Step:
         setting = Setting(model, criterion, 1e-3, 10**6, 10**3, batches=lambda: iter(()))
         trained = method(name).make(setting)
         trained.train()
 
         def step(x: Tensor, y: Tensor) -> None:
             trained.optimizer.zero_grad()
-            loss = criterion(model(x), y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                loss = criterion(model(x), y)
             loss.backward()
             trained.after_backward(loss)
 
@@ -70,24 +94,24 @@ def _of_suite(name: str) -> Stepper:
 
 
 # As after the first hundred steps.
-_DEFAULT = Measure(warmup=0)
-_LOW_COST = dataclasses.replace(Measure.low_cost(), warmup=0)
+DEFAULT = Measure(warmup=0)
+LOW_COST = dataclasses.replace(Measure.low_cost(), warmup=0)
 
 OURS: dict[str, Stepper] = {
     BASE: optimized(lambda model, _: torch.optim.SGD(model.parameters(), lr=1e-3)),
-    "forward": _ours(adler.Adler, Measure.every_step()),
-    "finite_difference": _ours(adler.Adler, Measure.every_step("finite_difference")),
-    "double_backward": _ours(adler.Adler, Measure.every_step("double_backward")),
-    "low_cost": _ours(adler.Adler, _LOW_COST),
+    "forward": measured(adler.Adler, Measure.every_step()),
+    "finite_difference": measured(adler.Adler, Measure.every_step("finite_difference")),
+    "double_backward": measured(adler.Adler, Measure.every_step("double_backward")),
+    "low_cost": measured(adler.Adler, LOW_COST),
     # Measures at the first step only: all that is not a replay.
-    "all but the measurement": _ours(adler.Adler, Measure(every=10**9, warmup=0)),
-    "AdamW": _of_suite("adamw"),
+    "all but the measurement": measured(adler.Adler, Measure(every=10**9, warmup=0)),
+    "AdamW": of_suite("adamw"),
     # As by default, once the first hundred steps are over.
-    "AdlerScheduleFree": _ours(adler.AdlerScheduleFree, _DEFAULT),
-    "AdlerScheduleFree, low_cost": _ours(adler.AdlerScheduleFree, _LOW_COST),
-    "Adler": _ours(adler.Adler, _DEFAULT),
-    "AdlerAdam": _ours(adler.AdlerAdam, _DEFAULT),
-    "AdlerScheduleFree, every step": _ours(adler.AdlerScheduleFree, Measure.every_step()),
+    "AdlerScheduleFree": measured(adler.AdlerScheduleFree, DEFAULT),
+    "AdlerScheduleFree, low_cost": measured(adler.AdlerScheduleFree, LOW_COST),
+    "Adler": measured(adler.Adler, DEFAULT),
+    "AdlerAdam": measured(adler.AdlerAdam, DEFAULT),
+    "AdlerScheduleFree, every step": measured(adler.AdlerScheduleFree, Measure.every_step()),
 }
 
 
@@ -214,6 +238,6 @@ PEERS: dict[str, Stepper] = {
     "Pearlmutter": pearlmutter,
     "gen-optim": gen_optim,
     "line search": line_search,
-    "Schedule-Free AdamW": _of_suite("schedulefree-adamw"),
-    "Muon + AdamW": _of_suite("muon-cosine-tuned"),
+    "Schedule-Free AdamW": of_suite("schedulefree-adamw"),
+    "Muon + AdamW": of_suite("muon-cosine-tuned"),
 }

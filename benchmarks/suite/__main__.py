@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import data, horizon_tables, horizons, plots, tables, trials
+from benchmarks.suite import data, horizon_tables, horizons, plots, profile_plots, tables, trials
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.run import work
 from benchmarks.suite.tasks import TASKS
@@ -153,6 +153,8 @@ def _write(preset: Preset, options: argparse.Namespace, results: Path, found: li
     figures = options.figures or results
     figures.mkdir(parents=True, exist_ok=True)
     plots.draw(drawn, figures)
+    if len(preset.horizons) > 1:
+        profile_plots.draw(drawn, figures)
     print(text)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from benchmarks.suite import horizons, standings
+from benchmarks.suite import horizons, profile_plots, profiles, significance, standings
 from benchmarks.suite.methods import method
-from benchmarks.suite.standings import MODES, REFERENCE, TUNED, Runs
+from benchmarks.suite.profiles import Unit
+from benchmarks.suite.standings import REFERENCE, TUNED, Runs
 from benchmarks.suite.tables import BESIDE, beside, cell, document, head, row
 from benchmarks.suite.trials import Preset
 from examples.shared.records import Record
@@ -34,6 +35,8 @@ def markdown(
     mine = [r for r in found if horizons.horizon(r, preset) is not None]
     sections = {
         "horizons": ("Rank by horizon", _ranks(by_horizon, short)),
+        "profiles": ("Time and steps to where tuned AdamW ends", _profiles(by_horizon)),
+        "significance": ("How sure it is", _significance(by_horizon)),
         "ratios": ("Beside AdamW with a cosine and its best rate", _ratios(by_horizon)),
         "tuned": ("Horizon by horizon", _details(by_horizon)),
         "failures": ("Runs that failed", _failures(by_horizon)),
@@ -42,28 +45,19 @@ def markdown(
     return document(mine, name, sections)
 
 
-def _names(found: Sequence[Record]) -> list[str]:
-    """What is ranked: all untuned methods but variants and near copies."""
-    return [
-        name
-        for name in standings.names(found)
-        if standings.is_compared(name) and name not in (REFERENCE, *MODES)
-    ]
-
-
 # --- ranks ---------------------------------------------------------------------------------------
 
 
 def _ranks(by_horizon: Mapping[str, Sequence[Record]], short: Sequence[Record]) -> list[str]:
     # The same methods in all columns: more of them would make the ranks there larger.
-    names = _names(list(by_horizon.values())[-1] if by_horizon else [])
+    names = profile_plots.untuned(list(by_horizon.values())[-1] if by_horizon else [])
     columns = {**({SHORT: short} if short else {}), **by_horizon}
     ranks: dict[str, dict[str, float]] = {}
     heads = []
     failed: Counter[str] = Counter()
     for title, found in columns.items():
         runs = standings.contests(found)
-        here = [name for name in _names(found) if name in names]
+        here = [name for name in profile_plots.untuned(found) if name in names]
         ranks[title], count = standings.mean_ranks(runs, here)
         heads.append(f"{title} ({count} tasks)")
         if title != SHORT:
@@ -90,6 +84,78 @@ def _ranks(by_horizon: Mapping[str, Sequence[Record]], short: Sequence[Record]) 
             f"{SHORT}: the suite's short tasks, which are others than those of the other columns."
         )
     return [*lines, "", " ".join(told)]
+
+
+# --- time to target, and how sure it is ----------------------------------------------------------
+
+
+def _profiles(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    lines: list[str] = []
+    for title, found in by_horizon.items():
+        goals = profiles.targets(found)
+        untuned = profile_plots.untuned(found)
+        grids = [n for n in standings.names(found) if n != REFERENCE and method(n).grid]
+        for among in (untuned, [*untuned, *grids]):
+            units: tuple[Unit, ...] = ("seconds", "steps")
+            by_unit = {unit: profiles.times(found, among, goals, unit) for unit in units}
+            if not by_unit["seconds"] or (among is not untuned and not grids):
+                continue
+            what = "untuned methods" if among is untuned else "and tuned ones"
+            lines += [f"### {title}, {what}: {len(by_unit['seconds'])} tasks", ""]
+            lines += [*_profile_rows(by_unit), ""]
+    if not lines:
+        return ["No task has a target that all the methods were asked for."]
+    return [
+        *lines,
+        "The share of tasks on which a method is at most τ times slower than the fastest to reach "
+        "the test loss where AdamW with a cosine and its best rate ends, and their integral from "
+        "1 to 4, which is AlgoPerf's score. A method's time on a task: the median over seeds, at "
+        "evaluations, each an epoch apart; of a grid the fastest rate. Time includes all training "
+        "and no evaluation.",
+    ]
+
+
+def _profile_rows(by_unit: Mapping[Unit, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    taus = (1.0, 1.5, 2.0, 4.0)
+    ratios = {unit: profiles.ratios(times) for unit, times in by_unit.items()}
+    heads = ("Score, time", *(f"τ = {tau:g}" for tau in taus))
+    lines = head("Method", *heads, "Score, steps", *heads[1:])
+    scores = {n: profiles.benchmark_score(r) for n, r in ratios["seconds"].items()}
+    for name in sorted(scores, key=lambda n: -scores[n]):
+        entries = []
+        for of_method in ratios.values():
+            entries.append(f"{profiles.benchmark_score(of_method[name]):.2f}")
+            entries += [f"{profiles.profile(of_method[name], tau):.2f}" for tau in taus]
+        lines.append(row(_label(name), *entries))
+    return lines
+
+
+def _significance(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    lines: list[str] = []
+    for title, found in by_horizon.items():
+        by_loss = standings.contests(found, "test_loss")
+        rows = []
+        for name in standings.names(found):
+            told = significance.compare(by_loss, name) if name != TUNED else None
+            if told is not None:
+                few, many = told.seeds
+                interval = f"{told.ratio:.3f} ({told.low:.3f}–{told.high:.3f})"
+                counts = told.tasks, f"{few}" if few == many else f"{few}–{many}"
+                rows.append(
+                    row(_label(name), *counts, interval, told.better, told.worse, f"{told.p:.2g}")
+                )
+        if rows:
+            heads = ("Tasks", "Seeds", "Test loss, ratio (95 %)", "Better", "Worse", "p")
+            lines += [f"### {title}", "", *head("Method", *heads), *rows, ""]
+    if not lines:
+        return ["It has not run."]
+    return [
+        *lines,
+        "Test loss at the end over that of AdamW with a cosine and its best rate of the same task "
+        "and seed: geometric mean, and its bootstrap interval over tasks and their seeds. Better "
+        "and worse: tasks, by the mean over seeds. p: of so uneven a count, or more, were both "
+        "equally good (sign test, two-sided; not corrected for the number of methods).",
+    ]
 
 
 # --- against tuned AdamW -------------------------------------------------------------------------

@@ -35,6 +35,7 @@ __all__ = [
     "cost_ratio",
     "gains",
     "is_compared",
+    "log_ratios",
     "loss_ratio",
     "loss_ratios",
     "mean_by_task",
@@ -289,12 +290,19 @@ def loss_ratios(
         other: Usually the best of ten SGD rates, here the one with the least loss.
         which: The test loss, or the training loss (the mean over the last epoch's minibatches).
     """
-    ratios = {}
-    for task, pairs in _pairs(by_loss, name, other).items():
-        known = [math.log(_ratio(*pair, which)) for pair in pairs if not pair[1]["diverged"]]
-        if known:
-            ratios[task] = math.exp(statistics.fmean(known))
-    return ratios
+    logarithms = log_ratios(by_loss, name, other, which)
+    return {task: math.exp(statistics.fmean(known)) for task, known in logarithms.items()}
+
+
+def log_ratios(
+    by_loss: Runs, name: str, other: str = REFERENCE, which: Criterion = "test_loss"
+) -> dict[str, list[float]]:
+    """The logarithms of `loss_ratios`, seed by seed; but those where the other diverged."""
+    logarithms = {
+        task: [math.log(_ratio(*pair, which)) for pair in pairs if not pair[1]["diverged"]]
+        for task, pairs in _pairs(by_loss, name, other).items()
+    }
+    return {task: known for task, known in logarithms.items() if known}
 
 
 def _ratio(mine: Record, theirs: Record, which: str) -> float:

@@ -17,11 +17,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pooch
 import torch
 from torch import Tensor
 
-__all__ = ["ARCHIVES", "Archive", "Data", "load", "locate", "read", "synthetic"]
+__all__ = ["ARCHIVES", "Archive", "Data", "load", "locate", "read", "synthetic", "write"]
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -160,6 +159,8 @@ def locate(archive: Archive, root: Path) -> Path:
     folder, packed = root / archive.folder, root / archive.name
     if folder.is_dir():
         return folder
+    import pooch  # for archives alone: a machine that is given folders need not have it
+
     if not packed.is_file():
         # Pooch downloads to a temporary name and moves the file after the checksum.
         try:
@@ -304,17 +305,28 @@ def synthetic(
     Every class is a smooth pattern of its own; an example is the pattern at random contrast under
     noise, so that networks learn it in a few steps without being perfect.
     """
+    classes = ARCHIVES[dataset].classes
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(size=(classes, 3, 4, 4))
+    patterns = coarse.repeat(8, axis=2).repeat(8, axis=3).reshape(classes, 3072)
+
+    def drawn(examples: int) -> tuple[Pixels, Labels]:
+        labels = rng.permutation(np.arange(examples) % classes)
+        contrast = rng.uniform(10, 40, size=(examples, 1))
+        noisy = 128 + contrast * patterns[labels] + rng.normal(0, 40, size=(examples, 3072))
+        return noisy.clip(0, 255).astype(np.uint8), labels
+
+    return write(root, dataset, drawn(train_examples), drawn(test_examples))
+
+
+def write(
+    root: Path, dataset: str, train: tuple[Pixels, Labels], test: tuple[Pixels, Labels]
+) -> Path:
+    """Writes pixels ``[N, 3072]`` and labels ``[N]`` in the official layout; returns its folder."""
     archive = ARCHIVES[dataset]
     folder = root / archive.folder
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    coarse = rng.normal(size=(archive.classes, 3, 4, 4))
-    patterns = coarse.repeat(8, axis=2).repeat(8, axis=3).reshape(archive.classes, 3072)
-    for names, examples in ((archive.train, train_examples), (archive.test, test_examples)):
-        labels = rng.permutation(np.arange(examples) % archive.classes)
-        contrast = rng.uniform(10, 40, size=(examples, 1))
-        noisy = 128 + contrast * patterns[labels] + rng.normal(0, 40, size=(examples, 3072))
-        pixels = noisy.clip(0, 255).astype(np.uint8)
+    for names, (pixels, labels) in ((archive.train, train), (archive.test, test)):
         for name, x, y in zip(
             names,
             np.array_split(pixels, len(names)),

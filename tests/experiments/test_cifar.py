@@ -194,7 +194,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("examples.cifar.data.pooch.retrieve", unreachable)
+    monkeypatch.setattr("pooch.retrieve", unreachable)
     with pytest.raises(FileNotFoundError, match=r"cifar-100-python.tar.gz.*no route.*by hand"):
         data.load("cifar100", tmp_path)
 
@@ -206,7 +206,7 @@ def test_an_absent_archive_is_downloaded_with_its_checksum(root, tmp_path, monke
         asked.append((url.rsplit("/", 1)[1], known_hash, progressbar))
         (path / fname).write_bytes(b"not it")
 
-    monkeypatch.setattr("examples.cifar.data.pooch.retrieve", retrieve)
+    monkeypatch.setattr("pooch.retrieve", retrieve)
     with pytest.raises(ValueError, match="its MD5 is"):  # checked again after the download
         data.load("cifar10", tmp_path)
     name, checksum = "cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"
