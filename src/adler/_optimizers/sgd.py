@@ -66,8 +66,11 @@ class Adler(AveragedOptimizer):
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
-        follow_mode: Whether a call of the model brings the weights of its mode: the average after
-            ``model.eval()``, without gradients; if not, only `eval` and `train` do.
+        follow_mode: Whether a call of the model brings the weights of its mode, the average after
+            ``model.eval()``, without gradients, and its ``state_dict()`` the average; if not, only
+            `eval` and `train` do.
+        bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
+            the average; 0 leaves them to ``torch.optim.swa_utils.update_bn``.
 
     Every group carries ``effective_lr``, the rate of its last step; `last_step` says more.
 
@@ -111,8 +114,9 @@ class Adler(AveragedOptimizer):
         measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
         follow_mode: bool = True,
+        bn_batches: int = 16,
     ) -> None:
-        self.follow_mode = follow_mode
+        self._set_following(follow_mode, bn_batches)
         options = {
             "lr": lr,
             "momentum": momentum,
