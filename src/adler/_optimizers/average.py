@@ -139,10 +139,11 @@ class AveragedOptimizer(MeasuredOptimizer):
                 )
 
     def _settle(self) -> None:
-        """After a state was loaded, looks which of the points the parameters hold.
+        """Once after a state was loaded, looks which of the points the parameters hold.
 
         Those of a checkpoint are the averages. Whoever loads no weights has those of training.
         """
+        self._momenta.put_back(self.param_groups)
         if not self._unsettled:
             return
         self._unsettled = False

@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
+from adler._optimizers.cycled_momentum import OwnMomenta
 from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
 from adler._optimizers.multiplier import MultiplierCheck
 from adler._optimizers.record import Log, StepRecord
@@ -63,7 +64,8 @@ class MeasuredOptimizer(Optimizer):
     (``_mean``) and what takes the place of the loss Hessian (`_loss_hessian`).
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names, or an optimizer
+            whose groups and weight decays to take.
         model: The network whose outputs the loss sees.
         criterion: The loss, reduced to a scalar, or a `ModelLoss`.
         options: Defaults of the param groups: what may differ from group to group.
@@ -86,7 +88,7 @@ class MeasuredOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         options: dict[str, Any],
@@ -120,6 +122,8 @@ class MeasuredOptimizer(Optimizer):
         _options.check({"beta": beta, "eps": eps, **options})
         self._names = _names_of(model)
         self._step_counts = StepCounts()
+        if isinstance(params, Optimizer):
+            params = _groups_of(params, options)
         super().__init__(params, options)
         self._attach()
 
@@ -179,6 +183,7 @@ class MeasuredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._momenta.put_back(self.param_groups)
         for options in ({"beta": self.beta, "eps": self.eps}, *self.param_groups):
             _options.check(options)
         params, gradients = self._gradients()
@@ -413,7 +418,7 @@ class MeasuredOptimizer(Optimizer):
     @classmethod
     def low_cost(
         cls: type[Self],
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor],
         **overrides: Any,
@@ -557,6 +562,7 @@ class MeasuredOptimizer(Optimizer):
 
         They are plain numbers, strings and dictionaries.
         """
+        self._momenta.put_back(self.param_groups)
         return {**super().state_dict(), "search": self._shared_options()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -584,6 +590,7 @@ class MeasuredOptimizer(Optimizer):
             if name in shared:
                 shared[name] = _options.from_plain(kind, shared[name])
         super().load_state_dict(own)
+        self._momenta.note(self.param_groups)
         for name, value in shared.items():
             setattr(self, name, value)
 
@@ -597,6 +604,7 @@ class MeasuredOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the hooks, which are made anew."""
+        self._momenta.put_back(self.param_groups)
         kept = ("model", "criterion", "output_fn", "_model_loss", *self._shared_options())
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
 
@@ -640,6 +648,7 @@ class MeasuredOptimizer(Optimizer):
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
+        self._momenta = OwnMomenta(self.param_groups)
         self._indivisible, self._to_say = False, ""
         self._checks = {}
 
@@ -692,6 +701,33 @@ def _has_gradient(p: Tensor) -> bool:
 
 def _names_of(model: nn.Module) -> dict[Tensor, str]:
     return {p: name for name, p in unwrap(model).named_parameters()}
+
+
+def _groups_of(other: Optimizer, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups as another optimizer has them, with its weight decay and nothing else of it.
+
+    Raises:
+        ValueError: If there are two weight decays, or it has one and this optimizer cannot.
+    """
+    if options.get("weight_decay", 0) != 0:
+        raise ValueError(
+            f"weight_decay={options['weight_decay']}: the groups of the {type(other).__name__} "
+            "given as params have theirs; pass its parameters, or no weight_decay"
+        )
+    groups = []
+    for group in other.param_groups:
+        decay = group.get("weight_decay", 0)
+        if decay and "weight_decay" not in options:
+            raise ValueError(
+                f"params: {type(other).__name__} has weight_decay={decay}, which this optimizer "
+                "does not have: pass its parameters"
+            )
+        params = group["params"]
+        if "param_names" in group:
+            params = list(zip(group["param_names"], params, strict=True))
+        own = {"weight_decay": float(decay)} if "weight_decay" in options else {}
+        groups.append({"params": params, **own})
+    return groups
 
 
 def _as_list(params: Any) -> Any:

@@ -49,6 +49,7 @@ class SavedWeights:
         optimizer = self._optimizer()
         if optimizer is None or not optimizer.follow_mode or is_replaying():
             return
+        optimizer._settle()
         for name, p in module._parameters.items():
             held = entries.get(prefix + name)
             if p is None or held is None or held is p:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler._optimizers.adam import Preconditioned
@@ -47,7 +47,9 @@ class AdlerScheduleFree(AveragedOptimizer):
     last time; ``torch.optim.swa_utils.update_bn(loader, model)`` after `eval` takes the whole data.
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names; or an optimizer
+            of them, such as a ``configure_optimizers()`` returns: its groups and their weight decay
+            are taken, its rates and all else are not.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
@@ -92,7 +94,7 @@ class AdlerScheduleFree(AveragedOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler import _tensors, losses
@@ -48,7 +48,9 @@ class Adler(AveragedOptimizer):
     The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names; or an optimizer
+            of them, such as a ``configure_optimizers()`` returns: its groups and their weight decay
+            are taken, its rates and all else are not.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar. A module (``nn.CrossEntropyLoss()``) is hooked;
             for any other callable the targets go to `step`. A loss that the model computes itself
@@ -100,7 +102,7 @@ class Adler(AveragedOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,
@@ -153,7 +155,7 @@ class Adler(AveragedOptimizer):
     @classmethod
     def as_published(
         cls: type[Self],
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         **overrides: Any,
