@@ -10,9 +10,9 @@ from support.loops import train
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree
+from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree
 
-KINDS = [Adler, AdlerAdam, AdlerScheduleFree]
+KINDS = [Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree]
 DATA = batches("mlp-tanh", nn.CrossEntropyLoss(), 8)
 SCHEDULES = {
     "OneCycleLR": lambda o, **options: OneCycleLR(o, 1.0, 9, **options),

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from adler import Adler, AdlerScheduleFree
+from adler import Adler, AdlerMuon, AdlerScheduleFree
 from adler._optimizers.running_statistics import RunningStatistics
 
-KINDS = [Adler, AdlerScheduleFree]
+KINDS = [Adler, AdlerMuon, AdlerScheduleFree]
 ce = nn.CrossEntropyLoss()
 torch.manual_seed(3)
 # Features of different means and sizes, so that statistics matter.

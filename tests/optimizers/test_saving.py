@@ -10,12 +10,12 @@ import torch
 from support.right import DOUBLE, body
 from torch import nn
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree
+from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree
 
 ce = nn.CrossEntropyLoss()
 torch.manual_seed(1)
 X, Y = torch.randn(64, 6, dtype=DOUBLE), torch.randint(3, (64,))
-KINDS = [Adler, AdlerScheduleFree]
+KINDS = [Adler, AdlerMuon, AdlerScheduleFree]
 
 
 def normed():

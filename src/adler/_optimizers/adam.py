@@ -128,6 +128,7 @@ class Preconditioned(Direction):
     """
 
     moments: tuple[str, ...] = ("exp_avg_sq",)
+    scale_free = True
 
     def __init__(
         self,

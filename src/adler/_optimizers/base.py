@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options, _tensors, losses
 from adler._averaging import DiscountedMean
+from adler._optimizers.clipping import GradientScale
 from adler._optimizers.cycled_momentum import OwnMomenta
 from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
 from adler._optimizers.multiplier import MultiplierCheck
@@ -196,11 +197,12 @@ class MeasuredOptimizer(Optimizer):
         ranks = distributed.process_groups(self._recorder.ddp, list(self._names))
         batch = self._batch(inputs, targets) if measures else None
         unmodified = self._recorder.gradients_unmodified()
+        multiplied = self._gradient_scale.factor()
         scaling = self._amp_unscale(gradients)
         direction = self._direction(params, gradients)
         try:
             seen, consistency = self._look(
-                batch, params, gradients, direction, state, scaling, ranks, unmodified
+                batch, params, gradients, direction, state, scaling, ranks, unmodified, multiplied
             )
         except BaseException:
             direction.undo()
@@ -237,6 +239,7 @@ class MeasuredOptimizer(Optimizer):
         scaling: _Scaling,
         ranks: list[Any],
         unmodified: bool,
+        multiplied: Tensor | None,
     ) -> tuple[Measurement, Tensor]:
         """What this step knows along its direction, and how well the measurement fits ``g·d``.
 
@@ -249,6 +252,7 @@ class MeasuredOptimizer(Optimizer):
             scaling: Of a GradScaler.
             ranks: Process groups to agree with.
             unmodified: Whether the gradients are as the backward pass left them.
+            multiplied: By what the loop has multiplied them; see `GradientScale`.
         """
         along, home = direction.along, self._scalar_device
         squared_norm, lengths = _tensors.squared_norm_and_lengths(along, home)
@@ -257,6 +261,8 @@ class MeasuredOptimizer(Optimizer):
             direction.reach = Reach(params, along, lengths, fraction, self.state)
         plain = along is gradients
         slope = squared_norm if plain else _tensors.dot(gradients, along, home)
+        if multiplied is not None and direction.scale_free:
+            slope = slope / _clipped(multiplied.to(slope), scaling)
         unknown = torch.full_like(slope, math.nan)
         if batch is None:
             if scaling.veto is not None:
@@ -483,6 +489,7 @@ class MeasuredOptimizer(Optimizer):
     def remove_hooks(self) -> None:
         """Takes the hooks off the model and the criterion; `step` then needs inputs and targets."""
         self._recorder.remove()
+        self._gradient_scale.remove()
 
     # --- the contract of torch.optim.Optimizer ---------------------------------------------------
 
@@ -649,6 +656,7 @@ class MeasuredOptimizer(Optimizer):
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
         self._momenta = OwnMomenta(self.param_groups)
+        self._gradient_scale = GradientScale(params())
         self._indivisible, self._to_say = False, ""
         self._checks = {}
 
@@ -684,6 +692,13 @@ def _of_all_ranks(
     )
     joint = Measurement(slope, squared_norm, curvature, per_nat, finite == 1, sure == 1)
     return joint, None if predicted is None else known
+
+
+def _clipped(multiplied: Tensor, scaling: _Scaling) -> Tensor:
+    """By what the loop has clipped the gradients, apart from a GradScaler's scale; 1: not known."""
+    if scaling.scale is not None:
+        multiplied = multiplied * scaling.scale.to(multiplied)
+    return torch.where(multiplied > 0, multiplied, torch.ones_like(multiplied))
 
 
 def _moves(group: Mapping[str, Any]) -> bool:

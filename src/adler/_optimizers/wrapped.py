@@ -217,6 +217,7 @@ class Displacement(Direction):
         self, base: Optimizer, params: list[Tensor], gradients: list[Tensor], state: State
     ) -> None:
         self._saved, self._state = SavedState(base), state
+        self.scale_free = type(base) in FRESH and type(base) is not torch.optim.SGD
         self._kept: dict[Tensor, dict[str, Tensor]] = {}
         try:
             if type(base) in FRESH:
