@@ -1,4 +1,4 @@
-"""What clipping does to the rate, of directions that depend on the gradient's scale and of others."""
+"""What clipping does to the rate, where the direction depends on the gradient's scale or not."""
 
 import copy
 
