@@ -45,6 +45,7 @@ from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction, State, count_, moments, shares
 from adler._optimizers.running_statistics import RunningStatistics, SeeBatch
 from adler._optimizers.saving import SavedWeights
+from adler._recording.inert import Inert
 from adler._recording.recorder import remove_all
 from adler._recording.replay import is_capturing, is_replaying, unwrap
 from adler._step_length import StepLength
@@ -359,14 +360,13 @@ def _close(p: Tensor, other: Tensor) -> bool:
 class _Follow:
     """A hook before the model's forward; its copies and pickles do nothing, as a recorder's."""
 
-    def __init__(self, optimizer: AveragedOptimizer | None, model: nn.Module | None) -> None:
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._model = None if model is None else weakref.ref(model)
+    def __init__(self, optimizer: AveragedOptimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, model: nn.Module, _: Any) -> None:
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None or self._model is None or self._model() is not model:
+        optimizer = self._optimizer()
+        if optimizer is None or self._model() is not model:
             return
         if not optimizer.follow_mode or is_replaying():
             return
@@ -378,14 +378,14 @@ class _Follow:
 
     def hand_over(self, params: set[int]) -> None:
         """Another optimizer of some of these parameters, by `id`, begins: this one has ended."""
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self._optimizer()
         if optimizer is None or not optimizer.follow_mode:
             return
         if any(id(p) in params for group in optimizer.param_groups for p in group["params"]):
             optimizer._retire()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Follow, (None, None)
+        return Inert, ()
 
 
 class _Retire:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from adler import _distributed as distributed
 from adler._recording.copies import Copier
+from adler._recording.inert import Inert
 from adler._recording.randomness import RandomState
 from adler._recording.replay import (
     AutocastState,
@@ -256,14 +257,13 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 class SeeBatch:
     """A hook before the model's forward; its copies and pickles do nothing, as a recorder's."""
 
-    def __init__(self, statistics: RunningStatistics | None, model: nn.Module | None) -> None:
-        self._statistics = None if statistics is None else weakref.ref(statistics)
-        self._model = None if model is None else weakref.ref(model)
+    def __init__(self, statistics: RunningStatistics, model: nn.Module) -> None:
+        self._statistics, self._model = weakref.ref(statistics), weakref.ref(model)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistics = None if self._statistics is None else self._statistics()
-        if statistics is None or self._model is None or self._model() is not model:
+        statistics = self._statistics()
+        if statistics is None or self._model() is not model:
             return
         if (
             model.training
@@ -275,4 +275,4 @@ class SeeBatch:
             statistics.see(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SeeBatch, (None, None)
+        return Inert, ()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from adler._recording.inert import Inert
 from adler._recording.replay import is_replaying
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ class SavedWeights:
 class _Save:
     """The hook after a module's ``state_dict()``; its copies and pickles do nothing."""
 
-    def __init__(self, saved: SavedWeights | None) -> None:
-        self._saved = None if saved is None else weakref.ref(saved)
+    def __init__(self, saved: SavedWeights) -> None:
+        self._saved = weakref.ref(saved)
 
     def __call__(self, module: nn.Module, entries: Any, prefix: str, _: Any) -> None:
-        saved = None if self._saved is None else self._saved()
+        saved = self._saved()
         if saved is not None and module in saved._hooked:
             saved.write(module, entries, prefix)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Save, (None,)
+        return Inert, ()

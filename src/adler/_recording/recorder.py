@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from adler import _distributed as distributed
 from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, tensors_in
+from adler._recording.inert import Inert
 from adler._recording.links import Path, Place, Source, accumulates, mark, same, sources
 from adler._recording.model_loss import ModelLoss, how_to_describe
 from adler._recording.randomness import RandomState
@@ -163,15 +164,14 @@ class _Received:
 class _Hook:
     """A forward hook that keeps nothing alive, and whose copies and pickles do nothing."""
 
-    def __init__(self, recorder: Recorder | None, module: nn.Module | None, method: str) -> None:
-        self._recorder = None if recorder is None else weakref.ref(recorder)
-        self._module = None if module is None else weakref.ref(module)
+    def __init__(self, recorder: Recorder, module: nn.Module, method: str) -> None:
+        self._recorder, self._module = weakref.ref(recorder), weakref.ref(module)
         self._method = method
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, module: nn.Module, *call: Any) -> None:
-        recorder = None if self._recorder is None else self._recorder()
-        if recorder is None or self._module is None or self._module() is not module:
+        recorder = self._recorder()
+        if recorder is None or self._module() is not module:
             return
         # What a CUDA graph does with these tensors later, no hook sees; nor may it ask for the
         # random state. The loop then says what the batch is. Inside a function transform there
@@ -185,7 +185,7 @@ class _Hook:
             getattr(recorder, self._method)(*call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, None, self._method)
+        return Inert, ()
 
 
 class Recorder:
