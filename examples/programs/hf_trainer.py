@@ -62,7 +62,7 @@ def main() -> None:
         eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
-    optimizer = adler.AdlerAdam(model.parameters(), model, causal_lm())
+    optimizer = adler.AdlerScheduleFree(model.parameters(), model, causal_lm())
 
     class LogStep(TrainerCallback):
         """Adds what the optimizer did to the Trainer's log."""
@@ -80,6 +80,7 @@ def main() -> None:
                 use_cpu=True,
                 report_to=[],
                 save_strategy="no",
+                lr_scheduler_type="constant",
                 max_steps=options.steps,
                 per_device_train_batch_size=16,
                 logging_steps=max(1, options.steps // 10),

@@ -47,9 +47,9 @@ class Digits(L.LightningModule):
         x, y = batch
         self.log("accuracy", (self(x).argmax(1) == y).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> adler.Adler:
+    def configure_optimizers(self) -> adler.AdlerScheduleFree:
         """No learning rate to choose."""
-        return adler.Adler(self.parameters(), self, self.criterion)
+        return adler.AdlerScheduleFree(self.parameters(), self, self.criterion)
 
 
 def digits(batch_size: int = 64) -> tuple[DataLoader[Any], DataLoader[Any]]:

@@ -191,6 +191,8 @@ def check(options: Mapping[str, Any]) -> None:
         count = options.get(key, 1)
         valid = (_whole(count) and count >= 1) or (key == "gershgorin_columns" and count is None)
         _require(key, count, valid, "a whole number of at least 1")
+    count = options.get("bn_batches", 0)
+    _require("bn_batches", count, _whole(count) and count >= 0, "a whole number of at least 0")
 
 
 def _check_lr(lr: object) -> None:

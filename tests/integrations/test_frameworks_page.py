@@ -33,6 +33,10 @@ def test_every_section_has_an_example():
     assert all(snippets(text) for text in SECTIONS.values())
 
 
+def test_every_section_shows_the_optimizer_to_begin_with():
+    assert all("adler.AdlerScheduleFree(" in snippets(text)[0] for text in SECTIONS.values())
+
+
 @pytest.mark.row("Documented examples")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")

@@ -15,7 +15,7 @@ from support.loops import numbers
 from torch import nn
 from torch.nn import functional as F
 
-from adler import Adler, AdlerAdam, GaussNewton
+from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton
 
 L = pytest.importorskip("lightning.pytorch")
 
@@ -330,3 +330,59 @@ def test_training_leaves_no_hook_behind():
     # Those of the last optimizer, which its Trainer holds.
     assert len(module._forward_pre_hooks) <= 2
     assert len(module.criterion._forward_hooks) <= 1
+
+
+# --- the average, tested and saved ----------------------------------------------------------------
+
+
+@pytest.mark.row("Lightning, checkpoints", versions=["lightning"])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("whole", [True, False], ids=["module", "submodule"])
+def test_a_checkpoint_without_validation_holds_the_average(whole, tmp_path):
+    """And a run that goes on from it ends, bit for bit, where the uninterrupted one does."""
+
+    class Seeded(Classifier):
+        def on_train_epoch_start(self):
+            torch.manual_seed(self.current_epoch)
+
+    def saver(folder):
+        return L.callbacks.ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1)
+
+    module = Seeded(AdlerScheduleFree, whole)
+    run = fit(module, max_epochs=4, callbacks=[saver("a")], enable_checkpointing=True)
+    saved = torch.load(tmp_path / "a/epoch=3.ckpt", weights_only=False)["state_dict"]
+    run.optimizers[0].eval()
+    assert saved.keys() == module.state_dict().keys()
+    assert all(saved[key].equal(value) for key, value in module.state_dict().items())
+    run.optimizers[0].train()
+    assert not all(saved[key].equal(value) for key, value in module.named_parameters())
+
+    resumed = Seeded(AdlerScheduleFree, whole)
+    again = trainer(max_epochs=4, callbacks=[saver("b")], enable_checkpointing=True)
+    again.fit(resumed, loader(), ckpt_path=str(tmp_path / "a/epoch=1.ckpt"))
+    for mine, theirs in [
+        (resumed.named_parameters(), module.named_parameters()),
+        (resumed.named_buffers(), module.named_buffers()),
+    ]:
+        assert all(a.equal(b) for (_, a), (_, b) in zip(mine, theirs, strict=True))
+    ends = [torch.load(tmp_path / f"{f}/epoch=3.ckpt", weights_only=False) for f in "ab"]
+    assert str(ends[0]["state_dict"]) == str(ends[1]["state_dict"])
+
+
+@pytest.mark.row("Lightning, automatic optimisation", versions=["lightning"])
+def test_validation_sees_the_average_with_its_running_statistics():
+    class Validated(Classifier):
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            self.log("val_loss", self.criterion(self(x), y))
+
+    module = Validated(AdlerScheduleFree, whole=True)
+    data = loader(n=80)
+    run = fit(module, data, validation=data)
+    found = float(run.callback_metrics["val_loss"])
+    run.optimizers[0].eval()
+    torch.optim.swa_utils.update_bn(data, module)
+    module.eval()
+    x, y = data.dataset.tensors
+    with torch.no_grad():
+        assert found == pytest.approx(float(module.criterion(module(x), y)), rel=0.02)

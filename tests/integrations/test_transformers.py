@@ -9,7 +9,7 @@ import torch
 from support.cases import flat
 from torch import nn
 
-from adler import Adler, AdlerAdam, GaussNewton
+from adler import Adler, AdlerAdam, AdlerScheduleFree, GaussNewton
 from adler.integrations.transformers import causal_lm, masked_lm, sequence_classification
 
 transformers = pytest.importorskip("transformers")
@@ -351,6 +351,40 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(make, tmp_path):
     )
     assert resumed.equal(parameters)
     assert str(resumed_state) == str(state)
+
+
+@pytest.mark.row("Hugging Face Trainer", versions=["transformers"])
+def test_a_checkpoint_without_evaluation_holds_the_average(tmp_path):
+    """And a run that goes on from it ends, bit for bit, where the uninterrupted one does."""
+
+    def run(folder, **options):
+        model = gpt2(dropout=0.2)
+        optimizer = AdlerScheduleFree(model.parameters(), model, causal_lm())
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        made = trainer(
+            model,
+            tmp_path / folder,
+            None,
+            (optimizer, schedule),
+            max_steps=12,
+            save_strategy="steps",
+            save_steps=5,
+            eval_strategy="no",
+        )
+        made.train(**options)
+        made.save_model(str(tmp_path / folder / "final"))
+        return model, optimizer
+
+    model, optimizer = run("whole")
+    trained = flat(model)
+    saved = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "whole/final")
+    optimizer.eval()
+    torch.testing.assert_close(flat(saved), flat(model), rtol=0, atol=0)
+    assert not flat(model).equal(trained)
+    optimizer.train()
+    resumed, again = run("again", resume_from_checkpoint=str(tmp_path / "whole/checkpoint-5"))
+    assert flat(resumed).equal(trained)
+    assert str(again.state_dict()) == str(optimizer.state_dict())
 
 
 @pytest.mark.row("Hugging Face Trainer", versions=["transformers"])

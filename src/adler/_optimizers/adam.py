@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler import _tensors
@@ -38,7 +38,9 @@ class AdlerAdam(MeasuredOptimizer):
     the gradient, but not the slope.
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names; or an optimizer
+            of them, such as a ``configure_optimizers()`` returns: its groups and their weight decay
+            are taken, its rates and all else are not.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
@@ -76,7 +78,7 @@ class AdlerAdam(MeasuredOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,
@@ -126,6 +128,7 @@ class Preconditioned(Direction):
     """
 
     moments: tuple[str, ...] = ("exp_avg_sq",)
+    scale_free = True
 
     def __init__(
         self,

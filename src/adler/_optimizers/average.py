@@ -16,7 +16,11 @@ multiplied by $\max(1, (1 - \mu) / s_t)$ instead.
 
 While training, the parameters are $y$; of the others only $z$ is stored. They follow the model's
 mode: a call of the model after ``model.eval()``, without gradients, finds $x$ in their place, and
-the next call in training mode, with gradients, finds $y$.
+the next call in training mode, with gradients, finds $y$. BatchNorm's running statistics follow
+(`adler._optimizers.running_statistics`).
+
+What is saved follows too. The model's ``state_dict()`` holds $x$ whatever the parameters are, and
+the optimizer's holds $z$ and $y$: a run that is resumed from both goes on bit for bit.
 
 Source of the points: A. Defazio et al., *The Road Less Scheduled*, arXiv 2405.15682.
 """
@@ -24,22 +28,28 @@ Source of the points: A. Defazio et al., *The Road Less Scheduled*, arXiv 2405.1
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import _distributed as distributed
-from adler import _tensors
+from adler import _options, _tensors
 from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction, State, count_, moments, shares
+from adler._optimizers.running_statistics import RunningStatistics, SeeBatch
+from adler._optimizers.saving import SavedWeights
+from adler._recording.inert import Inert
 from adler._recording.recorder import remove_all
-from adler._recording.replay import is_replaying
+from adler._recording.replay import is_capturing, is_replaying, unwrap
 from adler._step_length import StepLength
+from adler._warning import warn
 
 __all__ = ["AveragedOptimizer", "Interpolation", "interpolate_"]
 
@@ -56,43 +66,108 @@ class AveragedOptimizer(MeasuredOptimizer):
     is taken (`_interpolation`).
 
     Attributes:
-        follow_mode: Whether a call of the model brings the weights of its mode; if not, only `eval`
-            and `train` do.
+        follow_mode: Whether a call of the model brings the weights of its mode, and its
+            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        bn_batches: How many batches of training are kept to find running statistics at the average.
     """
 
     follow_mode: bool = True
+    bn_batches: int = 16
     _noted: Any
+    _unsettled: bool
+    _statistics: RunningStatistics
+    _weights: SavedWeights
+    _handles: list[RemovableHandle]
+    _group_of: dict[int, int]
+
+    def _set_following(self, follow_mode: bool, bn_batches: int) -> None:
+        """The two options that no group has; before the constructor of the base class.
+
+        Raises:
+            ValueError: If ``bn_batches`` is no whole number of at least 0.
+        """
+        _options.check({"bn_batches": bn_batches})
+        self.follow_mode, self.bn_batches = follow_mode, bn_batches
 
     def eval(self) -> None:
         """Puts the averages in place of the parameters. Without effect when they are there.
 
+        Running statistics of normalisation layers are found anew at the averages, by forward passes
+        on at most ``bn_batches`` batches that training has seen since the last time.
+
         Weights that were loaded or edited since the last step are taken as they are: they become
         the average, and training goes on from them.
         """
+        self._settle()
         # A tensor made under inference_mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
-            for group in self.param_groups:
-                interpolation = self._interpolation(group)
-                for p in group["params"]:
-                    mine = self.state.get(p, {})
-                    if interpolation is not None and "z" in mine and "y" not in mine:
-                        self._take_edits(p)
-                        mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
-                        p.lerp_(mine["z"], 1 - 1 / interpolation)
-                        self._note(p)
+            moved = False
+            for p, interpolation in self._averaged():
+                mine = self.state[p]
+                if "y" not in mine:
+                    moved = not self._take_edits(p) or moved
+                    mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
+                    p.lerp_(mine["z"], 1 - 1 / interpolation)
+                    self._note(p)
             distributed.reshard(self.model)
+            if moved:  # whoever has loaded weights has loaded the statistics that they have
+                self._statistics.bring()
 
     def train(self) -> None:
         """Puts the parameters back, bit for bit. Without effect when they are there."""
+        self._settle()
         with torch.inference_mode(False), torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p in self.state and "y" in self.state[p]:
-                        y = self.state[p].pop("y")
-                        if not self._take_edits(p):
-                            p.copy_(y)
-                        self._note(p)
+            moved = False
+            for p, _ in self._averaged():
+                if "y" in self.state[p]:
+                    y = self.state[p].pop("y")
+                    if not self._take_edits(p):
+                        p.copy_(y)
+                        moved = True
+                    self._note(p)
             distributed.reshard(self.model)
+            self._statistics.leave(back=moved)
+
+    def _averaged(self) -> Iterator[tuple[Tensor, float]]:
+        """The parameters that have an average by now, and how near to it gradients are taken."""
+        for group in self.param_groups:
+            interpolation = self._interpolation(group)
+            if interpolation is not None:
+                yield from (
+                    (p, interpolation)
+                    for p in group["params"]
+                    if p in self.state and "z" in self.state[p]
+                )
+
+    def _settle(self) -> None:
+        """Once after a state was loaded, looks which of the points the parameters hold.
+
+        Those of a checkpoint are the averages. Whoever loads no weights has those of training.
+        """
+        self._momenta.put_back(self.param_groups)
+        if not self._unsettled:
+            return
+        self._unsettled = False
+        held = [(p, i) for p, i in self._averaged() if "y" in self.state[p]]
+        with torch.no_grad():
+            if held and all(_equal(p, self.state[p]["y"]) for p, _ in held):
+                for p, _ in held:
+                    del self.state[p]["y"]
+                self._statistics.set_aside = None
+                return
+            others = 0
+            for p, interpolation in held:
+                mine = self.state[p]
+                if not _close(p, torch.lerp(mine["y"], mine["z"], 1 - 1 / interpolation)):
+                    mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+                    del mine["y"]
+                    others += 1
+        if others:
+            warn(
+                f"{others} of {len(held)} parameters are not those of the checkpoint that the "
+                "optimizer has loaded: their average begins anew. Load the state of the model "
+                "before the optimizer is used"
+            )
 
     def _note(self, p: Tensor) -> None:
         """Remembers a parameter as this optimizer leaves it."""
@@ -100,11 +175,15 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _take_edits(self, p: Tensor) -> bool:
         """Where somebody else has written to a parameter since, the average begins there anew."""
-        noted, mine = self._noted.get(p), self.state.get(p, {})
-        if noted in (None, p._version) or "z" not in mine or distributed.is_sharded(p):
+        if not self._is_edited(p):
             return False
-        mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+        self.state[p]["z"] = p.detach().clone(memory_format=torch.preserve_format)
         return True
+
+    def _is_edited(self, p: Tensor) -> bool:
+        """Whether somebody else has written to a parameter since."""
+        noted, mine = self._noted.get(p), self.state.get(p, {})
+        return noted not in (None, p._version) and "z" in mine and not distributed.is_sharded(p)
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -128,22 +207,18 @@ class AveragedOptimizer(MeasuredOptimizer):
         Args:
             move: Whether to put the average in place; not where gradients have been taken already.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            for group in self.param_groups:
-                interpolation = self._interpolation(group)
-                for p in group["params"]:
-                    mine = self.state.get(p, {})
-                    if interpolation is None or "z" not in mine:
-                        continue
-                    if move and "y" not in mine:
-                        p.lerp_(mine["z"], 1 - 1 / interpolation)
-                    # Replaced, never mutated: a state_dict of before holds these very numbers.
-                    self.state[p] = {k: v for k, v in mine.items() if k not in ("y", "z")}
+        if move:
+            self.eval()
+        for p, _ in self._averaged():
+            # Replaced, never mutated: a state_dict of before holds these very numbers.
+            self.state[p] = {k: v for k, v in self.state[p].items() if k not in ("y", "z")}
+        self._statistics.set_aside = None
 
     def __del__(self) -> None:
         """A model whose optimizer is gone keeps the average, not the point of the last gradient."""
-        with contextlib.suppress(Exception):  # the interpreter may be going, too
-            self._retire()
+        with contextlib.suppress(Exception):
+            if not sys.is_finalizing() and not is_capturing():
+                self._retire()
 
     def remove_hooks(self) -> None:
         """As for the other optimizers; the parameters no longer follow the model's mode either."""
@@ -167,6 +242,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         raise NotImplementedError
 
     def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
+        self._settle()
         if any("y" in self.state[p] for p in params if p in self.state):
             raise RuntimeError(
                 "step(): the parameters are the averages, for testing: call optimizer.train() "
@@ -197,35 +273,100 @@ class AveragedOptimizer(MeasuredOptimizer):
     def _make_inner_state(self, p: Tensor, group: Mapping[str, Any]) -> None:
         """Creates what the direction would create at a parameter's first step."""
 
+    # --- what is saved ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for the other optimizers, and what training goes on from: ``"y"`` of each parameter.
+
+        The model's own ``state_dict()`` holds the averages. Running statistics of training are
+        under ``"running_statistics"``, where the model has any.
+        """
+        self._settle()
+        packed = super().state_dict()
+        averaged = {id(p) for p, _ in self._averaged()}
+        if not self.follow_mode or not averaged:
+            return packed
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in packed["param_groups"] for number in group["params"]]
+        for p, number in zip(params, numbers, strict=True):
+            if id(p) in averaged and "y" not in packed["state"][number]:
+                # A copy: the parameter moves to the average where that is tested, or the run ends.
+                packed["state"][number] = {**packed["state"][number], "y": p.detach().clone()}
+        statistics = self._statistics.of_training()
+        return {**packed, "running_statistics": statistics} if statistics else packed
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As for the other optimizers; the weights are taken to be those of the checkpoint."""
-        super().load_state_dict(state_dict)
-        self._noted = WeakTensorKeyDictionary()
+        own = dict(state_dict)
+        statistics = own.pop("running_statistics", None)
+        super().load_state_dict(own)
+        self._noted, self._unsettled = WeakTensorKeyDictionary(), True
+        self._statistics.set_aside = None if statistics is None else dict(statistics)
+
+    def _holds_y(self, p: Tensor) -> float | None:
+        """``β``, where a parameter is where gradients are taken and has an average elsewhere."""
+        mine = self.state.get(p, {})
+        if "z" not in mine or "y" in mine or self._is_edited(p):
+            return None
+        return self._interpolation(self.param_groups[self._group_of[id(p)]])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for the other optimizers."""
+        super().add_param_group(param_group)
+        if "_weights" in self.__dict__:  # not in the constructor
+            self._follow_saving()
+
+    def _follow_saving(self) -> None:
+        """Has the model save the averages."""
+        groups = enumerate(self.param_groups)
+        self._group_of = {id(p): number for number, group in groups for p in group["params"]}
+        for module in unwrap(self.model).modules():
+            owns = any(id(p) in self._group_of for p in module._parameters.values())
+            if owns or self._statistics.names_of(module):
+                self._handles.extend(self._weights.hook([module]))
 
     def _attach(self) -> None:
         super()._attach()
-        self._noted = WeakTensorKeyDictionary()
+        self._noted, self._unsettled = WeakTensorKeyDictionary(), False
+        self._statistics = RunningStatistics(self.model, self.bn_batches)
+        self._weights = SavedWeights(self)
         others = register_optimizer_step_pre_hook(_Retire(self))
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
-        handles = [follow, others]
-        self._unfollow = weakref.finalize(self, remove_all, handles)
+        see = self.model.register_forward_pre_hook(
+            SeeBatch(self._statistics, self.model), with_kwargs=True
+        )
+        self._handles = [follow, see, others]
+        self._follow_saving()
+        self._unfollow = weakref.finalize(self, remove_all, self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
         """As for the other optimizers."""
-        return {**super().__getstate__(), "follow_mode": self.follow_mode}
+        own = {"follow_mode": self.follow_mode, "bn_batches": self.bn_batches}
+        return {**super().__getstate__(), **own}
+
+
+def _equal(p: Tensor, other: Tensor) -> bool:
+    """Bit for bit, of what this process holds."""
+    (a,), (b,) = distributed.local([p]), distributed.local([other])
+    return torch.equal(a.detach(), b.to(a.device))
+
+
+def _close(p: Tensor, other: Tensor) -> bool:
+    """As near as another device, or weights that were saved in half precision, may be."""
+    (a,), (b,) = distributed.local([p]), distributed.local([other])
+    return float((a.detach() - b.to(a)).norm()) <= 0.01 * float(b.norm())
 
 
 class _Follow:
     """A hook before the model's forward; its copies and pickles do nothing, as a recorder's."""
 
-    def __init__(self, optimizer: AveragedOptimizer | None, model: nn.Module | None) -> None:
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._model = None if model is None else weakref.ref(model)
+    def __init__(self, optimizer: AveragedOptimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, model: nn.Module, _: Any) -> None:
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None or self._model is None or self._model() is not model:
+        optimizer = self._optimizer()
+        if optimizer is None or self._model() is not model:
             return
         if not optimizer.follow_mode or is_replaying():
             return
@@ -237,14 +378,14 @@ class _Follow:
 
     def hand_over(self, params: set[int]) -> None:
         """Another optimizer of some of these parameters, by `id`, begins: this one has ended."""
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self._optimizer()
         if optimizer is None or not optimizer.follow_mode:
             return
         if any(id(p) in params for group in optimizer.param_groups for p in group["params"]):
             optimizer._retire()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Follow, (None, None)
+        return Inert, ()
 
 
 class _Retire:
@@ -286,6 +427,7 @@ class Interpolation(Direction):
     ) -> None:
         super().__init__(inner.along)
         self._inner, self._state, self._equal = inner, state, equal
+        self.scale_free = inner.scale_free
         self._interpolation = interpolation
 
     def look(

@@ -23,6 +23,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options, losses
 from adler._averaging import DiscountedMean
+from adler._optimizers.clipping import GradientScale
+from adler._optimizers.cycled_momentum import OwnMomenta
 from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
 from adler._optimizers.multiplier import MultiplierCheck
 from adler._optimizers.record import Log, StepRecord
@@ -63,7 +65,8 @@ class MeasuredOptimizer(Optimizer):
     (``_mean``) and what takes the place of the loss Hessian (`_loss_hessian`).
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names, or an optimizer
+            whose groups and weight decays to take.
         model: The network whose outputs the loss sees.
         criterion: The loss, reduced to a scalar, or a `ModelLoss`.
         options: Defaults of the param groups: what may differ from group to group.
@@ -86,7 +89,7 @@ class MeasuredOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         options: dict[str, Any],
@@ -120,6 +123,8 @@ class MeasuredOptimizer(Optimizer):
         _options.check({"beta": beta, "eps": eps, **options})
         self._names = _names_of(model)
         self._step_counts = StepCounts()
+        if isinstance(params, Optimizer):
+            params = _groups_of(params, options)
         super().__init__(params, options)
         self._attach()
 
@@ -179,6 +184,7 @@ class MeasuredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._momenta.put_back(self.param_groups)
         for options in ({"beta": self.beta, "eps": self.eps}, *self.param_groups):
             _options.check(options)
         params, gradients = self._gradients()
@@ -191,11 +197,12 @@ class MeasuredOptimizer(Optimizer):
         ranks = distributed.process_groups(self._recorder.ddp, list(self._names))
         batch = self._batch(inputs, targets) if measures else None
         unmodified = self._recorder.gradients_unmodified()
+        multiplied = self._gradient_scale.factor()
         scaling = self._amp_unscale(gradients)
         direction = self._direction(params, gradients)
         try:
             seen, consistency = self._look(
-                batch, params, gradients, direction, state, scaling, ranks, unmodified
+                batch, params, gradients, direction, state, scaling, ranks, unmodified, multiplied
             )
         except BaseException:
             direction.undo()
@@ -232,6 +239,7 @@ class MeasuredOptimizer(Optimizer):
         scaling: _Scaling,
         ranks: list[Any],
         unmodified: bool,
+        multiplied: Tensor | None,
     ) -> tuple[Measurement, Tensor]:
         """What this step knows along its direction, and how well the measurement fits ``g·d``.
 
@@ -244,6 +252,7 @@ class MeasuredOptimizer(Optimizer):
             scaling: Of a GradScaler.
             ranks: Process groups to agree with.
             unmodified: Whether the gradients are as the backward pass left them.
+            multiplied: By what the loop has multiplied them; see `GradientScale`.
         """
         look = direction.look(gradients, self._scalar_device, measured=batch is not None)
         slope, squared_norm, lengths = look
@@ -251,6 +260,8 @@ class MeasuredOptimizer(Optimizer):
         if self.guard is not None and self.guard.max_relative_change is not None:
             fraction = self.guard.max_relative_change
             direction.reach = Reach(params, along, lengths, fraction, self.state)
+        if multiplied is not None and direction.scale_free:
+            slope = slope / _clipped(multiplied.to(slope), scaling)
         unknown = torch.full_like(slope, math.nan)
         if batch is None:
             if scaling.veto is not None:
@@ -412,7 +423,7 @@ class MeasuredOptimizer(Optimizer):
     @classmethod
     def low_cost(
         cls: type[Self],
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor],
         **overrides: Any,
@@ -477,6 +488,7 @@ class MeasuredOptimizer(Optimizer):
     def remove_hooks(self) -> None:
         """Takes the hooks off the model and the criterion; `step` then needs inputs and targets."""
         self._recorder.remove()
+        self._gradient_scale.remove()
 
     # --- the contract of torch.optim.Optimizer ---------------------------------------------------
 
@@ -556,6 +568,7 @@ class MeasuredOptimizer(Optimizer):
 
         They are plain numbers, strings and dictionaries.
         """
+        self._momenta.put_back(self.param_groups)
         return {**super().state_dict(), "search": self._shared_options()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -583,6 +596,7 @@ class MeasuredOptimizer(Optimizer):
             if name in shared:
                 shared[name] = _options.from_plain(kind, shared[name])
         super().load_state_dict(own)
+        self._momenta.note(self.param_groups)
         for name, value in shared.items():
             setattr(self, name, value)
 
@@ -596,6 +610,7 @@ class MeasuredOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the hooks, which are made anew."""
+        self._momenta.put_back(self.param_groups)
         kept = ("model", "criterion", "output_fn", "_model_loss", *self._shared_options())
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
 
@@ -639,6 +654,8 @@ class MeasuredOptimizer(Optimizer):
             self.model, self.criterion, self.output_fn, params, self._model_loss, measures
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
+        self._momenta = OwnMomenta(self.param_groups)
+        self._gradient_scale = GradientScale(params())
         self._indivisible, self._to_say = False, ""
         self._checks = {}
 
@@ -676,6 +693,13 @@ def _of_all_ranks(
     return joint, None if predicted is None else known
 
 
+def _clipped(multiplied: Tensor, scaling: _Scaling) -> Tensor:
+    """By what the loop has clipped the gradients, apart from a GradScaler's scale; 1: not known."""
+    if scaling.scale is not None:
+        multiplied = multiplied * scaling.scale.to(multiplied)
+    return torch.where(multiplied > 0, multiplied, torch.ones_like(multiplied))
+
+
 def _moves(group: Mapping[str, Any]) -> bool:
     """Whether the group's multiplier is not zero, as far as the host knows."""
     lr = group["lr"]
@@ -691,6 +715,33 @@ def _has_gradient(p: Tensor) -> bool:
 
 def _names_of(model: nn.Module) -> dict[Tensor, str]:
     return {p: name for name, p in unwrap(model).named_parameters()}
+
+
+def _groups_of(other: Optimizer, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups as another optimizer has them, with its weight decay and nothing else of it.
+
+    Raises:
+        ValueError: If there are two weight decays, or it has one and this optimizer cannot.
+    """
+    if options.get("weight_decay", 0) != 0:
+        raise ValueError(
+            f"weight_decay={options['weight_decay']}: the groups of the {type(other).__name__} "
+            "given as params have theirs; pass its parameters, or no weight_decay"
+        )
+    groups = []
+    for group in other.param_groups:
+        decay = group.get("weight_decay", 0)
+        if decay and "weight_decay" not in options:
+            raise ValueError(
+                f"params: {type(other).__name__} has weight_decay={decay}, which this optimizer "
+                "does not have: pass its parameters"
+            )
+        params = group["params"]
+        if "param_names" in group:
+            params = list(zip(group["param_names"], params, strict=True))
+        own = {"weight_decay": float(decay)} if "weight_decay" in options else {}
+        groups.append({"params": params, **own})
+    return groups
 
 
 def _as_list(params: Any) -> Any:

@@ -116,9 +116,12 @@ class Direction:
 
     Attributes:
         reach: How far each parameter may move; None: as far as the step goes.
+        scale_free: Whether ``along`` stays what it is where all gradients, of now and before, are
+            multiplied by one number.
     """
 
     reach: Reach | None = None
+    scale_free: bool = False
 
     def __init__(self, along: list[Tensor]) -> None:
         self.along = along

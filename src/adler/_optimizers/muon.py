@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler import _tensors
@@ -47,7 +47,9 @@ class AdlerMuon(AveragedOptimizer):
     those of `AdlerScheduleFree`.
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names; or an optimizer
+            of them, such as a ``configure_optimizers()`` returns: its groups and their weight decay
+            are taken, its rates and all else are not.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
@@ -65,8 +67,10 @@ class AdlerMuon(AveragedOptimizer):
         guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
-        follow_mode: Whether a call of the model brings the weights of its mode; if not, only `eval`
-            and `train` do.
+        follow_mode: Whether a call of the model brings the weights of its mode, and its
+            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
+            the average; 0 leaves them to ``update_bn``.
 
     Raises:
         ValueError: For an argument out of its range, a name or pattern in ``matrices`` that no
@@ -97,7 +101,7 @@ class AdlerMuon(AveragedOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,
@@ -114,8 +118,9 @@ class AdlerMuon(AveragedOptimizer):
         measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
         follow_mode: bool = True,
+        bn_batches: int = 16,
     ) -> None:
-        self.follow_mode = follow_mode
+        self._set_following(follow_mode, bn_batches)
         self.matrices = None if matrices is None else _checked(matrices)
         self._matrices = None
         options = {
@@ -203,6 +208,8 @@ class Muon(Direction):
             ``slope_ratio`` and ``along_size``; and the moments of the rest.
         equal: Whether the counts of a group's parameters are equal, by its id.
     """
+
+    scale_free = True
 
     def __init__(
         self,
@@ -312,6 +319,8 @@ def _ratios_and_sizes(
     gradients: Sequence[Tensor], along: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """``g·d / ‖g‖`` and ``‖d‖`` of each; 0-dim, of the gradient's dtype, as PyTorch loads state."""
+    if not gradients:
+        return []
     norms, sizes = _tensors.lengths(gradients), _tensors.lengths(along)
     found = []
     for g, d, norm, size in zip(gradients, along, norms, sizes, strict=True):

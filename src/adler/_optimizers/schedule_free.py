@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler._optimizers.adam import Preconditioned
@@ -39,12 +39,17 @@ class AdlerScheduleFree(AveragedOptimizer):
 
     While training the parameters are $y$. They follow the model's mode: a call of the model after
     ``model.eval()``, without gradients, finds $x$ in their place, and the next call in training
-    mode, with gradients, finds $y$. `eval` and `train` do the same at once: call `eval` before you
-    save the model. With BatchNorm, whose running statistics belong to $y$,
-    ``torch.optim.swa_utils.update_bn(loader, model)`` after `eval` makes them those of $x$.
+    mode, with gradients, finds $y$. `eval` and `train` do the same at once. The model's
+    ``state_dict()`` holds $x$ in either mode; ``torch.save(model)`` holds what is there.
+
+    BatchNorm's running statistics belong to $y$. Where $x$ is tested or saved they are found anew,
+    by a forward pass on each of at most ``bn_batches`` batches that training has seen since the
+    last time; ``torch.optim.swa_utils.update_bn(loader, model)`` after `eval` takes the whole data.
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names; or an optimizer
+            of them, such as a ``configure_optimizers()`` returns: its groups and their weight decay
+            are taken, its rates and all else are not.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar; see `Adler`.
         lr: Multiplies the measured rate, so that learning-rate schedulers work; per group.
@@ -57,8 +62,10 @@ class AdlerScheduleFree(AveragedOptimizer):
         guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
-        follow_mode: Whether a call of the model brings the weights of its mode; if not, only `eval`
-            and `train` do.
+        follow_mode: Whether a call of the model brings the weights of its mode, and its
+            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
+            the average; 0 leaves them to ``update_bn``.
 
     Raises:
         ValueError: For an argument out of its range, parameters that are not the model's, or a
@@ -87,7 +94,7 @@ class AdlerScheduleFree(AveragedOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,
@@ -101,8 +108,9 @@ class AdlerScheduleFree(AveragedOptimizer):
         measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
         follow_mode: bool = True,
+        bn_batches: int = 16,
     ) -> None:
-        self.follow_mode = follow_mode
+        self._set_following(follow_mode, bn_batches)
         options = {"lr": lr, "betas": betas, "adam_eps": adam_eps, "weight_decay": weight_decay}
         super().__init__(
             params,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler import _tensors, losses
@@ -48,7 +48,9 @@ class Adler(AveragedOptimizer):
     The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
 
     Args:
-        params: Parameters of ``model``, or groups of them, with or without names.
+        params: Parameters of ``model``, or groups of them, with or without names; or an optimizer
+            of them, such as a ``configure_optimizers()`` returns: its groups and their weight decay
+            are taken, its rates and all else are not.
         model: The network whose outputs the loss sees. Forward hooks record its calls.
         criterion: The loss, reduced to a scalar. A module (``nn.CrossEntropyLoss()``) is hooked;
             for any other callable the targets go to `step`. A loss that the model computes itself
@@ -66,8 +68,11 @@ class Adler(AveragedOptimizer):
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
-        follow_mode: Whether a call of the model brings the weights of its mode: the average after
-            ``model.eval()``, without gradients; if not, only `eval` and `train` do.
+        follow_mode: Whether a call of the model brings the weights of its mode, the average after
+            ``model.eval()``, without gradients, and its ``state_dict()`` the average; if not, only
+            `eval` and `train` do.
+        bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
+            the average; 0 leaves them to ``torch.optim.swa_utils.update_bn``.
 
     Every group carries ``effective_lr``, the rate of its last step; `last_step` says more.
 
@@ -97,7 +102,7 @@ class Adler(AveragedOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,
@@ -111,8 +116,9 @@ class Adler(AveragedOptimizer):
         measure: Measure = Measure(),
         output_fn: Callable[[Any], Tensor] | None = None,
         follow_mode: bool = True,
+        bn_batches: int = 16,
     ) -> None:
-        self.follow_mode = follow_mode
+        self._set_following(follow_mode, bn_batches)
         options = {
             "lr": lr,
             "momentum": momentum,
@@ -149,7 +155,7 @@ class Adler(AveragedOptimizer):
     @classmethod
     def as_published(
         cls: type[Self],
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         **overrides: Any,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler import _options
@@ -81,7 +81,7 @@ class SpectralSGD(MeasuredOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | Optimizer,
         model: nn.Module,
         criterion: Callable[..., Tensor] | ModelLoss,
         *,

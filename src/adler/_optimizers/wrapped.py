@@ -171,7 +171,7 @@ class Wrapped(MeasuredOptimizer):
             output_fn=output_fn,
         )
         self.base, self.fresh = base, fresh
-        self._momenta: Momenta = {}
+        self._base_momenta: Momenta = {}
         if fresh is None and closed_form(base) is None:
             warn(
                 f"wrap: {type(base).__name__} is not one of the optimizers that this library "
@@ -188,7 +188,9 @@ class Wrapped(MeasuredOptimizer):
                 "step(): the base has other parameters than its wrapper: add groups with "
                 "add_param_group of the wrapper, which passes them on"
             )
-        found = Displacement(self.base, params, gradients, self.state, self.fresh, self._momenta)
+        found = Displacement(
+            self.base, params, gradients, self.state, self.fresh, self._base_momenta
+        )
         if found.invariant and not self._said_invariant:
             self._said_invariant = True
             names = [self._names[p] for p in found.invariant]
@@ -248,7 +250,7 @@ class Wrapped(MeasuredOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What is known of the base's state is found again."""
-        self._momenta = {}
+        self._base_momenta = {}
         super().__setstate__(state)
 
 
@@ -280,6 +282,7 @@ class Displacement(Direction):
         momenta: Momenta | None = None,
     ) -> None:
         self._saved, self._state = SavedState(base), state
+        self.scale_free = closed_form(base) is not None and type(base) is not torch.optim.SGD
         self._kept: dict[Tensor, dict[str, Tensor]] = {}
         self.invariant: list[Tensor] = []
         self._at_rest = False

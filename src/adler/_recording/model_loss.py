@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ModelLoss"]
+__all__ = ["ModelLoss", "how_to_describe"]
 
 
 def _loss_of(result: Any) -> Any:
@@ -121,3 +122,96 @@ class ModelLoss:
                 "what the model does; terms added to the loss cannot be described"
             )
         return True
+
+
+# --- what to tell whoever gives the criterion of a model that returns its loss --------------------
+
+_TARGETS = ("labels", "label", "targets", "target", "y", "tgt")
+
+
+def how_to_describe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+) -> str | None:
+    """The line to write for a model that returns its loss; None: it returns none.
+
+    Args:
+        model: That was called.
+        args: With these.
+        kwargs: And these.
+        result: What it returned.
+
+    Examples:
+        >>> class Bigram(nn.Module):
+        ...     def forward(self, tokens, targets=None):
+        ...         pass
+        >>> tokens, scores = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, 7)
+        >>> loss = torch.zeros((), requires_grad=True)
+        >>> line = how_to_describe(Bigram(), (tokens, tokens), {}, (scores, loss))
+        >>> "targets=lambda tokens, targets: targets.flatten()" in line
+        True
+    """
+    found = list(_parts(result))
+    losses = [place for place, t in found if t.ndim == 0 and t.requires_grad]
+    if not losses:
+        return None
+    outputs = [(place, t) for place, t in found if t.ndim > 0 and t.is_floating_point()]
+    if not outputs:
+        return (
+            "the model returned a loss, and not the outputs that it is a function of: have it "
+            "return both, and describe the loss by adler.ModelLoss(criterion, outputs=..., "
+            "targets=..., loss=...) in the criterion's place"
+        )
+    (place, scores), (flat, targets) = outputs[0], _targets(model, args, kwargs, outputs[0][1])
+    if flat and scores.ndim > 2:
+        place += ".flatten(0, -2)"
+    loss = f"loss=lambda result: {losses[0]}"
+    return (
+        "the model returned its loss, which the criterion given to the optimizer did not compute. "
+        "Give the optimizer a description of it in the criterion's place (compare it with what "
+        "the model does; it is checked at the first step):\n\n"
+        f"    adler.ModelLoss(criterion, outputs=lambda result: {place}, {targets}, {loss})\n"
+    )
+
+
+def _parts(result: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a model returns, and how a function of ``result`` finds each."""
+    if isinstance(result, Tensor):
+        yield "result", result
+        return
+    if isinstance(result, Mapping):
+        named = [(f"result[{key!r}]", value) for key, value in result.items()]
+    elif isinstance(result, (tuple, list)):
+        named = [(f"result[{i}]", value) for i, value in enumerate(result)]
+    else:
+        named = [(f"result.{key}", value) for key, value in getattr(result, "__dict__", {}).items()]
+    yield from ((place, value) for place, value in named if isinstance(value, Tensor))
+
+
+def _targets(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], scores: Tensor
+) -> tuple[bool, str]:
+    """Whether outputs and targets are flattened, and the line that says where targets are."""
+    try:
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        given = {}
+    names = ", ".join(given)
+    fits = {
+        name: shape
+        for name, value in given.items()
+        if isinstance(value, Tensor) and (shape := _shape(value, scores)) is not None
+    }
+    name = next((name for name in _TARGETS if name in fits), next(reversed(fits), None))
+    if name is None:
+        return False, "targets=lambda *args, **kwargs: ..."
+    flat = fits[name] == "flat"
+    return flat, f"targets=lambda {names}: {name}{'.flatten()' if flat else ''}"
+
+
+def _shape(value: Tensor, scores: Tensor) -> str | None:
+    """How a tensor fits outputs as their targets; None: it does not."""
+    if value.is_floating_point():
+        return "alike" if value.shape == scores.shape else None
+    if value.shape == scores.shape[:-1]:
+        return "flat" if scores.ndim > 2 else "classes"
+    return "classes" if value.shape == scores.shape[:1] + scores.shape[2:] else None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +32,9 @@ from torch.utils import _pytree as pytree
 from adler import _distributed as distributed
 from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, tensors_in
+from adler._recording.inert import Inert
 from adler._recording.links import Path, Place, Source, accumulates, mark, same, sources
-from adler._recording.model_loss import ModelLoss
+from adler._recording.model_loss import ModelLoss, how_to_describe
 from adler._recording.randomness import RandomState
 from adler._recording.replay import (
     Call,
@@ -51,6 +53,8 @@ __all__ = ["Placed", "RecordedLoss", "Recorder", "remove_all"]
 
 # In the place of a leaf: all of what `output_fn` makes.
 WHOLE = -1
+# Gradients of one loss are parallel; other terms may be added to it, other targets are not.
+_ALIKE = 0.5
 
 
 @dataclass(eq=False)
@@ -160,15 +164,14 @@ class _Received:
 class _Hook:
     """A forward hook that keeps nothing alive, and whose copies and pickles do nothing."""
 
-    def __init__(self, recorder: Recorder | None, module: nn.Module | None, method: str) -> None:
-        self._recorder = None if recorder is None else weakref.ref(recorder)
-        self._module = None if module is None else weakref.ref(module)
+    def __init__(self, recorder: Recorder, module: nn.Module, method: str) -> None:
+        self._recorder, self._module = weakref.ref(recorder), weakref.ref(module)
         self._method = method
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, module: nn.Module, *call: Any) -> None:
-        recorder = None if self._recorder is None else self._recorder()
-        if recorder is None or self._module is None or self._module() is not module:
+        recorder = self._recorder()
+        if recorder is None or self._module() is not module:
             return
         # What a CUDA graph does with these tensors later, no hook sees; nor may it ask for the
         # random state. The loop then says what the batch is. Inside a function transform there
@@ -182,7 +185,7 @@ class _Hook:
             getattr(recorder, self._method)(*call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, None, self._method)
+        return Inert, ()
 
 
 class Recorder:
@@ -208,6 +211,7 @@ class Recorder:
     ) -> None:
         self._model, self._criterion = model, criterion
         self._model_loss, self._checked = model_loss, False
+        self._targets_checked = False
         self._output_fn, self._params, self._measures = output_fn, params, measures
         self._devices, self._compiled = accelerators(model), Compiled.of(model)
         self.ddp = distributed.find_ddp(model)  # or the one that the model is found to run inside
@@ -243,9 +247,11 @@ class Recorder:
     def clear(self) -> None:
         """Forgets everything seen since the last step."""
         self._last_call = None
+        self._last_result: tuple[Any, list[Place]] = (None, [])
         self._calls = 0
         self._losses = 0
         self._unlinked: str | None = None
+        self._returned_loss: str | None = None
         self._entered.clear()
         self._received.clear()
         self.forget_backpropagated()
@@ -286,10 +292,11 @@ class Recorder:
         elif self._unlinked is not None:
             reason = self._unlinked
         elif self._losses == 0:
-            reason = (
+            reason = self._returned_loss or (
                 "the criterion given to the optimizer was not called on the model's outputs. If "
-                "the loop computes its loss in another way (F.cross_entropy, inside the model), "
-                "pass step(targets=...)"
+                "the loop computes its loss in another way (F.cross_entropy), pass "
+                "step(targets=...); if the model computes it, give the optimizer an "
+                "adler.ModelLoss in the criterion's place"
             )
         else:
             reason = "backward() has not reached the recorded loss: call loss.backward() first"
@@ -380,7 +387,51 @@ class Recorder:
                 call = replace(call, output_gradient=gradient)
                 break
         targets = targets if isinstance(targets, tuple) else (targets,)
+        if self._last_call is not None and not self._targets_checked:
+            last = self._last_call[0]
+            if call is last or call.args is last.args:
+                self._check_targets(targets)
         return [RecordedLoss(call, targets, places=[Placed(call)])]
+
+    def _check_targets(self, targets: tuple[Any, ...]) -> None:
+        """Compares what reached the last call's outputs with the criterion's gradient there.
+
+        Waits for the device, at the first step whose targets are given.
+
+        Raises:
+            RuntimeError: If the targets are those of other examples.
+        """
+        seen, places = self._last_result
+        known = [(p, self._output_gradients[p]) for p in places if p in self._output_gradients]
+        if not known or not all(place.intact for place, _ in known):
+            return
+        leaves = [place.output.detach().requires_grad_() for place, _ in known]
+        by_pointer = {
+            place.output.data_ptr(): x for (place, _), x in zip(known, leaves, strict=True)
+        }
+        try:
+            with torch.enable_grad(), replaying():
+                outputs: Any = leaves[0]
+                if self._output_fn is not None:
+                    outputs = self._output_fn(
+                        Copier(lambda t: by_pointer.get(t.data_ptr(), t))(seen)
+                    )
+                value = self._criterion(outputs, *targets)
+                found = torch.autograd.grad(value, leaves, allow_unused=True)
+        except Exception:  # that they do not fit is said where they are used
+            return
+        pairs = [(a, b) for a, (_, b) in zip(found, known, strict=True) if a is not None]
+        cosine = _cosine(pairs)
+        if math.isnan(cosine):
+            return
+        self._targets_checked = cosine >= _ALIKE
+        if not self._targets_checked:
+            raise RuntimeError(
+                "step(targets=...): these are not the targets that the loss was computed from: the "
+                "gradient that reached the model's outputs is not that of criterion(outputs, "
+                f"targets) (cosine {cosine:.2f}). Has the loop fetched "
+                "the next batch in between? " + (self._returned_loss or "")
+            )
 
     @property
     def saw_nothing(self) -> bool:
@@ -434,18 +485,23 @@ class Recorder:
         if self._model_loss is not None:
             self._leave_model_with_loss(self._model_loss, call, result)
             return
+        self._returned_loss = how_to_describe(call.model, call.args, call.kwargs, result)
         # Which of its tensors the loss will see is not known yet.
         marked = replace(call, output_fn=None)
         seen = None if self._output_fn is None else Copier(Tensor.detach)(result)
+        self._last_result = seen, []
         for leaf, tensor in enumerate(tensors_in(result)):
             if tensor.grad_fn is not None:
                 place = Place(marked, leaf, tensor.detach(), tensor._version, seen)
                 mark(tensor, self._key, place)
+                self._last_result[1].append(place)
+                if self._output_fn is not None and not self._targets_checked:
+                    self._follow(Source(place, tensor.grad_fn, tensor.output_nr))
                 if isinstance(result, Tensor) and self._output_fn is None:
                     self._last_call = marked, given
                     self._follow(Source(place, tensor.grad_fn, tensor.output_nr))
         if not isinstance(result, Tensor) and self._output_fn is None:
-            self._unlinked = not_a_tensor(result, has_output_fn=False)
+            self._unlinked = self._returned_loss or not_a_tensor(result, has_output_fn=False)
 
     def _leave_model_with_loss(self, described: ModelLoss, call: Call, result: Any) -> None:
         value = described.loss(result)
@@ -720,6 +776,16 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     return a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _cosine(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Of two lists of tensors as vectors; NaN where one is zero or not finite. Waits."""
+    pairs = [(a.double(), b.double()) for a, b in pairs]
+    product = sum(float((a * b).sum()) for a, b in pairs)
+    squares = [sum(float(x.square().sum()) for x in side) for side in zip(*pairs, strict=True)]
+    if not squares or not all(0 < square < math.inf for square in squares):
+        return math.nan
+    return product / math.sqrt(math.prod(squares))
 
 
 def _same_inputs(call: Call, given: Any) -> bool:

@@ -1,0 +1,103 @@
+"""The averages in every ``state_dict()`` of a model and its parts, whatever the parameters hold.
+
+Frameworks save where they like, most of them in the middle of training. A hook on each module that
+owns a trained parameter, or running statistics, replaces what it has made of itself: new tensors,
+so that no forward pass that waits for its backward is disturbed. ``keep_vars=True`` asks for the
+parameters, and gets them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from adler._recording.inert import Inert
+from adler._recording.replay import is_replaying
+
+if TYPE_CHECKING:
+    from adler._optimizers.average import AveragedOptimizer
+
+__all__ = ["SavedWeights"]
+
+
+class SavedWeights:
+    """Makes a model save the averages that an optimizer keeps.
+
+    Args:
+        optimizer: Not kept alive.
+    """
+
+    def __init__(self, optimizer: AveragedOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # The last average of each parameter, for as long as somebody holds it: tied weights stay
+        # one tensor in a checkpoint.
+        self._made: Any = WeakTensorKeyDictionary()
+
+    def hook(self, modules: Iterable[nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks those that are not yet."""
+        new = [module for module in modules if module not in self._hooked]
+        self._hooked.update(new)
+        return [module.register_state_dict_post_hook(_Save(self)) for module in new]  # type: ignore[no-untyped-call]
+
+    def write(self, module: nn.Module, entries: MutableMapping[str, Any], prefix: str) -> None:
+        """Puts the averages into what a module has just said of itself."""
+        optimizer = self._optimizer()
+        if optimizer is None or not optimizer.follow_mode or is_replaying():
+            return
+        optimizer._settle()
+        for name, p in module._parameters.items():
+            held = entries.get(prefix + name)
+            if p is None or held is None or held is p:
+                continue
+            x = self._average(optimizer, p)
+            if x is not None:
+                entries[prefix + name] = x
+        statistics = optimizer._statistics
+        names = statistics.names_of(module)
+        if not names or statistics.set_aside is not None:
+            return
+        averages = {
+            optimizer._names[p]: x
+            for p in optimizer._names
+            if (x := self._average(optimizer, p)) is not None
+        }
+        found = statistics.at(averages) if averages else {}
+        for name, known in names.items():
+            if known in found and prefix + name in entries:
+                entries[prefix + name] = found[known].clone()
+
+    def _average(self, optimizer: AveragedOptimizer, p: Tensor) -> Tensor | None:
+        """The average of a parameter that holds another point; None: it holds it, or has none."""
+        interpolation = optimizer._holds_y(p)
+        if interpolation is None:
+            return None
+        z = optimizer.state[p]["z"]
+        known, *versions = self._made.get(p, (None,))
+        alive = None if known is None else known()
+        if isinstance(alive, Tensor) and versions == [p._version, z._version]:
+            return alive
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.lerp(p.detach(), z, 1 - 1 / interpolation)
+        self._made[p] = weakref.ref(made), p._version, z._version
+        return made
+
+
+class _Save:
+    """The hook after a module's ``state_dict()``; its copies and pickles do nothing."""
+
+    def __init__(self, saved: SavedWeights) -> None:
+        self._saved = weakref.ref(saved)
+
+    def __call__(self, module: nn.Module, entries: Any, prefix: str, _: Any) -> None:
+        saved = self._saved()
+        if saved is not None and module in saved._hooked:
+            saved.write(module, entries, prefix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Inert, ()

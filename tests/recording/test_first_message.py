@@ -1,0 +1,160 @@
+"""The first error of a loop that has to say more leads to what works."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import adler
+from adler import AdlerScheduleFree
+
+ce = nn.CrossEntropyLoss()
+
+
+class Bigram(nn.Module):
+    """Returns scores and, where it is given targets, its loss."""
+
+    def __init__(self, wrapped=lambda scores, loss: (scores, loss)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.wrapped = nn.Embedding(11, 11), wrapped
+
+    def forward(self, idx, targets=None):
+        scores = self.table(idx)
+        loss = None if targets is None else F.cross_entropy(scores.mT, targets)
+        return self.wrapped(scores, loss)
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 2)
+
+    def forward(self, x, goal):
+        out = self.body(x)
+        return {"out": out, "cost": F.mse_loss(out, goal)}
+
+
+def tokens(seed=0):
+    drawn = torch.randint(11, (6, 9), generator=torch.Generator().manual_seed(seed))
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def written(message):
+    """What the message says to write."""
+    return re.search(r"^    (adler\.ModelLoss\(.*\))$", message, re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("tried", [{}, {"output_fn": lambda result: result[0].flatten(0, 1)}])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_first_message_holds_the_line_to_write(tried, by_name):
+    model = Bigram()
+    idx, targets = tokens()
+    call = (lambda m: m(idx=idx, targets=targets)) if by_name else (lambda m: m(idx, targets))
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce, **tried)
+    call(model)[1].backward()
+    with pytest.raises(RuntimeError, match="ModelLoss") as caught:
+        optimizer.step()
+    described = eval(written(str(caught.value)), {"adler": adler, "criterion": ce})
+    model = Bigram()
+    optimizer = AdlerScheduleFree(model.parameters(), model, described)
+    call(model)[1].backward()
+    optimizer.step()
+    assert optimizer.last_step.curvature > 0
+    assert not optimizer.last_step.skipped
+
+
+def test_of_dictionaries_and_other_losses_too():
+    model, criterion = Regression(), nn.MSELoss()
+    x, goal = torch.randn(8, 4), torch.randn(8, 2)
+    optimizer = AdlerScheduleFree(model.parameters(), model, criterion)
+    model(x, goal)["cost"].backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    line = written(str(caught.value))
+    assert "targets=lambda x, goal: goal," in line
+    described = eval(line, {"adler": adler, "criterion": criterion})
+    other = Regression()
+    optimizer = AdlerScheduleFree(other.parameters(), other, described)
+    other(x, goal)["cost"].backward()
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+
+
+def test_a_model_that_returns_its_loss_alone():
+    model = Bigram(lambda scores, loss: loss)
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    model(*tokens()).backward()
+    with pytest.raises(RuntimeError, match=r"return both.*ModelLoss"):
+        optimizer.step()
+
+
+def test_a_model_that_returns_no_loss_is_sent_elsewhere():
+    model = Bigram(lambda scores, loss: (scores, scores.detach()))
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    scores, _ = model(tokens()[0])
+    F.cross_entropy(scores.mT, tokens()[1]).backward()
+    with pytest.raises(RuntimeError, match="output_fn") as caught:
+        optimizer.step()
+    assert "ModelLoss" not in str(caught.value)
+
+
+# --- targets of another batch ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["loss inside", "functional loss"])
+def test_targets_of_another_batch_are_refused_and_the_right_ones_taken(inside):
+    model = Bigram() if inside else nn.Sequential(nn.Embedding(11, 11), nn.Flatten(0, 1))
+    fn = {"output_fn": lambda result: result[0].flatten(0, 1)} if inside else {}
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce, **fn)
+
+    idx, targets = tokens()
+    loss = model(idx, targets)[1] if inside else F.cross_entropy(model(idx), targets.flatten())
+    loss.backward()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="not the targets that the loss was computed from"):
+        optimizer.step(targets=tokens(1)[1].flatten())
+    assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.step(targets=targets.flatten())
+    assert not optimizer.last_step.skipped
+
+
+def test_a_term_beside_the_criterion_is_not_taken_for_other_targets():
+    model = nn.Sequential(nn.Embedding(11, 11), nn.Flatten(0, 1))
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    idx, targets = tokens()
+    scores = model(idx)
+    (F.cross_entropy(scores, targets.flatten()) + 1e-3 * scores.square().mean()).backward()
+    optimizer.step(targets=targets.flatten())
+    assert optimizer.last_step is not None
+
+
+# --- decay groups of another optimizer ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [adler.Adler, adler.AdlerAdam, AdlerScheduleFree])
+def test_groups_of_another_optimizer_in_one_line(kind):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    named = dict(model.named_parameters())
+    decayed = [(n, p) for n, p in named.items() if p.ndim > 1]
+    others = [(n, p) for n, p in named.items() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=6e-4, betas=(0.8, 0.95))
+    optimizer = kind(theirs, model, ce)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [1.0, 1.0]
+    assert optimizer.param_groups[1]["param_names"] == [n for n, _ in others]
+    own = [p for g in optimizer.param_groups for p in g["params"]]
+    assert all(p is q for p, q in zip(own, [p for _, p in decayed + others], strict=True))
+    ce(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+
+
+def test_two_weight_decays_are_refused():
+    model = nn.Linear(4, 3)
+    theirs = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match=r"weight_decay=0\.5.*AdamW"):
+        AdlerScheduleFree(theirs, model, ce, weight_decay=0.5)
