@@ -123,7 +123,7 @@ OWN = {
         },
     ),
     "SpectralSGD": (SpectralSGD, {"power_iterations", "gershgorin_columns", "weight_decay"}),
-    "Wrapped": (wrapped, set()),
+    "Wrapped": (wrapped, {"fresh"}),
 }
 
 
