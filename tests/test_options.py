@@ -122,7 +122,10 @@ OWN = {
             *("interpolation", "matrices", "follow_mode"),
         },
     ),
-    "SpectralSGD": (SpectralSGD, {"power_iterations", "gershgorin_columns", "weight_decay"}),
+    "SpectralSGD": (
+        SpectralSGD,
+        {"power_iterations", "gershgorin_columns", "mean_curvature", "weight_decay"},
+    ),
     "Wrapped": (wrapped, {"fresh"}),
 }
 

@@ -31,28 +31,36 @@ _LINES = ("-", "-", "-", "--", "-", "-.", "--", ":")
 def draw(found: Sequence[Record], directory: Path) -> list[Path]:
     """Draws both figures of each data set, as PNG and SVG; the same records, the same SVG."""
     written = []
-    for dataset, cells in records.by_cell(found).items():
-        figures = {"figure-7-1": learning_curves, "figure-7-2": learning_rates}
-        for name, make in figures.items():
-            with style():
-                written += save(make(dataset, cells), directory, f"{name}-{dataset}")
+    by_size = records.by_batch_size(found)
+    for size, same in by_size.items():
+        for dataset, cells in records.by_cell(same).items():
+            figures = {"figure-7-1": learning_curves, "figure-7-2": learning_rates}
+            for name, make in figures.items():
+                file = f"{name}-{dataset}" + f"-b{size}" * (len(by_size) > 1)
+                with style():
+                    written += save(make(dataset, cells), directory, file)
     return written
 
 
 def learning_curves(dataset: str, cells: Cells) -> Figure:
-    """Figure 7.1: test accuracy and training loss, mean over runs and its 95 % band.
+    """Figure 7.1: test accuracy, training loss and test loss, mean over runs and its 95 % band.
 
-    After a divergence the last accuracy stands for the epochs that were not run; the loss, which
-    is not finite, is left out. A run whose loss explodes counts with twice that of guessing.
+    The training loss stands on a logarithmic scale, for its "logarithmic slope" (section 7.8). The
+    test loss is not in the thesis's figure but in its text. After a divergence the last accuracy
+    stands for the epochs that were not run; the losses, which are not finite, are left out. A run
+    whose loss explodes counts with twice that of guessing.
     """
     guessing = np.log(cifar.ARCHIVES[dataset].classes)
-    figure, axes = _panels(cells, ("Test accuracy (%)", "Training loss (nats)"))
+    quantities = "Test accuracy (%)", "Training loss (nats)", "Test loss (nats)"
+    figure, axes = _panels(cells, quantities)
     for (models, activation), cell in cells.items():
         for name, runs in records.competitors(cell).items():
             accuracy = 100 * _curves(runs, "test_accuracy", carried=True)
             _band(axes[models, activation, 0], name, *_mean(accuracy))
-            losses = np.minimum(_curves(runs, "train_loss"), 2 * guessing)
-            _band(axes[models, activation, 1], name, *_mean(losses))
+            for row, loss in ((1, "train_loss"), (2, "test_loss")):
+                losses = np.minimum(_curves(runs, loss), 2 * guessing)
+                _band(axes[models, activation, row], name, *_mean(losses))
+        axes[models, activation, 1].set_yscale("log", nonpositive="clip")
     title = f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)"
     return finish(figure, title)
 

@@ -11,7 +11,7 @@ from examples.cifar.optimizers import OPTIMIZERS
 from examples.shared import records
 from examples.shared.records import Record
 
-__all__ = ["ROWS", "by_cell", "competitors", "read", "setting"]
+__all__ = ["ROWS", "by_batch_size", "by_cell", "competitors", "read", "setting", "variations"]
 
 # A row of the thesis's table pools models.
 ROWS = {"cnn": "CNN+ResNet", "resnet": "CNN+ResNet", "vit": "ViT"}
@@ -42,6 +42,19 @@ def competitors(found: Iterable[Record]) -> dict[str, list[Record]]:
     for (name, _), record in chosen.items():
         runs[name].append(record)
     return {name: mine for name, mine in runs.items() if mine}
+
+
+def by_batch_size(found: Iterable[Record]) -> dict[int, list[Record]]:
+    """Records by size of the minibatches, ascending."""
+    groups: dict[int, list[Record]] = {}
+    for record in found:
+        groups.setdefault(record["batch_size"], []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def variations(found: Iterable[Record]) -> int:
+    """How many networks on data: all that differs but the optimizer and the minibatches."""
+    return len({setting({**r, "batch_size": 1}) for r in found})
 
 
 def by_cell(found: Iterable[Record]) -> dict[str, dict[tuple[str, str], list[Record]]]:

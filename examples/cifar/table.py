@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +40,47 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         preset: The preset's name, for the heading.
     """
     lines = [f"# CIFAR, preset {preset}", "", *_heading(found, preset)]
-    for dataset, cells in records.by_cell(found).items():
-        lines += ["", f"## {_TITLES[dataset]}: final test accuracy", ""]
-        columns = [n for n in OPTIMIZERS if any(r["optimizer"] == n for r in found)]
-        lines += _head("Models", "Activation", *(OPTIMIZERS[n].label for n in columns))
-        for (models, activation), cell in cells.items():
-            best = records.competitors(cell)
-            entries = (
-                _cell(best.get(n, []), [r for r in cell if r["optimizer"] == n], dataset)
-                for n in columns
-            )
-            lines.append(_row(models, activation, *entries))
+    by_size = records.by_batch_size(found)
+    for size, same in by_size.items():
+        for dataset, cells in records.by_cell(same).items():
+            title = _TITLES[dataset] + f", minibatches of {size}" * (len(by_size) > 1)
+            lines += ["", f"## {title}: final test accuracy", "", *_accuracies(dataset, cells)]
     lines += [
         "",
-        "Mean ± standard deviation over seeds, each with its own width and depth, and over the "
-        "models of the row. SGD grid: the best of its learning rates for each network and seed. "
-        "Diverged: the loss was no longer finite; for SGD, of all the grid's runs. At chance: of "
-        "the runs averaged, those that did not diverge and ended below "
-        f"{_CHANCE} times the accuracy of guessing.",
+        f"Mean ± standard deviation over {_spread(found)}, and over the models of the row. "
+        "SGD grid: the best of its learning rates for each network and seed. Diverged: the loss "
+        "was no longer finite; for SGD, of all the grid's runs. At chance: of the runs averaged, "
+        f"those that did not diverge and ended below {_CHANCE} times the accuracy of guessing.",
     ]
     return "\n".join([*lines, *_costs(found)]) + "\n"
+
+
+def _accuracies(dataset: str, cells: Mapping[tuple[str, str], Sequence[Record]]) -> list[str]:
+    """A row for each cell of the thesis's table, a column for each optimizer."""
+    there = {r["optimizer"] for cell in cells.values() for r in cell}
+    columns = [name for name in OPTIMIZERS if name in there]
+    lines = _head("Models", "Activation", *(OPTIMIZERS[n].label for n in columns))
+    for (models, activation), cell in cells.items():
+        best = records.competitors(cell)
+        entries = (
+            _cell(best.get(n, []), [r for r in cell if r["optimizer"] == n], dataset)
+            for n in columns
+        )
+        lines.append(_row(models, activation, *entries))
+    return lines
+
+
+def _spread(found: Sequence[Record]) -> str:
+    """What the networks of a row differ in."""
+    shapes: dict[str, dict[int, set[tuple[int, int]]]] = {}
+    for r in found:
+        of_seed = shapes.setdefault(r["model"], {}).setdefault(r["seed"], set())
+        of_seed.add((r["width"], r["depth"]))
+    if any(len(few) > 1 for seeds in shapes.values() for few in seeds.values()):
+        return "widths, depths and seeds, each with each"
+    if any(len(set.union(*seeds.values())) > 1 for seeds in shapes.values()):
+        return "seeds, each with its own width and depth"
+    return "seeds"
 
 
 def _heading(found: Sequence[Record], preset: str) -> list[str]:
@@ -74,10 +95,10 @@ def _heading(found: Sequence[Record], preset: str) -> list[str]:
 
     versions = ", ".join(f"{name} {values('versions', name)}" for name in found[0]["versions"])
     return [
-        f"{len(found)} runs; {values('train_examples')} training and "
-        f"{values('test_examples')} test examples, "
-        f"{values('epochs')} epochs, minibatches of "
-        f"{values('batch_size')}; {versions}; {values('device')}.",
+        f"{records.variations(found)} networks on data, {len(found)} runs; "
+        f"{values('train_examples')} training and {values('test_examples')} test examples, "
+        f"{values('epochs')} epochs, minibatches of {values('batch_size')}; {versions}; "
+        f"{values('device')}.",
         "",
         f"    python -m examples.cifar.table --data DIR --preset {preset}",
     ]
@@ -214,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     crashes = record_all(
         missing,
         len(wanted) - len(missing),
-        functools.partial(work, root=options.data, device=options.device),
+        functools.partial(
+            work, root=options.data, device=options.device, checkpoints=results / "checkpoints"
+        ),
         path,
         jobs=options.jobs,
         minutes=options.limit_minutes,

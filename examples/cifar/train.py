@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -138,9 +139,22 @@ def train(
     }
 
 
-def work(run: Run, root: Path, device: str) -> dict[str, Any]:
-    """Trains one run; the data stays in memory for the next."""
-    return train(run, _data(run.dataset, root, device, run.train_examples, run.test_examples))
+def work(run: Run, root: Path, device: str, checkpoints: Path | None = None) -> dict[str, Any]:
+    """Trains one run; the data stays in memory for the next.
+
+    Args:
+        run: What to train.
+        root: Directory of the archives.
+        device: Where to train.
+        checkpoints: Directory in which an unfinished run has a checkpoint of its last epoch.
+    """
+    data = _data(run.dataset, root, device, run.train_examples, run.test_examples)
+    if checkpoints is None:
+        return train(run, data)
+    checkpoint = checkpoints / f"{hashlib.sha256(run.key().encode()).hexdigest()[:16]}.pt"
+    record = train(run, data, checkpoint=checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    return record
 
 
 _data = functools.lru_cache(maxsize=2)(cifar.load)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from examples.pl_theory import claims_initial as initial
 from examples.pl_theory import claims_landscape as around
 from examples.pl_theory import claims_training as trained
+from examples.pl_theory.config import Experiment
 from examples.pl_theory.presets import FIGURES, PRESETS
 from examples.pl_theory.records import Record
 from examples.pl_theory.verdicts import Section, table
@@ -36,9 +37,12 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "Deep Neural Networks* (PhD thesis, SNS 2025), chapter 6; those that D. Balboni, D. "
         "Bacciu, *An Empirical Verification of Wide Networks Theory*, or its poster add are "
         "named after them, `nmm`, `dropout` and `connectivity` are of what M. Mondelli's slides "
-        "show, `7.5` is of that section. Verdicts are computed from the records.",
+        "show, `ball` is of C. Liu's, L. Zhu's and M. Belkin's theorem, `7.5` of that section. "
+        "Of the paper's others, 5 is 6.13 here, 6a and 6b are 6.14 and 6.15, 6c is 6.5, 7a and 7c "
+        "are 6.11 and 6.12, 8 is 6.16 to 6.19 and 9 is 6.20 to 6.23; of the poster's, 2 is 6.2 and "
+        "3 is 6.7. Verdicts are computed from the records.",
         "",
-        *table(("Figure", "Claim", "Verdict"), _overview(sections)),
+        *table(("Figure", "Claim", "Ours", "Verdict"), _overview(sections, found, preset)),
     ]
     shown: set[str] = set()
     for number, section in enumerate(sections, start=1):
@@ -46,20 +50,36 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         lines += ["", f"Claim: {section.claim}", "", section.measured, ""]
         lines += [f"Verdict: **{section.verdict}**.", ""]
         new = [name for name in section.figures if name not in shown]
-        lines += [f"![Figure {name}](figure-{name.replace('.', '-')}.png)" for name in new]
+        lines += [f"![Figure {name}]({_file(name)})" for name in new]
         shown.update(new)
     return "\n".join(lines) + "\n"
 
 
-def _overview(sections: Sequence[Section]) -> list[tuple[str, str, str]]:
+def _overview(
+    sections: Sequence[Section], found: Sequence[Record], preset: str
+) -> list[tuple[str, str, str, str]]:
     """A row for each figure and claim; a figure without records says so."""
+    made = [Experiment.of(r) for r in found]
+    planned = list(PRESETS[preset].experiments())
     rows = []
-    for name in FIGURES:
+    for name in sorted(FIGURES, key=_place):
         of_it = [s for s in sections if name in s.figures]
-        rows += [(name, s.claim, f"**{s.verdict}**") for s in of_it]
+        counts = (sum(map(FIGURES[name], part)) for part in (made, planned))
+        ours = f"[figure]({_file(name)}), {' of '.join(map(str, counts))} experiments"
+        rows += [(name, s.claim, ours, f"**{s.verdict}**") for s in of_it]
         if not of_it:
-            rows.append((name, "–", "no record yet"))
+            rows.append((name, "–", "–", "no record yet"))
     return rows
+
+
+def _place(name: str) -> tuple[int, int]:
+    """The thesis's chapter 6 first, by number; then what else there is, as it is listed."""
+    chapter, _, number = name.partition(".")
+    return (0, int(number)) if chapter == "6" else (1, list(FIGURES).index(name))
+
+
+def _file(name: str) -> str:
+    return f"figure-{name.replace('.', '-')}.png"
 
 
 def _names(section: Section) -> str:
@@ -113,6 +133,7 @@ _SECTIONS: tuple[Callable[[Sequence[Record]], Section | None], ...] = (
     *trained.SECTIONS,
     around.dropout,
     around.connected,
+    around.ball,
     around.dominance,
     around.cancellation,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,8 +13,8 @@ from examples.pl_theory.figures_training import (
     decrease_ratio,
     learned,
     loss_ratio,
-    mean_log_condition,
     own_rate_ratio,
+    step_curvature,
 )
 from examples.pl_theory.records import Record, of_kind
 from examples.pl_theory.verdicts import Section, median, number, table, verdict
@@ -57,6 +58,7 @@ def prediction(
             median(np.array(early)),
             median(np.array(late)),
             *(median(np.array([_part(line, first) for line in own])) for first in (True, False)),
+            _bend(same),
         )
         rows.append((f"{rate:g}", str(len(same)), *map(number, numbers)))
     head = (
@@ -67,6 +69,7 @@ def prediction(
         "last epochs",
         "with the rate's own factor, first",
         "last",
+        "Curvature along the step / L, last",
     )
     text = (
         "log of the loss over its prediction one epoch before, f₍ₖ₊₁₎ / [(1 − μ/L) fₖ]"
@@ -79,9 +82,9 @@ def prediction(
         "first and the last third of the measured epochs. Counted: early values below 0; late ones "
         f"within 0.05 of 0, or a quarter of the early ones. {_counted(found, loss, activation)} "
         "The lemma is of steps of 1/L: at other rates a step cannot keep what is predicted. The "
-        "last two columns are the same ratio with the factor of the rate that was taken, "
+        "next two columns are the same ratio with the factor of the rate that was taken, "
         "1 − 2 μ η (1 − L η/2), which is what the descent inequality says of it: where they are "
-        "near 0 late and the others are not, the difference is the rate's.\n"
+        f"near 0 late and the others are not, the difference is the rate's. {_BEND}\n"
     )
     claim = (
         "The bound on the loss is too conservative in the initial epochs; for the final epochs the "
@@ -89,6 +92,19 @@ def prediction(
     )
     word = f"{verdict(cases)}; with the factor of the rate taken: {verdict(own_cases)}"
     return Section((figure,), claim, "\n".join([text, *table(head, rows)]), word)
+
+
+_BEND = (
+    "Last column: the loss's mean curvature along the steps, from its decrease, over L. Above 1 it "
+    "bends more than the GGN allows in any direction: the gradients of ReLU networks jump where a "
+    "unit switches, which adds curvature that no second derivative at a point shows; those of tanh "
+    "networks do not."
+)
+
+
+def _bend(runs: Sequence[Record]) -> float:
+    """Median over runs, late in training."""
+    return median(np.array([_part(step_curvature(r), False) for r in runs]))
 
 
 def _conservative_then_exact(lines: Sequence[Values]) -> list[bool]:
@@ -112,54 +128,84 @@ def decrease(found: Sequence[Record]) -> Section | None:
     runs = learned(found, "cross-entropy", "relu")
     if not runs:
         return None
-    rows, cases = [], []
+    rows = []
+    cases: dict[bool, list[bool]] = {False: [], True: []}
     for rate in _rates(runs):
-        lines = [decrease_ratio(r) for r in runs if r["rate"] == rate]
-        early = [_part(line, True) for line in lines]
-        late = [_part(line, False) for line in lines]
-        cases += [abs(b) < abs(a) for a, b in zip(early, late, strict=True)]
-        rows.append(
-            (f"{rate:g}", str(len(lines)), *(number(median(np.array(v))) for v in (early, late)))
-        )
-    head = ("Rate", "Runs", "log ratio, first epochs", "last epochs")
+        same, entries = [r for r in runs if r["rate"] == rate], []
+        for own, nearer in cases.items():
+            lines = [decrease_ratio(r, own) for r in same]
+            early, late = ([_part(line, first) for line in lines] for first in (True, False))
+            nearer += [abs(b) < abs(a) or abs(b) <= 0.05 for a, b in zip(early, late, strict=True)]
+            entries += [median(np.array(values)) for values in (early, late)]
+        entries.append(_bend(same))
+        rows.append((f"{rate:g}", str(len(same)), *map(number, entries)))
+    head = (
+        "Rate",
+        "Runs",
+        "log ratio, first epochs",
+        "last epochs",
+        "with the rate's own decrease, first",
+        "last",
+        "Curvature along the step / L, last",
+    )
     text = (
         "log of the predicted decrease fₖ μ/L over the measured one, in the first and the last "
-        "third of the measured epochs. Counted: nearer to 0 late than early. A step of rate η "
-        "shows about 2 η L (1 − η L/2) of what is predicted for 1/L, whatever the epoch.\n"
+        "third of the measured epochs. Counted: nearer to 0 late than early, or within 0.05 of it. "
+        "A step of rate η shows about 2 η L (1 − η L/2) of what is predicted for 1/L, whatever the "
+        "epoch: the next two columns are of the decrease 2 fₖ μ η (1 − L η/2), which the descent "
+        f"inequality promises of the rate that was taken. {_BEND}\n"
     )
     return Section(
         ("poster-1",),
         "The theory is very predictive at later epochs; much less at the start.",
         "\n".join([text, *table(head, rows)]),
-        verdict(cases),
+        f"{verdict(cases[False])}; with the decrease of the rate taken: {verdict(cases[True])}",
     )
 
 
 def conditioning(
     found: Sequence[Record], activation: str, figures: tuple[str, ...]
 ) -> Section | None:
-    """What training with cross-entropy does to κ."""
+    """What training with cross-entropy does to κ, of every layer."""
     runs = learned(found, "cross-entropy", activation)
     if not runs:
         return None
-    rows, cases = [], []
-    rates = _rates(runs)
-    for rate in rates:
-        lines = [mean_log_condition(r) for r in runs if r["rate"] == rate]
+    rows, slowly, rise, below = [], [], [], []
+    for rate in _rates(runs):
+        same = [r for r in runs if r["rate"] == rate]
+        pairs = [
+            (r["results"]["measured"]["epoch"], array(layer["log_condition"]))
+            for r in same
+            for layer in r["results"]["layers"].values()
+        ]
+        lines = [line for _, line in pairs]
+        peak = np.median([epochs[int(np.nanargmax(line))] for epochs, line in pairs])
         first, most, last = (
             np.array([f(line) for line in lines])
             for f in (lambda x: x[0], np.nanmax, lambda x: x[-1])
         )
-        large = rate >= 0.005
-        for a, b, c in zip(first, most, last, strict=True):
+        if rate >= 0.005:
+            rise += (most > first).tolist()
+            below += (last < first).tolist()
+        else:
             # Slowly: by less than a tenth of a unit of log κ over all epochs.
-            cases.append(c < a < b if large else a <= b <= a + 0.1)
+            slowly += (most <= first + 0.1).tolist()
         numbers = (first.mean(), (most - first).mean(), (last - first).mean())
-        rows.append((f"{rate:g}", str(len(lines)), *map(number, numbers)))
-    head = ("Rate", "Runs", "log κ at the start", "Largest − start", "End − start")
+        ended = f"{np.mean(last < first):.0%}"
+        rows.append((f"{rate:g}", str(len(lines)), *map(number, (*numbers, peak)), ended))
+    head = (
+        "Rate",
+        "Runs × layers",
+        "log κ at the start",
+        "Largest − start",
+        "End − start",
+        "Largest at epoch, median",
+        "End below the start",
+    )
     text = (
-        "Means over layers, runs and seeds. Counted: at 0.0005 and 0.001 log κ never exceeds its "
-        "start by more than 0.1; at 0.005 and 0.01 it rises and ends below its start. "
+        "Means over layers, runs and seeds. Counted, for every layer of every run: at 0.0005 and "
+        "0.001 log κ exceeds its start by no more than 0.1 at any epoch; at 0.005 and 0.01 it "
+        "exceeds it at some epoch; and there it ends below. "
         f"{_counted(found, 'cross-entropy', activation)}\n"
     )
     return Section(
@@ -168,18 +214,19 @@ def conditioning(
         "ones it initially increases rapidly, then decreases steadily, ending lower than the "
         "start.",
         "\n".join([text, *table(head, rows)]),
-        verdict(cases),
+        f"slowly: {verdict(slowly)}; increases: {verdict(rise)}; ends lower: {verdict(below)}",
     )
 
 
 def bounds(
     found: Sequence[Record], loss: str, activation: str, figures: tuple[str, ...]
 ) -> Section | None:
-    """The smallest eigenvalue in training against (4.11)."""
+    """The smallest eigenvalue in training, of every layer, against (4.11)."""
     runs = learned(found, loss, activation)
     if not runs:
         return None
-    rows, constant, vacuous = [], [], []
+    improves = loss == "cross-entropy"
+    rows, constant, improved, vacuous = [], [], [], []
     for rate in _rates(runs):
         tables = [
             (r["results"]["measured"]["epoch"], t)
@@ -187,40 +234,87 @@ def bounds(
             if r["rate"] == rate
             for t in r["results"]["layers"].values()
         ]
-        ends = np.array([t["smallest"][-1] / t["smallest"][0] for _, t in tables])
-        lows = np.array([min(t["smallest"]) / t["smallest"][0] for _, t in tables])
-        constant += ((ends > 0.8) & (ends < 1.25 if loss != "cross-entropy" else True)).tolist()
+        relative = [array(t["smallest"]) / t["smallest"][0] for _, t in tables]
+        ends, lows, highs = (
+            np.array([f(line) for line in relative]) for f in (lambda x: x[-1], np.min, np.max)
+        )
+        constant += ((lows > 0.8) & (improves | (highs < 1.25))).tolist()
+        improved += (ends > 1).tolist()
         shares = []
         for name in ("bound_operator", "bound_frobenius", "bound_composed"):
             gone = [array(t[name])[np.array(epochs) <= 40][-1] <= 0 for epochs, t in tables]
             shares.append(f"{np.mean(gone):.0%}")
             vacuous += gone if name == "bound_operator" else []
-        rows.append(
-            (f"{rate:g}", str(len(tables)), *map(number, (ends.mean(), lows.min())), *shares)
-        )
+        numbers = map(number, (ends.mean(), lows.min(), highs.max()))
+        rows.append((f"{rate:g}", str(len(tables)), *numbers, *shares))
     head = (
         "Rate",
         "Runs × layers",
         "λ_min, end / start",
         "Least of all / start",
+        "Largest of all / start",
         "Vacuous by epoch 40: operator norm",
         "Frobenius",
         "composed",
     )
+    what = (
+        "is above 0.8 of its start at every epoch; it ends above its start"
+        if improves
+        else "is between 0.8 and 1.25 of its start at every epoch"
+    )
     text = (
         "(4.11) from initialisation: λ_min(G₀) less the norm of the change, in operator and "
         "Frobenius norm, and with the change bounded from the distance of the weights, layer by "
-        "layer. Counted: λ_min ends between 0.8 and 1.25 of its start (cross-entropy: above "
-        f"0.8); the bound in operator norm is vacuous by epoch 40. "
-        f"{_counted(found, loss, activation)}\n"
+        f"layer. Counted, for every layer of every run: λ_min {what}; the bound in operator norm "
+        f"is vacuous by epoch 40. {_counted(found, loss, activation)}\n"
     )
-    word = "slowly improving" if loss == "cross-entropy" else "effectively constant"
+    word = "slowly improving" if improves else "effectively constant"
+    kept = (
+        f"does not decrease: {verdict(constant)}; improves: {verdict(improved)}"
+        if improves
+        else f"constant: {verdict(constant)}"
+    )
     return Section(
         figures,
         f"The smallest eigenvalues don't decrease as much as predicted, but are {word}, while the "
         "bounds of (4.11) become vacuous.",
         "\n".join([text, *table(head, rows)]),
-        f"eigenvalues: {verdict(constant)}; bounds vacuous: {verdict(vacuous)}",
+        f"{kept}; bounds vacuous: {verdict(vacuous)}",
+    )
+
+
+def stability(found: Sequence[Record], loss: str, figures: tuple[str, ...]) -> Section | None:
+    """How much the smallest eigenvalues move in training: tanh against ReLU, layer by layer."""
+    moves: dict[str, dict[tuple[object, ...], float]] = {}
+    for activation in ("relu", "tanh"):
+        of_it = moves.setdefault(activation, {})
+        for r in learned(found, loss, activation):
+            for layer, t in r["results"]["layers"].items():
+                key = r["depth"], r["examples"][0], r["rate"], r["seed"], layer
+                of_it[key] = float(np.log(array(t["smallest"]) / t["smallest"][0]).std())
+    pairs = sorted(moves["relu"].keys() & moves["tanh"].keys(), key=str)
+    if not pairs:
+        return None
+    rows, cases = [], []
+    for rate in sorted({float(str(key[2])) for key in pairs}):
+        same = [key for key in pairs if key[2] == rate]
+        relu, tanh = (np.array([moves[a][key] for key in same]) for a in ("relu", "tanh"))
+        cases += (tanh > relu).tolist()
+        share = f"{np.mean(tanh > relu):.0%}"
+        numbers = map(number, (np.median(relu), np.median(tanh)))
+        rows.append((f"{rate:g}", str(len(same)), *numbers, share))
+    head = ("Rate", "Pairs of layers", "ReLU, median", "Tanh, median", "Tanh moves more")
+    text = (
+        "Standard deviation over the measured epochs of log λ_min, relative to the start, of the "
+        "same layer of two runs that differ in their activation alone. Counted: larger with "
+        "tanh.\n"
+    )
+    return Section(
+        figures,
+        "The smallest eigenvalues of ReLU networks are more stable; those of tanh networks show "
+        "greater variability.",
+        "\n".join([text, *table(head, rows)]),
+        verdict(cases),
     )
 
 
@@ -232,6 +326,7 @@ def generalisation(
     if not runs:
         return None
     rows, falls, vacuous = [], [], []
+    sizes: list[tuple[int, float]] = []
     for n in sorted({r["examples"][0] for r in runs}):
         same = [r["results"]["measured"] for r in runs if r["examples"][0] == n]
         relative = [array(m["gap_bound"]) / array(m["largest_loss"]) for m in same]
@@ -239,6 +334,7 @@ def generalisation(
         vacuous += [bool((line >= 1).all()) for line in relative]
         gaps = [m["test_loss"][-1] - m["loss"][-1] for m in same]
         ends = [float(np.mean([line[i] for line in relative])) for i in (0, -1)]
+        sizes.append((n, ends[1]))
         rows.append((str(n), str(len(same)), *map(number, (*ends, float(np.mean(gaps))))))
     head = ("Examples", "Runs", "Bound / M, start", "Bound / M, end", "Test − training loss, end")
     text = (
@@ -246,13 +342,20 @@ def generalisation(
         "loss, μ the least of (6.2) and G the largest gradient of an example's loss so far; M "
         "the largest loss seen"
         + (", here 2/10, the largest possible" if loss == "mse-softmax" else "")
-        + f". {_counted(found, loss, activation)}\n"
+        + f". {_counted(found, loss, activation)} Counted besides, from each number of examples to "
+        "the next: the last bound falls by less than their square roots' ratio, which a bound of "
+        "order 1/√n with equal constants would fall by.\n"
     )
+    slower = [
+        later / earlier > (n / m) ** 0.5 for (n, earlier), (m, later) in itertools.pairwise(sizes)
+    ]
     return Section(
         (figure,),
-        "The generalisation bounds decrease with the number of epochs, and all are vacuous.",
+        "The generalisation bounds decrease with the number of epochs, but not as much as it would "
+        "be expected with the number of examples, and all are vacuous.",
         "\n".join([text, *table(head, rows)]),
-        f"decrease: {verdict(falls)}; vacuous throughout: {verdict(vacuous)}",
+        f"decrease: {verdict(falls)}; less than expected of the examples: {verdict(slower)}; "
+        f"vacuous throughout: {verdict(vacuous)}",
     )
 
 
@@ -268,6 +371,8 @@ SECTIONS: tuple[Make, ...] = (
     partial(bounds, loss="mse", activation="tanh", figures=("6.17", "6.23")),
     partial(bounds, loss="cross-entropy", activation="relu", figures=("6.20",)),
     partial(bounds, loss="cross-entropy", activation="tanh", figures=("6.21",)),
+    partial(stability, loss="mse", figures=("6.22", "6.23")),
+    partial(stability, loss="cross-entropy", figures=("6.20", "6.21")),
     partial(generalisation, loss="mse", activation="relu", figure="6.11"),
     partial(generalisation, loss="mse", activation="tanh", figure="paper-7b"),
     partial(generalisation, loss="mse-softmax", activation="relu", figure="6.12"),

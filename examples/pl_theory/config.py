@@ -18,6 +18,7 @@ KINDS = (
     "training",
     "perturbation",
     "connectivity",
+    "ball",
 )
 _TRAINED = ("training", "perturbation", "connectivity")
 LOSSES = ("mse", "mse-softmax", "cross-entropy")

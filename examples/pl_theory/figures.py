@@ -263,6 +263,33 @@ def relative(record: Record, quantity: str) -> float:
     return float(record["results"][quantity]) / unit
 
 
+def ball(found: Iterable[Record]) -> Figure | None:
+    """How far training goes, over the radius where the kernel is sure to be conditioned."""
+    runs = of_kind(found, "ball")
+    if not runs:
+        return None
+    figure, grid = panels(1, 2)
+    widths = sorted({r["width"] for r in runs})
+    quantities = (
+        ("distance", "radius", "distance trained / radius of the ball"),
+        ("smallest_after", "smallest", r"$\lambda_{\min}(K)$, after / before"),
+    )
+    for axis, (above, below, label) in zip(grid[0], quantities, strict=True):
+        of_width = [[r["results"] for r in of_kind(runs, "ball", width=w)] for w in widths]
+        every = [[r[above] / r[below] for r in same] for same in of_width]
+        line, low, high = (np.array([f(v) for v in every]) for f in (np.mean, np.min, np.max))
+        if below == "radius":
+            guide = line[0] * np.sqrt(widths[0] / np.array(widths, dtype=float))
+            axis.loglog(widths, guide, "--", color=SHADES[0], label="width to the power −1/2")
+        axis.plot(widths, line, color=COLOURS[0], marker="s", label="mean and range over seeds")
+        axis.fill_between(widths, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axis.axhline(1, color=SHADES[-1], linestyle=":", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xlabel("Width")
+        axis.set_ylabel(label)
+    return finish(figure, "Gradient descent and the ball of Liu, Zhu and Belkin")
+
+
 def second_term(found: Iterable[Record]) -> Figure | None:
     """7.5: the first term's share in training, and the second's mean over last layers."""
     runs = of_kind(found, "perturbation")
@@ -279,20 +306,23 @@ def second_term(found: Iterable[Record]) -> Figure | None:
         lines = [array(m["gradient_share"]) for m in wide]
         band(grid[0, 0], array(wide[0]["epoch"]), lines, label=label, **look)
         widths = sorted({r["width"] for r in same})
-        shares = [
-            np.mean(
-                [
-                    abs(r["results"]["draws"]["residual"]) / r["results"]["draws"]["gauss_newton"]
-                    for r in of_kind(same, "perturbation", width=w)
-                ]
-            )
-            for w in widths
-        ]
-        grid[0, 1].loglog(widths, shares, **look)
+        for along, line in (("gradient", "-"), ("random", ":")):
+            shares = [
+                np.mean(
+                    [
+                        abs(r["results"]["draws"][along]["residual"])
+                        / r["results"]["draws"][along]["gauss_newton"]
+                        for r in of_kind(same, "perturbation", width=w)
+                    ]
+                )
+                for w in widths
+            ]
+            grid[0, 1].loglog(widths, shares, line, **look)
     grid[0, 0].set_xlabel("Epoch (largest width)")
     grid[0, 0].set_ylabel("GGN's share along the gradient")
     grid[0, 1].set_xlabel("Width")
-    grid[0, 1].set_ylabel("|mean second term| / mean GGN,\nover last layers")
+    grid[0, 1].set_ylabel("|mean second term| / mean GGN")
+    grid[0, 1].set_title("along the gradient; dotted: at random", fontsize="medium")
     return finish(figure, "The Hessian's second term, in training and over last-layer draws")
 
 
@@ -311,6 +341,7 @@ _FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     "nmm": three_layers,
     "dropout": lambda found: surroundings(found, "change", "|L_N − L_M| / initial loss"),
     "connectivity": lambda found: surroundings(found, "barrier", "barrier / initial loss"),
+    "ball": ball,
     "7.5": second_term,
     **trained.FIGURES,
 }

@@ -17,6 +17,7 @@ __all__ = [
     "loss_ratio",
     "mean_log_condition",
     "own_rate_ratio",
+    "step_curvature",
 ]
 
 _TITLES = {
@@ -70,11 +71,32 @@ def own_rate_ratio(record: Record) -> Values:
         return np.asarray(np.log(ratio), dtype=np.float64)
 
 
-def decrease_ratio(record: Record) -> Values:
-    """Log of the predicted over the measured decrease, where the loss fell."""
+def step_curvature(record: Record) -> Values:
+    r"""Curvature of the loss along the steps that were taken, over the GGN's largest eigenvalue.
+
+    $2\,(1 - (f_k - f_{k+1}) / \eta \|g\|^2) / (\eta L)$, the mean over the step of the second
+    derivative along the gradient. If the GGN were the Hessian it would not exceed 1.
+    """
     m, losses = record["results"]["measured"], array(record["results"]["loss"])
-    epochs = np.array(m["epoch"], dtype=int)
-    predicted = losses[epochs] * array(m["pl"]) / array(m["smoothness"])
+    epochs, eta = np.array(m["epoch"], dtype=int), float(record["rate"])
+    drop = losses[epochs] - losses[epochs + 1]
+    slope = eta * array(m["squared_norm"])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        bend = 2 * (1 - drop / np.where(slope > 0, slope, np.nan))
+        return np.asarray(bend / (eta * array(m["smoothness"])), dtype=np.float64)
+
+
+def decrease_ratio(record: Record, own: bool = False) -> Values:
+    r"""Log of the predicted over the measured decrease, where the loss fell.
+
+    Predicted is $f \mu / L$, of a step of $1/L$; with ``own`` $2 f \mu \eta (1 - L \eta / 2)$, of
+    the rate that was taken.
+    """
+    m, losses = record["results"]["measured"], array(record["results"]["loss"])
+    epochs, eta = np.array(m["epoch"], dtype=int), float(record["rate"])
+    smoothness = array(m["smoothness"])
+    factor = 2 * eta * (1 - smoothness * eta / 2) if own else 1 / smoothness
+    predicted = losses[epochs] * array(m["pl"]) * np.where(factor > 0, factor, np.nan)
     drop = losses[epochs] - losses[epochs + 1]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.log(predicted / np.where(drop > 0, drop, np.nan)), dtype=np.float64)

@@ -37,6 +37,8 @@ class Preset:
         landscape_examples: Theirs, of the handwritten digits.
         landscape_epochs: Theirs.
         landscape_seeds: Theirs.
+        ball_widths: Of the networks with one output whose conditioned ball is measured.
+        ball_examples: Theirs, of the handwritten digits.
         seeds: Of all others.
     """
 
@@ -56,6 +58,8 @@ class Preset:
     landscape_widths: tuple[int, ...]
     landscape_examples: int
     landscape_epochs: int
+    ball_widths: tuple[int, ...]
+    ball_examples: int
     landscape_seeds: int = 3
     seeds: int = 3
 
@@ -71,6 +75,7 @@ class Preset:
             )
         for seed in range(self.seeds):
             yield from self._kernels(seed)
+            yield from self._balls(seed)
             if seed < self.landscape_seeds:
                 yield from self._landscapes(seed)
             yield from self._initialisations(seed)
@@ -132,6 +137,18 @@ class Preset:
                 seed=seed,
             )
 
+    def _balls(self, seed: int) -> Iterator[Experiment]:
+        for width in self.ball_widths:
+            yield Experiment(
+                "ball",
+                "digits",
+                "tanh",
+                width=width,
+                depth=3,
+                examples=(self.ball_examples,),
+                seed=seed,
+            )
+
     def _kernels(self, seed: int) -> Iterator[Experiment]:
         for (dimension, width), n in itertools.product(self.kernel_settings, self.kernel_examples):
             yield Experiment(
@@ -169,6 +186,8 @@ PRESETS = {
         landscape_widths=(8, 16),
         landscape_examples=20,
         landscape_epochs=10,
+        ball_widths=(8, 16),
+        ball_examples=4,
         landscape_seeds=1,
         seeds=2,
     ),
@@ -189,6 +208,8 @@ PRESETS = {
         landscape_widths=(16, 64, 256),
         landscape_examples=100,
         landscape_epochs=300,
+        ball_widths=(16, 64, 256, 1024),
+        ball_examples=10,
     ),
 }
 
@@ -203,7 +224,8 @@ def _training(activation: str, loss: str) -> Callable[[Experiment], bool]:
 
 
 # What each figure is drawn from. The names of the paper's and the poster's begin with theirs; the
-# next three are of what Mondelli's slides show; the last is of the thesis's section 7.5.
+# next three are of what Mondelli's slides show, the ball is Liu's, Zhu's and Belkin's; the last is
+# of the thesis's section 7.5.
 FIGURES: dict[str, Callable[[Experiment], bool]] = {
     **dict.fromkeys(("6.1", "6.2", "6.3", "6.4", "6.9", "6.10"), _initial("relu")),
     "6.13": _initial("tanh"),
@@ -218,5 +240,6 @@ FIGURES: dict[str, Callable[[Experiment], bool]] = {
     "nmm": lambda e: e.kind == "tangent-kernel",
     "dropout": lambda e: e.kind == "connectivity",
     "connectivity": lambda e: e.kind == "connectivity",
+    "ball": lambda e: e.kind == "ball",
     "7.5": lambda e: e.kind == "perturbation",
 }

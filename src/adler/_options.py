@@ -193,6 +193,8 @@ def check(options: Mapping[str, Any]) -> None:
         _require(key, count, valid, "a whole number of at least 1")
     count = options.get("bn_batches", 0)
     _require("bn_batches", count, _whole(count) and count >= 0, "a whole number of at least 0")
+    mean = options.get("mean_curvature", False)
+    _require("mean_curvature", mean, isinstance(mean, bool), "True or False")
 
 
 def _check_lr(lr: object) -> None:

@@ -315,3 +315,28 @@ def test_bad_input_is_named():
         hessian_split(Objective(model, x, y, criterion), {})
     with pytest.raises(ValueError, match=r"output=18: expected 0 to 17"):
         output_hessian_norm(model, x, output=18)
+
+
+def test_averaged_over_the_last_layers_signs_the_targets_part_cancels_and_the_outputs_does_not():
+    # f = a tanh(w x), loss (f - y)²: along w the residual is 2 (a tanh - y) a tanh'' x².
+    x, w, a = 0.7, 0.9, 1.3
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
+    model.double()
+    along_w = [torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)]
+    t = math.tanh(w * x)
+    bend = -2 * t * (1 - t**2)
+    means = {}
+    for y in (0.0, 5.0):
+        residuals = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                model[0].weight.fill_(w)
+                model[2].weight.fill_(sign * a)
+            inputs, targets = (torch.tensor([[v]], dtype=torch.float64) for v in (x, y))
+            split = hessian_split(Objective(model, inputs, targets, nn.MSELoss()), along_w)
+            residuals.append(float(split.residual))
+            assert residuals[-1] == pytest.approx(2 * (sign * a * t - y) * sign * a * bend * x**2)
+        means[y] = sum(residuals) / 2
+    assert means[0.0] == pytest.approx(2 * a**2 * t * bend * x**2)
+    assert means[5.0] == pytest.approx(means[0.0])
+    assert abs(means[0.0]) > 0.1

@@ -21,9 +21,10 @@ from support.launch import ROOT
 from torch import nn
 
 import adler
-from examples.cifar import data, models, plots, records, table
+from examples.cifar import data, models, plots, records, table, thesis
+from examples.cifar import train as training
 from examples.cifar.config import Run
-from examples.cifar.presets import GRID, PRESETS, Preset
+from examples.cifar.presets import _USUAL, GRID, PRESETS, Preset
 from examples.cifar.train import minibatches, train
 from examples.shared import jobs
 from examples.shared.networks import ACTIVATIONS, parameter_count
@@ -386,7 +387,7 @@ TINY = Preset(
     train_examples=64,
     test_examples=50,
     epochs=1,
-    batch_size=32,
+    batch_sizes=(32,),
     datasets=("cifar10",),
 )
 DRIVER = """
@@ -432,6 +433,68 @@ def test_a_killed_grid_resumes_to_the_same_table(root, tmp_path):
         append(whole, train(run, load(run, root)))
     uninterrupted = table.markdown(records.read(tmp_path), "smoke").partition("## Cost")[0]
     assert (results / "table.md").read_text().partition("## Cost")[0] == uninterrupted
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_last_epoch(root, tmp_path, monkeypatch):
+    run, evaluated = replace(RUN, epochs=4), []
+
+    def evaluate(model, x, y):
+        evaluated.append(len(evaluated))
+        if len(evaluated) == 3:
+            raise KeyboardInterrupt
+        return {"test_loss": 1.0, "test_accuracy": 0.5}
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(KeyboardInterrupt):
+        training.work(run, root, "cpu", folder)
+    assert len(list(folder.iterdir())) == 1
+    record = training.work(run, root, "cpu", folder)
+    assert len(evaluated) == 5  # two epochs, the one that was cut off, and two more
+    assert len(record["curves"]["train_loss"]) == 4
+    assert not list(folder.iterdir())
+    whole = training.work(run, root, "cpu")
+    assert record["curves"]["train_loss"] == whole["curves"]["train_loss"]
+
+
+@pytest.mark.parametrize("name", ["variations", "full"])
+def test_width_and_depth_are_crossed_with_seeds(name):
+    runs = list(PRESETS[name].runs())
+    assert len({run.key() for run in runs}) == len(runs)
+    cells = {}
+    for run in runs:
+        cell = cells.setdefault((run.dataset, run.model, run.activation, run.optimizer, run.lr), [])
+        cell.append((run.width, run.depth, run.seed))
+    for cell in cells.values():
+        widths, depths, seeds = (sorted(set(column)) for column in zip(*cell))
+        assert sorted(cell) == list(itertools.product(widths, depths, seeds))
+        assert (len(widths), len(depths), len(seeds)) == (2, 2, 3)
+    for dataset in ("cifar10", "cifar100"):  # "more than one hundred variations"
+        assert records.variations(r.as_dict() for r in runs if r.dataset == dataset) == 108
+    # A grid that was stopped holds whole comparisons, and of all cells before a second shape.
+    assert len({records.setting(run.as_dict()) for run in runs[:14]}) == 1
+    first = runs[: 14 * 2 * 3 * 3]
+    assert len({(r.dataset, r.model, r.activation) for r in first}) == 18
+    assert all(
+        len({(r.width, r.depth, r.seed) for r in first if r.model == m}) == 1 for m in _USUAL
+    )
+
+
+def test_half_has_the_thesis_cells_and_pictures():
+    runs = list(PRESETS["half"].runs())
+    assert {(r.dataset, r.train_examples, r.test_examples, r.epochs) for r in runs} == {
+        ("cifar100", 50000, 10000, 15)
+    }
+    cells = {(records.ROWS[r.model], r.activation) for r in runs}
+    assert cells == set(thesis.REPORTED)
+    for cell in cells:
+        of_it = [r for r in runs if (records.ROWS[r.model], r.activation) == cell]
+        for name, rates in (("adler-published", 1), ("gauss-newton-published", 1), ("sgd", 10)):
+            same = [r for r in of_it if r.optimizer == name]
+            assert sorted({(r.batch_size, r.seed) for r in same}) == [
+                (128, 0), (128, 1), (256, 0), (256, 1)
+            ]  # fmt: skip
+            assert len(same) == 4 * rates
 
 
 def test_shards_are_the_grid():
@@ -527,7 +590,7 @@ def record(run, final, diverged, seconds):
 TABLE = """\
 # CIFAR, preset laptop
 
-60 runs; 4000 training and 2000 test examples, 3 epochs, minibatches of 64; python 3.11.7, torch 2.13.0, adler 0.1.0; cpu.
+12 networks on data, 60 runs; 4000 training and 2000 test examples, 3 epochs, minibatches of 64; python 3.11.7, torch 2.13.0, adler 0.1.0; cpu.
 
     python -m examples.cifar.table --data DIR --preset laptop
 
@@ -568,6 +631,29 @@ def test_the_table_of_fixed_records(tmp_path):
         append(path, entry)
     assert table.markdown(records.read(tmp_path), "laptop") == TABLE
     assert table.markdown(fixed_records()[::-1], "laptop") == TABLE
+
+
+def test_minibatches_of_two_sizes_have_tables_and_figures_of_their_own(tmp_path):
+    found = [r for r in fixed_records() if r["dataset"] == "cifar100"]
+    larger = [{**r, "batch_size": 128, "test_accuracy": r["test_accuracy"] + 0.5} for r in found]
+    text = table.markdown(found + larger, "half")
+    small, large = text.split("## CIFAR-100, minibatches of 128")
+    assert "## CIFAR-100, minibatches of 64" in small
+    assert "| ViT | tanh | 0.205 ± 0.007 |" in small
+    assert "| ViT | tanh | 0.705 ± 0.007 |" in large
+    assert text.startswith("# CIFAR, preset half\n\n6 networks on data, 60 runs;")
+    names = [path.name for path in plots.draw(found + larger, tmp_path)]
+    assert "figure-7-1-cifar100-b64.svg" in names
+    assert "figure-7-2-cifar100-b128.svg" in names
+
+
+def test_the_table_says_what_its_spread_is_over():
+    tied = fixed_records()
+    assert "over seeds, each with its own width and depth, and" in table.markdown(tied, "quick")
+    crossed = tied + [{**r, "seed": 1 - r["seed"]} for r in tied]
+    assert "over widths, depths and seeds, each with each" in table.markdown(crossed, "quick")
+    alike = [{**r, "depth": 2} for r in tied]
+    assert "over seeds, and over the models" in table.markdown(alike, "quick")
 
 
 def test_of_a_grid_the_best_rate_of_each_network_and_seed():

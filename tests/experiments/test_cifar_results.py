@@ -23,9 +23,20 @@ def test_tables_are_rendered_from_the_records(name):
         assert thesis.comparison(found) == (RESULTS / name / "thesis.md").read_text()
 
 
-def record(optimizer, accuracy, rates, lr=None, diverged=False):
+def test_the_sentence_on_cost_is_rendered_from_the_measured_steps():
+    # After `benchmarks.step_cost`: python -m examples.cifar.thesis
+    measured = json.loads(thesis.STEP_COST.read_text())
+    assert thesis.cost(measured) == (RESULTS / "cost.md").read_text()
+    times = {"SGD": [1.0, 2.0, 4.0], "forward": [2.0, 5.0, 9.0]}
+    of_one = {"runs": [{"device": "gpu", "compiled": True, "seconds": {"net": times}}]}
+    assert "| gpu, compiled | “just twice” | 2.25 |" in thesis.cost(of_one)
+
+
+def record(
+    optimizer, accuracy, rates, lr=None, diverged=False, dataset="cifar100", seed=0, **curves
+):
     run = Run(
-        dataset="cifar100",
+        dataset=dataset,
         model="vit",
         activation="tanh",
         normalisation="layer",
@@ -37,10 +48,15 @@ def record(optimizer, accuracy, rates, lr=None, diverged=False):
         epochs=2,
         train_examples=100,
         test_examples=100,
-        seed=0,
+        seed=seed,
     )
     fields = {name: getattr(run, name) for name in run.__dataclass_fields__}
-    curves = {"learning_rate": rates}
+    curves = {
+        "learning_rate": rates,
+        "test_loss": [4.0, 5.0],
+        "test_accuracy": [accuracy - 0.01, accuracy],
+        **curves,
+    }
     return {**fields, "test_accuracy": accuracy, "diverged": diverged, "curves": curves}
 
 
@@ -59,6 +75,38 @@ def test_the_thesis_stands_beside_the_records():
     assert "| vit, layer | tanh | adler-published | 0 of 1 | 0 of 1 | 2 | 0.5 |" in text
     assert "| vit, layer | tanh | gauss-newton-published | 1 of 1 | 1 of 1 | – | – |" in text
     assert "| CNN+ResNet | relu | 0.399 ± 0.026 | – |" in text
+
+
+def test_footnote_17_is_computed():
+    found = [
+        record(name, accuracy, [1.0, 1.0], lr, dataset="cifar10", seed=seed)
+        for name, lr, both in (
+            ("adler-published", None, (0.50, 0.60)),
+            ("sgd", 0.1, (0.54, 0.58)),
+        )
+        for seed, accuracy in enumerate(both)
+    ]
+    # Means 0.55 and 0.56; deviations √2/20 and √2/50.
+    row = "| ViT | tanh | 0.550 ± 0.071 | 0.560 ± 0.028 | -0.010 | 0.14 | 0.35 | yes |"
+    assert row in thesis.comparison(found)
+    for shift, said in ((0.04, "of one"), (0.1, "no")):
+        moved = [
+            {**r, "test_accuracy": r["test_accuracy"] + shift * (r["optimizer"] == "sgd")}
+            for r in found
+        ]
+        assert f"| {said} |" in thesis.comparison(moved)
+    assert "footnote 17" not in thesis.comparison(found[::2])  # one seed has no deviation
+
+
+def test_the_turn_of_the_test_loss_is_found():
+    losses = {"test_loss": [4.0, 2.0, 3.0, None], "test_accuracy": [0.1, 0.2, 0.25, 0.3]}
+    found = [record("adler-published", 0.3, [1.0] * 4, **losses)]
+    assert "| CIFAR-100 | ViT | tanh | 2 of 2 | inf | +0.100 | 1 |" in thesis.comparison(found)
+    losses["test_loss"][-1] = 5.0
+    found = [record("adler-published", 0.3, [1.0] * 4, **losses)]
+    assert "| CIFAR-100 | ViT | tanh | 2 of 2 | 2.50 | +0.100 | 1 |" in thesis.comparison(found)
+    dead = [record("adler-published", 0.01, [1.0] * 4, **losses)]
+    assert "section 7.8" not in thesis.comparison(dead)
 
 
 # Ten steps without gradient are worth a warning; here they may come.

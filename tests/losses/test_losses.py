@@ -225,6 +225,40 @@ def test_products_are_the_forms_polarised_and_norms_bound_them(name, sizes, seed
         assert generic.spectral_norm(problem.F, problem.y) <= largest * (1 + 1e-9)
 
 
+@every_loss
+@some_shapes
+@few
+def test_mean_eigenvalues_are_those_of_the_dense_hessian(name, sizes, seed):
+    for problem in problems(name, sizes, seed):
+        hessian, Q = loss_hessian(problem.criterion), dense_hessian(problem)
+        close(hessian.mean_eigenvalue(problem.F, problem.y), Q.trace() / len(Q))
+
+
+def test_the_mean_eigenvalue_of_any_loss_is_estimated():
+    def criterion(F, y):  # its Hessian is 2 A Aᵀ + 6 I: not diagonal
+        return (F @ A - y).square().sum() + 3 * F.square().sum()
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        A, F, y = normal(30, 30), normal(30), normal(30)
+        exact = float(2 * A.square().sum() / 30 + 6)
+        hessian = AutogradHessian(criterion)
+        assert float(hessian.mean_eigenvalue(F, y)) == pytest.approx(exact, rel=0.2)
+        assert hessian.mean_eigenvalue(F, y) == hessian.mean_eigenvalue(F, y)
+    diagonal = AutogradHessian(lambda F, y: ((F - y) ** 4).sum())
+    expected = 12 * (F - y).square().mean()
+    close(diagonal.mean_eigenvalue(F, y), expected)
+
+
+def test_the_mean_eigenvalue_holds_out_ignored_examples():
+    F, y = normal(4, 3), torch.tensor([0, -100, 2, 1])
+    F[1] = float("nan")
+    hessian = loss_hessian(nn.CrossEntropyLoss())
+    kept = [0, 2, 3]
+    expected = hessian.mean_eigenvalue(F[kept], y[kept]) * 3 / 4  # its eigenvalues are zeros
+    close(hessian.mean_eigenvalue(F, y), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [1, 2, 10, 100])
 def test_the_norm_of_cross_entropy_is_exact_for_any_distribution(classes, dtype):
@@ -329,6 +363,7 @@ def test_the_host_never_waits(name):
             problem.form()
             if not isinstance(problem.criterion, GAUSSIAN):
                 loss_hessian(problem.criterion).spectral_norm(problem.F, problem.y)
+                loss_hessian(problem.criterion).mean_eigenvalue(problem.F, problem.y)
             if not isinstance(problem.criterion, GAUSSIAN):  # PyTorch looks at the variance
                 problem.form(EmpiricalFisher)
 

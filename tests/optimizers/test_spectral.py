@@ -23,11 +23,14 @@ def setting(name="mlp-tanh", criterion_name="ce-mean", **options):
     return model, criterion, optimizer, batches(name, criterion, 12)
 
 
-def dense_rate(model, criterion, x, y):
+def dense_rate(model, criterion, x, y, mean=False):
     """``1 / (2 λ_max(J Jᵀ) ‖Q‖)`` with the bound on ``‖Q‖`` that the provider states."""
     dense = Dense(model, criterion)
     theta = dense.flat()
     J = dense.jacobian(theta, x)
+    if mean:
+        Q = dense.loss_hessian(theta, x, y)
+        return float(len(Q) / (2 * torch.linalg.eigvalsh(J @ J.T)[-1] * Q.trace()))
     norm = losses.loss_hessian(criterion).spectral_norm(dense.outputs(theta, x), y)
     return float(1 / (2 * torch.linalg.eigvalsh(J @ J.T)[-1] * norm))
 
@@ -42,6 +45,26 @@ def test_the_rate_is_that_of_the_dense_kernel(name, criterion_name):
         train(model, criterion, optimizer, [(x, y)])
         assert float(optimizer.param_groups[0]["effective_lr"]) == pytest.approx(expected, rel=1e-3)
         assert float(optimizer.last_step.minibatch_lr) >= expected * (1 - 1e-9)  # from below
+
+
+@pytest.mark.parametrize("own", [{"power_iterations": 40}, {"gershgorin_columns": 18}])
+@pytest.mark.parametrize("criterion_name", CRITERIA)
+@pytest.mark.parametrize("name", ["mlp-tanh", "batchnorm", "transformer"])
+def test_the_rate_of_the_mean_curvature_is_that_of_the_dense_trace(name, criterion_name, own):
+    both = []
+    for mean in (True, False):
+        options = {**UNGUARDED, **own, "mean_curvature": mean}
+        model, criterion, optimizer, data = setting(name, criterion_name, **options)
+        expected = dense_rate(copy.deepcopy(model), criterion, *data[0], mean=True)
+        train(model, criterion, optimizer, data[:1])
+        both.append(float(optimizer.last_step.minibatch_lr))
+    if "power_iterations" in own:
+        assert both[0] == pytest.approx(expected, rel=1e-3)
+    else:
+        assert both[0] <= expected  # columns bound the kernel
+    # The mean is no more than the norm; all eigenvalues of the squared error are equal.
+    assert both[0] >= both[1] * (1 - 1e-9)
+    assert (both[0] > both[1] * (1 + 1e-3)) == ("mse" not in criterion_name)
 
 
 def test_one_warm_iteration_follows_the_kernel():
@@ -143,9 +166,10 @@ def test_two_losses_are_bounded_together():
     assert float(optimizer.last_step.minibatch_lr) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("columns", [None, 2])
-def test_the_host_never_waits(columns):
-    model, criterion, optimizer, data = setting(gershgorin_columns=columns)
+def test_the_host_never_waits(columns, mean):
+    model, criterion, optimizer, data = setting(gershgorin_columns=columns, mean_curvature=mean)
     for x, y in data[:3]:
         optimizer.zero_grad()
         criterion(model(x), y).backward()
@@ -160,12 +184,16 @@ def test_bad_options_are_named():
             SpectralSGD(model.parameters(), model, criterion, power_iterations=value)
     with pytest.raises(ValueError, match="gershgorin_columns=0"):
         SpectralSGD(model.parameters(), model, criterion, gershgorin_columns=0)
+    with pytest.raises(ValueError, match="mean_curvature='yes'"):
+        SpectralSGD(model.parameters(), model, criterion, mean_curvature="yes")
     groups = [{"params": [model.weight]}, {"params": [model.bias], "power_iterations": 2}]
     with pytest.raises(ValueError, match="'power_iterations' is no option of a parameter group"):
         SpectralSGD(groups, model, criterion)
 
 
-@pytest.mark.parametrize("own", [{"power_iterations": 7}, {"gershgorin_columns": 2}])
+@pytest.mark.parametrize(
+    "own", [{"power_iterations": 7}, {"mean_curvature": True, "gershgorin_columns": 2}]
+)
 def test_a_checkpoint_brings_the_options_of_its_own(own):
     model, criterion, optimizer, data = setting(**own)
     train(model, criterion, optimizer, data[:4])

@@ -43,6 +43,11 @@ class SpectralSGD(MeasuredOptimizer):
     With ``gershgorin_columns``, $\lambda^*$ is bounded instead by the largest absolute sum of so
     many columns of $K$, drawn anew at every step: an overestimate once they are all columns.
 
+    With ``mean_curvature``, the mean eigenvalue of $\nabla^2 L$ over all ``n`` outputs takes the
+    place of its norm, $\eta_k = n / (2\, \lambda^*\, \mathrm{tr}\, \nabla^2 L)$: a longer step,
+    right where the outputs' changes are spread evenly over all directions, and without the
+    guarantee above.
+
     A step costs one forward with its graph more than SGD's, and for each iteration or column one
     backward and one Jacobian-vector product.
 
@@ -53,6 +58,7 @@ class SpectralSGD(MeasuredOptimizer):
         lr: Multiplies the rate, so that learning-rate schedulers work; per group.
         power_iterations: Of each measurement; the first takes thirty times as many.
         gershgorin_columns: Of each measurement, in place of power iteration; ``None``: none.
+        mean_curvature: Whether the mean eigenvalue of the loss Hessian stands for its norm.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         beta: Discount of the geometric mean of the rates, in [0, 1]; 0: the last one.
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
@@ -65,7 +71,8 @@ class SpectralSGD(MeasuredOptimizer):
             criterion with ``reduction="none"``.
         TypeError: For arguments of another kind, complex parameters included.
 
-    Source: in the role of Lemma 13 of D. Balboni's thesis (SNS 2025, ch. 7).
+    Source: in the role of Lemma 13 of D. Balboni's thesis (SNS 2025, section 7.5), whose footnote 3
+    and section 7.6 propose the mean.
 
     Examples:
         >>> import torch
@@ -88,6 +95,7 @@ class SpectralSGD(MeasuredOptimizer):
         lr: float | Tensor = 1.0,
         power_iterations: int = 1,
         gershgorin_columns: int | None = None,
+        mean_curvature: bool = False,
         weight_decay: float = 0.0,
         beta: float = 0.99,
         eps: float = 1e-10,
@@ -95,9 +103,14 @@ class SpectralSGD(MeasuredOptimizer):
         measure: Measure = Measure.every_step(),
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        own = {"power_iterations": power_iterations, "gershgorin_columns": gershgorin_columns}
+        own = {
+            "power_iterations": power_iterations,
+            "gershgorin_columns": gershgorin_columns,
+            "mean_curvature": mean_curvature,
+        }
         _options.check(own)
         self.power_iterations, self.gershgorin_columns = power_iterations, gershgorin_columns
+        self.mean_curvature = mean_curvature
         options = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(
             params,
@@ -116,6 +129,7 @@ class SpectralSGD(MeasuredOptimizer):
             **super()._shared_options(),
             "power_iterations": self.power_iterations,
             "gershgorin_columns": self.gershgorin_columns,
+            "mean_curvature": self.mean_curvature,
         }
 
     def _measure(
@@ -139,6 +153,7 @@ class SpectralSGD(MeasuredOptimizer):
         options: dict[str, Any] = {
             "jvp": self.measure.jvp,
             "squared_norm": squared_norm,
+            "mean": self.mean_curvature,
             "needs_kl_scale": self._needs_kl_scale,
             "amp_scale": scale,
         }

@@ -38,6 +38,7 @@ def batch_spectral_curvature(
     iterations: int,
     jvp: str,
     squared_norm: Tensor,
+    mean: bool = False,
     needs_kl_scale: bool = True,
     amp_scale: Tensor | None = None,
 ) -> tuple[BatchCurvature, dict[str, Tensor]]:
@@ -45,7 +46,8 @@ def batch_spectral_curvature(
 
     No curvature of the batch's GGN exceeds it: $d^\top J^\top Q J d \le \lambda\, d^\top d$.
     Of one loss it is $\lambda^*(K)\,\|\nabla^2 L\|$ with the tangent kernel $K = J J^\top$. The
-    iteration approaches it from below.
+    iteration approaches it from below. With ``mean`` the mean of the eigenvalues of $Q$ stands for
+    $\|Q\|$, and the bound holds on average over tangents of random direction alone.
 
     Args:
         batch: As for `batch_curvature`.
@@ -56,6 +58,7 @@ def batch_spectral_curvature(
         iterations: How many, each of one Jacobian-vector and one vector-Jacobian product.
         jvp: As for `batch_curvature`.
         squared_norm: Gives the result its dtype and device.
+        mean: Whether the mean of the loss Hessian's eigenvalues takes the norm's place.
         needs_kl_scale: As for `batch_curvature`.
         amp_scale: As for `batch_curvature`.
 
@@ -65,7 +68,7 @@ def batch_spectral_curvature(
     zero = torch.zeros_like(squared_norm)
     with replaying():
         terms, loss_per_nat, finite, same = _terms(
-            batch, params, criterion, hessian, zero, needs_kl_scale, amp_scale
+            batch, params, criterion, hessian, zero, mean, needs_kl_scale, amp_scale
         )
         names, vector, value = list(params), [start[name] for name in params], zero
         for _ in range(iterations):
@@ -94,6 +97,7 @@ def batch_gershgorin_curvature(
     seed: int,
     jvp: str,
     squared_norm: Tensor,
+    mean: bool = False,
     needs_kl_scale: bool = True,
     amp_scale: Tensor | None = None,
 ) -> BatchCurvature:
@@ -111,6 +115,7 @@ def batch_gershgorin_curvature(
         seed: Of the sample.
         jvp: As for `batch_curvature`.
         squared_norm: Gives the result its dtype and device.
+        mean: Whether the mean of the loss Hessian's eigenvalues takes the norm's place.
         needs_kl_scale: As for `batch_curvature`.
         amp_scale: As for `batch_curvature`.
     """
@@ -118,7 +123,7 @@ def batch_gershgorin_curvature(
     generator = torch.Generator().manual_seed(seed)
     with replaying():
         terms, loss_per_nat, finite, same = _terms(
-            batch, params, criterion, hessian, zero, needs_kl_scale, amp_scale
+            batch, params, criterion, hessian, zero, mean, needs_kl_scale, amp_scale
         )
         for call, outputs, pull, norm in terms:
             largest = zero
@@ -132,7 +137,7 @@ def batch_gershgorin_curvature(
 
 
 class _Term(NamedTuple):
-    """One call of the model, and ``Σ ‖Q‖`` of the losses of its outputs."""
+    """One call of the model, and ``Σ ‖Q‖``, or of means, of the losses of its outputs."""
 
     call: Call
     outputs: Tensor
@@ -146,6 +151,7 @@ def _terms(
     criterion: Callable[..., Tensor],
     hessian: LossHessian,
     zero: Tensor,
+    mean: bool,
     needs_kl_scale: bool,
     amp_scale: Tensor | None,
 ) -> tuple[list[_Term], Tensor, Tensor, Tensor]:
@@ -172,7 +178,8 @@ def _terms(
             known = torch.isfinite(loss_value if loss.value is None else loss.value)
             finite = finite & known.to(finite.device)
             at, targets = where_computed(loss, outputs)
-            norm = norm + weighted(weights[loss].abs(), hessian.spectral_norm(at, targets))
+            size = hessian.mean_eigenvalue if mean else hessian.spectral_norm
+            norm = norm + weighted(weights[loss].abs(), size(at, targets))
             if needs_kl_scale:
                 loss_per_nat = loss_per_nat + weighted(
                     weights[loss], hessian.loss_per_nat(at, targets, loss_value)

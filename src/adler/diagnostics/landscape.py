@@ -50,11 +50,10 @@ def dropout_stability(
 
     Args:
         objective: A loss of a ``Sequential`` of ``Linear`` layers and entrywise modules, all of
-        whose
-            weights are among its parameters.
-        kept: Which part, above 0 and at most 1. seed: Of the choice of units; ``None``: the first
-        ones, which are as good as any others where
-            the weights are drawn independently.
+            whose weights are among its parameters.
+        kept: Which part, above 0 and at most 1.
+        seed: Of the choice of units; ``None``: the first ones, which are as good as any others
+            where the weights are drawn independently.
 
     Raises:
         ValueError: If the model is another one, has no hidden layer, or ``kept`` is out of range.
@@ -120,8 +119,8 @@ def linear_path(
         Shape ``(points,)``, at ``(1 - t) start + t end`` for ``t`` from 0 to 1.
 
     Raises:
-        ValueError: If the names differ from those of the objective, or there are fewer points than
-        2.
+        ValueError: If the names differ from those of the objective, or there are fewer points
+            than 2.
 
     Examples:
         >>> model = nn.Linear(1, 1, bias=False)

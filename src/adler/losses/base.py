@@ -105,6 +105,28 @@ class LossHessian(abc.ABC):
             norm = torch.linalg.vector_norm(v)
         return norm
 
+    def mean_eigenvalue(self, outputs: Tensor, targets: Any) -> Tensor:
+        r"""``tr ∇²L(F) / (b C)``: the mean of all eigenvalues, one for each entry of the outputs.
+
+        Here by Hutchinson's estimate $z^\top \nabla^2 L\, z$ of the trace over twenty vectors of
+        random signs, always the same: exact where the Hessian is diagonal, otherwise without bias.
+        The closed forms are exact.
+
+        Args:
+            outputs: As for `quadratic_form`.
+            targets: As for `quadratic_form`.
+
+        Returns:
+            0-dim, float32 or wider.
+        """
+        like = torch.empty_like(outputs, dtype=wide(outputs.dtype))
+        generator = torch.Generator(like.device).manual_seed(0)
+        forms = [
+            self.quadratic_form(outputs, targets, like.bernoulli_(generator=generator) * 2 - 1)
+            for _ in range(20)
+        ]
+        return torch.stack(forms).mean() / max(outputs.numel(), 1)
+
     def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """What one nat an example is worth, in units of the reduced loss.
 

@@ -60,6 +60,14 @@ class CrossEntropyHessian(LossHessian):
         weights = self.example_weights(outputs, targets)
         return torch.where(weights == 0, 0, weights * largest).max()
 
+    def mean_eigenvalue(self, outputs: Tensor, targets: Any) -> Tensor:
+        r"""Exact: $\frac{1}{bC} \sum_i \omega_i \sum_c p_{ic} (1 - p_{ic})$."""
+        axis = class_axis(outputs)
+        p = outputs.to(wide(outputs.dtype)).softmax(axis)
+        weights = self.example_weights(outputs, targets)
+        traces = (p * (1 - p)).sum(axis)
+        return torch.where(weights == 0, 0, weights * traces).sum() / max(outputs.numel(), 1)
+
     def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """``Σ_i ω_i``: 1 for the plain mean."""
         return self.example_weights(outputs, targets).sum()

@@ -47,6 +47,11 @@ class _EntrywiseHessian(LossHessian):
         ones = torch.ones_like(outputs, dtype=wide(outputs.dtype))
         return self.product(outputs, targets, ones).abs().max()
 
+    def mean_eigenvalue(self, outputs: Tensor, targets: Any) -> Tensor:
+        """The mean of the diagonal."""
+        ones = torch.ones_like(outputs, dtype=wide(outputs.dtype))
+        return self.quadratic_form(outputs, targets, ones) / max(outputs.numel(), 1)
+
     def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
         """Every entry is an example: their number for a sum, else 1."""
         return torch.full_like(value, float(outputs.numel() if self._summed else 1))

@@ -34,9 +34,9 @@ def kernel_bound_in_ball(
     r"""A lower bound of $\lambda_{\min}(K)$ throughout a ball; 0 or less says nothing.
 
     Args:
-        smallest_eigenvalue: $\lambda_0$, at the centre. lipschitz: $L_F$, of the outputs of the
-        whole batch, in the ball; such as the ``lipschitz`` of
-            `adler.diagnostics.theory.smoothness.network_bounds`.
+        smallest_eigenvalue: $\lambda_0$, at the centre.
+        lipschitz: $L_F$, of the outputs of the whole batch, in the ball; such as the ``lipschitz``
+            of `adler.diagnostics.theory.smoothness.network_bounds`.
         hessian_norm: ``H``, of each output, in the ball; at its centre
             `adler.diagnostics.hessian.output_hessian_norm`.
         outputs: ``n``, examples times outputs.
