@@ -111,6 +111,7 @@ OURS: dict[str, Stepper] = {
     "AdlerScheduleFree, low_cost": measured(adler.AdlerScheduleFree, LOW_COST),
     "Adler": measured(adler.Adler, DEFAULT),
     "AdlerAdam": measured(adler.AdlerAdam, DEFAULT),
+    "AdlerMuon": measured(adler.AdlerMuon, DEFAULT),
     "AdlerScheduleFree, every step": measured(adler.AdlerScheduleFree, Measure.every_step()),
 }
 

@@ -37,6 +37,7 @@ METHODS: dict[str, OptimizedStepper] = {
     "Muon + AdamW": of_suite("muon-cosine-tuned"),
     "Adler": measured(adler.Adler, DEFAULT),
     "AdlerAdam": measured(adler.AdlerAdam, DEFAULT),
+    "AdlerMuon": measured(adler.AdlerMuon, DEFAULT),
     "AdlerScheduleFree, low_cost": measured(adler.AdlerScheduleFree, LOW_COST),
     "GaussNewton": measured(adler.GaussNewton, DEFAULT),
     "SpectralSGD": measured(adler.SpectralSGD, DEFAULT),

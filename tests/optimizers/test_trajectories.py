@@ -39,6 +39,8 @@ METHODS = {
 GUARD = SimpleNamespace(trust_region=2.0, max_kl=None, max_relative_change=0.02)
 DEFAULTS = {"beta": 0.9999, "eps": 1e-10, "guard": GUARD}
 DEFAULTS |= {"measure": SimpleNamespace(every=8, fraction=0.25, warmup=100)}
+# Where a default differs.
+OTHERS = {AdlerMuon: {"guard": SimpleNamespace(**{**vars(GUARD), "max_relative_change": 0.005})}}
 CLOSE = Guard(trust_region=0.9, max_relative_change=None)
 RARE = Measure(every=3, fraction=0.5, warmup=4)
 OPTIONS = {
@@ -58,7 +60,8 @@ def follow(method, options, name, criterion_name):
     model, criterion = network(name), CRITERIA[criterion_name]()
     sizes = cycle(SIZES if options.get("guard") is CLOSE else LARGE_SIZES)
     data = [(size * x, y) for (x, y), size in zip(batches(name, criterion, STEPS), sizes)]
-    expected = run(model, criterion, data, **{**DEFAULTS, **options, **known})
+    usual = {**DEFAULTS, **OTHERS.get(make, {})}
+    expected = run(model, criterion, data, **{**usual, **options, **known})
     optimizer = make(model.parameters(), model, criterion, **own, **options)
     for k, batch in enumerate(data):
         train(model, criterion, optimizer, [batch])
