@@ -49,7 +49,9 @@ def _prepare(argv: Sequence[str]) -> None:
     parser.add_argument("--root", type=Path, required=True, help="novels.txt and CIFAR's folders")
     parser.add_argument("--data", type=Path, required=True, help="where the files go")
     parser.add_argument("--datasets", nargs="*", choices=tuple(cifar.ARCHIVES), default=["cifar10"])
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEG (default: 95)")
+    parser.add_argument(
+        "--quality", type=int, default=95, help="of the JPEG: 95 takes 49 MiB, 90 takes 35"
+    )
     options = parser.parse_args(argv)
     try:
         written = data.prepare(options.root, options.data, options.datasets, options.quality)

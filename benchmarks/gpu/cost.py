@@ -36,6 +36,7 @@ METHODS: dict[str, OptimizedStepper] = {
     "Schedule-Free AdamW": of_suite("schedulefree-adamw"),
     "Muon + AdamW": of_suite("muon-cosine-tuned"),
     "Adler": measured(adler.Adler, DEFAULT),
+    "AdlerMuon": measured(adler.AdlerMuon, DEFAULT),
     "AdlerAdam": measured(adler.AdlerAdam, DEFAULT),
     "AdlerMuon": measured(adler.AdlerMuon, DEFAULT),
     "AdlerScheduleFree, low_cost": measured(adler.AdlerScheduleFree, LOW_COST),

@@ -23,7 +23,7 @@ from examples.shared.records import Record
 __all__ = ["TUNED", "UNTUNED", "Workload", "choices", "last", "run_key", "train"]
 
 # In the order in which they are run. One name adds a method.
-UNTUNED = ("adler-schedulefree", "schedulefree-adamw", "schedulefree-plus")
+UNTUNED = ("adler-schedulefree", "adler-muon", "schedulefree-adamw", "schedulefree-plus")
 TUNED = {"adamw-cosine-tuned": "rates", "muon-cosine-tuned": "muon_rates"}
 _LOOK_AT, _CHECK_EVERY = 25, 50  # steps after which the end is foreseen, and divergence looked for
 
