@@ -38,7 +38,6 @@ METHODS: dict[str, OptimizedStepper] = {
     "Adler": measured(adler.Adler, DEFAULT),
     "AdlerMuon": measured(adler.AdlerMuon, DEFAULT),
     "AdlerAdam": measured(adler.AdlerAdam, DEFAULT),
-    "AdlerMuon": measured(adler.AdlerMuon, DEFAULT),
     "AdlerScheduleFree, low_cost": measured(adler.AdlerScheduleFree, LOW_COST),
     "GaussNewton": measured(adler.GaussNewton, DEFAULT),
     "SpectralSGD": measured(adler.SpectralSGD, DEFAULT),
