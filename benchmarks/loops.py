@@ -197,6 +197,8 @@ def tables(records: dict[str, dict[str, Any]]) -> str:
         ]
         for loop in loops:
             rows = [records[name] for seed in seeds if (name := _name(loop, seed)) in records]
+            if not rows:
+                continue
             of: dict[str, object] = {"clipping": loop.clip or "none", "schedule": loop.schedule}
             of |= {"weight decay": loop.decay, "batch size": loop.batch}
             lines.append(

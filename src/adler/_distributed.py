@@ -83,7 +83,8 @@ def check_supported(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise TypeError(
             "model: nn.DataParallel computes on copies of the parameters, which the curvature "
-            "cannot follow: use torch.nn.parallel.DistributedDataParallel, one process a device"
+            "cannot follow: train the module beneath it (model.module), or use "
+            "torch.nn.parallel.DistributedDataParallel, one process a device"
         )
     kind = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
     if any(_is(module, *kind) for module in model.modules()):

@@ -1,6 +1,7 @@
 """The first error of a loop that has to say more leads to what works."""
 
 import re
+import textwrap
 
 import pytest
 import torch
@@ -99,6 +100,39 @@ def test_a_model_that_returns_no_loss_is_sent_elsewhere():
     with pytest.raises(RuntimeError, match="output_fn") as caught:
         optimizer.step()
     assert "ModelLoss" not in str(caught.value)
+
+
+def test_a_function_of_several_outputs_is_sent_to_a_module():
+    """As the loss of a variational autoencoder is."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.spread = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.mean(x), self.spread(x)
+
+    def loss_of_both(mean, goal, spread):
+        return (mean - goal).square().mean() + (spread.exp() - spread).mean()
+
+    model, x, goal = Pair(), torch.randn(8, 4), torch.randn(8, 2)
+    optimizer = AdlerScheduleFree(model.parameters(), model, loss_of_both)
+    mean, spread = model(x)
+    loss_of_both(mean, goal, spread).backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    code = re.search(r"^    class Criterion.*?\n\n", str(caught.value), re.DOTALL | re.MULTILINE)[0]
+    scope = {"nn": nn, "loss_of_both": loss_of_both}
+    exec(textwrap.dedent(code), scope)
+    criterion = scope["Criterion"]()
+    optimizer = AdlerScheduleFree(model.parameters(), model, criterion)
+    optimizer.zero_grad()
+    mean, spread = model(x)
+    criterion(mean, goal, spread).backward()
+    optimizer.step()
+    assert optimizer.last_step.trusted
+    assert optimizer.last_step.curvature > 0
 
 
 # --- targets of another batch ---------------------------------------------------------------------

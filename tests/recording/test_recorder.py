@@ -332,7 +332,7 @@ def test_inputs_without_targets():
 def test_hooks_go_with_the_optimizer():
     model, criterion, x, y = setting()
     optimizer = Adler(model.parameters(), model, criterion, **EXACT)
-    assert hooks(model) == 3  # two record; one follows the model's mode
+    assert hooks(model) == 4  # two record; one follows the mode, one keeps batches for BatchNorm
     assert hooks(criterion) == 2
     train(model, criterion, optimizer, [(x, y)] * 2)
     alive = weakref.ref(optimizer)

@@ -501,7 +501,22 @@ class Recorder:
                     self._last_call = marked, given
                     self._follow(Source(place, tensor.grad_fn, tensor.output_nr))
         if not isinstance(result, Tensor) and self._output_fn is None:
-            self._unlinked = self._returned_loss or not_a_tensor(result, has_output_fn=False)
+            self._unlinked = self._returned_loss or self._of_several(result)
+
+    def _of_several(self, result: Any) -> str:
+        """What to tell whoever's model returns no tensor, and whose criterion was not seen."""
+        if isinstance(self._criterion, nn.Module):
+            return not_a_tensor(result, has_output_fn=False)
+        name = getattr(self._criterion, "__name__", "criterion")
+        return (
+            f"the model returned {type(result).__name__}, and the criterion is a function, whose "
+            "calls no hook sees. Make it a module, give that to the optimizer and call it in the "
+            "loop; it may receive any of what the model returned:\n\n"
+            "    class Criterion(nn.Module):\n"
+            "        def forward(self, *args, **kwargs):\n"
+            f"            return {name if name.isidentifier() else 'loss_of'}(*args, **kwargs)\n\n"
+            "For a loss of one of them, output_fn= and step(targets=...) do as well"
+        )
 
     def _leave_model_with_loss(self, described: ModelLoss, call: Call, result: Any) -> None:
         value = described.loss(result)
