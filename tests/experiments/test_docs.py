@@ -14,7 +14,10 @@ PAGES = [
     "README.md",
     *(
         f"docs/pages/{name}.md"
-        for name in ("index", "use", "training-loops", "directions", "cost", "diagnostics")
+        for name in (
+            "index", "which-optimizer", "use", "training-loops", "troubleshooting", "directions",
+            "cost", "diagnostics",
+        )
     ),
 ]
 
