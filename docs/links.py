@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 
 # ![text](target) and [text](target), but for addresses and anchors of the page itself.
-LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>(?!https?:|#|mailto:)[^)\s]+)\)")
+LINK = re.compile(
+    r"(?P<image>!?)\[(?P<text>[^\[\]]*)\]\((?P<target>(?!https?:|#|mailto:)[^)\s]+)\)"
+)
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 

@@ -15,8 +15,14 @@ PAGES = [
     *(
         f"docs/pages/{name}.md"
         for name in (
-            "index", "which-optimizer", "use", "training-loops", "troubleshooting", "directions",
-            "cost", "diagnostics",
+            "index",
+            "which-optimizer",
+            "use",
+            "training-loops",
+            "troubleshooting",
+            "directions",
+            "cost",
+            "diagnostics",
         )
     ),
 ]
