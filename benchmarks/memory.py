@@ -1,6 +1,6 @@
 """Peak memory of training steps over that of SGD: this library's modes and its peers.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
     python -m benchmarks.memory --out benchmarks/results --figures docs/pages/assets/cost
 
 On the CPU the peak is that of PyTorch's allocator: every allocation and release that the profiler

@@ -1,6 +1,6 @@
 """Time of a training step over that of SGD: this library's modes and its peers.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
     python -m benchmarks.step_cost --out benchmarks/results --figures docs/pages/assets/cost
 
 All methods take turns, step by step, on the same batch, so that noise in the machine's speed meets

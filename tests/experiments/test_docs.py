@@ -109,7 +109,7 @@ def test_a_page_of_results_begins_with_what_they_come_to(page):
 
 @pytest.mark.usefixtures("_pages_scripts")
 def test_formulas_are_drawn_when_the_site_is_built():
-    pytest.importorskip("mkdocs", reason="pip install 'torch-adler[docs]'")
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
     from formulas import on_page_content
 
     class Page:
