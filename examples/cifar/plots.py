@@ -67,8 +67,8 @@ def learning_curves(dataset: str, cells: Cells) -> Figure:
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 0))
             continue
         # A row shares its axis; the bands of a mean that explodes reach below every run.
-        row = [a for (m, _, q), a in axes.items() if (m, q) == (models, quantity)]
-        least = min(float(np.nanmin(line.get_ydata())) for a in row for line in a.lines)
+        beside = [a for (m, _, q), a in axes.items() if (m, q) == (models, quantity)]
+        least = min(float(np.nanmin(line.get_ydata())) for a in beside for line in a.lines)
         axis.set_ylim(0.97 * least, min(axis.get_ylim()[1], 1.1 * guessing))
     title = f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)"
     return finish(figure, title)
