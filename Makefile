@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 LOOPS  := -m "row or not long" tests/integrations tests/optimizers/test_loops.py tests/optimizers/test_wrapped.py
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+CONSTRAINTS ?= .ci/constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test test-long test-integrations lint format types pytest docs readme matrix clean
+.PHONY: demo test test-long test-integrations test-minimum test-dist dist lint format types pytest docs readme matrix clean
 .DEFAULT_GOAL := test
 
 # A stamp per extra, so that the demo does not wait for the test tools.
@@ -13,7 +14,7 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.%: pyproject.toml .ci/constraints.txt | $(VENV)/.created
+$(VENV)/.%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	$(PIP) -e '.[$*]'
 	touch $@
 
@@ -53,5 +54,17 @@ readme:  ## renders the measured tables into the README
 docs: $(VENV)/.docs  ## the site, into build/site; a broken link or reference is an error
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
+dist: $(VENV)/.release  ## source archive and wheel, as the package index would take them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+test-dist: dist  ## from the archive alone, in an environment of its own: tests and site; the wheel by itself
+	.ci/test-dist $(PYTHON)
+
+# The least versions that pyproject.toml allows, on the least Python that is there.
+test-minimum:  ## such as: make test-minimum PYTHON=python3.10
+	$(MAKE) VENV=.venv-minimum CONSTRAINTS=.ci/minimum.txt pytest
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-minimum build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Peak memory of training steps over that of SGD: this library's modes and its peers.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
     python -m benchmarks.memory --out benchmarks/results --figures docs/pages/assets/cost
 
 On the CPU the peak is that of PyTorch's allocator: every allocation and release that the profiler
@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.networks import Task
-from benchmarks.step_cost import BLOCK, arguments, chosen, colour, provenance, save
+from benchmarks.step_cost import BLOCK, DRAWN, arguments, chosen, provenance, save
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
-from examples.shared.plots import panels, style
+from examples.shared.plots import finish, panels, style
 from examples.shared.plots import save as save_figure
 
 
@@ -103,18 +103,17 @@ def plot(results: dict[str, Any], file: Path) -> None:
 def _bars(runs: list[dict[str, Any]]) -> Figure:
     figure, axes = panels(len(runs), 1, (10.5, 3.4 * len(runs)))
     for axis, run in zip(axes[:, 0], runs, strict=True):
-        names = [name for name in run["methods"] if name != BASE]
+        names = [name for name in DRAWN if name in run["methods"]]
         for i, name in enumerate(names):
             known = [(k, f) for k, f in enumerate(run["bytes"].values()) if name in f]
             at = [k + (i - len(names) / 2) * 0.8 / len(names) for k, _ in known]
             width, heights = 0.8 / len(names), [f[name] / f[BASE] for _, f in known]
-            axis.bar(at, heights, width, label=name, color=colour(name))
+            axis.bar(at, heights, width, label=name, color=DRAWN[name])
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(run["bytes"])), list(run["bytes"]), fontsize=8)
         axis.set_ylabel("peak memory / SGD's")
         axis.set_title(run["device"])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    return figure
+    return finish(figure)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How the cost of a step grows with batch and parameters, over two orders of magnitude.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
     python -m benchmarks.scaling --out benchmarks/results --figures docs/pages/assets/cost
 
 On multilayer perceptrons. The exponent is the slope of a line through the logarithms of the three

@@ -1,6 +1,6 @@
 """Time of a training step over that of SGD: this library's modes and its peers.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
     python -m benchmarks.step_cost --out benchmarks/results --figures docs/pages/assets/cost
 
 All methods take turns, step by step, on the same batch, so that noise in the machine's speed meets
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import adler
 from benchmarks.networks import QUICK, TASKS, Task
 from benchmarks.steppers import BASE, OURS, PEERS, Step, Stepper
-from examples.shared.plots import panels, style
+from examples.shared.plots import colours_of, finish, panels, style
 from examples.shared.plots import save as save_figure
 
 # What is run compiled: peers differentiate in ways that compiled modules do not support.
@@ -220,9 +219,20 @@ def _errors(by_task: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def colour(name: str) -> Any:
-    """A method's, the same in every figure."""
-    return mpl.colormaps["tab20"](list(OURS | PEERS).index(name) - 1)  # SGD has no bar
+# What the figures show, by the name that its colour goes by in other figures; no colour stands for
+# two, and the tables have every method.
+_KNOWN = {"AdlerScheduleFree": "adler-schedulefree", "Adler": "adler"}
+_FIGURE = (
+    *_KNOWN,
+    "forward",
+    "finite_difference",
+    "low_cost",
+    SCHEDULE_FREE,
+    "curvlinops",
+    "gen-optim",
+)
+_COLOURS = colours_of(_KNOWN.get(name, name) for name in _FIGURE)
+DRAWN = {name: _COLOURS[_KNOWN.get(name, name)] for name in _FIGURE}
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
@@ -236,7 +246,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
 def _bars(runs: list[dict[str, Any]]) -> Figure:
     figure, axes = panels(len(runs), 1, (10.5, 3.4 * len(runs)))
     for axis, run in zip(axes[:, 0], runs, strict=True):
-        names = [name for name in (*OURS, *PEERS) if name != BASE and name in run["methods"]]
+        names = [name for name in DRAWN if name in run["methods"]]
         networks = run["seconds"]
         width = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -248,15 +258,13 @@ def _bars(runs: list[dict[str, Any]]) -> Figure:
                 width,
                 yerr=[[m[1] - m[0] for m in middle], [m[2] - m[1] for m in middle]],
                 label=name,
-                color=colour(name),
+                color=DRAWN[name],
             )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(networks)), list(networks), fontsize=8)
         axis.set_ylabel("step time / SGD's")
         axis.set_title(f"{run['device']}, {'compiled' if run['compiled'] else 'eager'}")
-    # Of the first panel: compiled models have no peers.
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    return figure
+    return finish(figure)
 
 
 def arguments(

@@ -1,9 +1,9 @@
 """Tangent kernels and extreme eigenvalues: this library, curvlinops, and the usual recipe.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
     python -m benchmarks.tangent_kernel --out benchmarks/results
 
-Every answer is compared with the reference (a float64 Jacobian, made dense), so that nobody is fast
+Every answer is compared with the reference (a float64 Jacobian, made dense), so that none is fast
 and wrong. The contestants take turns, round by round; the table shows medians of the ratio to this
 library's time in the same round, with quartiles.
 """

@@ -1,6 +1,6 @@
 """The suite: ``python -m benchmarks.suite --data DIR --preset full``, or another preset.
 
-    pip install 'torch-adler[benchmarks]'
+    pip install -e '.[benchmarks]'
 
 Runs what is not yet in the results, then writes tables and figures. A run takes seconds: one that
 is killed is repeated, finished ones are kept.
@@ -62,7 +62,7 @@ def _chosen(preset: Preset, options: argparse.Namespace) -> list[Trial]:
     names = tuple(options.methods or preset.methods)
     if missing := sorted({m.package or "" for m in map(method, names) if not m.installed}):
         raise ValueError(
-            f"not installed: {', '.join(missing)}: pip install 'torch-adler[benchmarks]', or pass "
+            f"not installed: {', '.join(missing)}: pip install -e '.[benchmarks]', or pass "
             "--methods"
         )
     begins = tuple(options.tasks or ("",))

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from benchmarks.suite import horizons, profile_plots, profiles, significance, standings
+from benchmarks.suite import (
+    headlines,
+    horizons,
+    profile_plots,
+    profiles,
+    significance,
+    standings,
+)
 from benchmarks.suite.methods import method
 from benchmarks.suite.profiles import Unit
 from benchmarks.suite.standings import REFERENCE, TUNED, Runs
@@ -34,6 +41,7 @@ def markdown(
     by_horizon = {horizons.title(h, preset): horizons.at(found, preset, h) for h in there}
     mine = [r for r in found if horizons.horizon(r, preset) is not None]
     sections = {
+        "verdict": ("Verdict", headlines.long(by_horizon)),
         "horizons": ("Rank by horizon", _ranks(by_horizon, short)),
         "profiles": ("Time and steps to where tuned AdamW ends", _profiles(by_horizon)),
         "significance": ("How sure it is", _significance(by_horizon)),

@@ -1,7 +1,7 @@
 """The methods that are compared, by name: each at the setting that its authors recommend.
 
 "Untuned" means that one line here serves every task. A peer is its authors' own package, imported
-when a run begins: ``pip install 'torch-adler[benchmarks]'``. One entry adds a method.
+when a run begins: ``pip install -e '.[benchmarks]'``. One entry adds a method.
 
 Variants of this library's optimizers need no entry: ``adler@max_kl=0.03,trust_region=None`` or
 ``adler-adam@lr=0.5`` name options: see `benchmarks.suite.variants`.
@@ -76,9 +76,7 @@ def _peer(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(
-            f"{package} is not installed: pip install 'torch-adler[benchmarks]'"
-        ) from error
+        raise ImportError(f"{package} is not installed: pip install -e '.[benchmarks]'") from error
 
 
 # --- this library, and what PyTorch has ----------------------------------------------------------

@@ -21,6 +21,8 @@ from examples.shared.records import Record
 
 __all__ = ["Sweep", "curves", "draw", "sensitivity", "sweeps"]
 
+Values = np.ndarray[Any, Any]
+
 _LINES = ("-", "--", ":", "-.")
 _LONGEST = 3.0  # SGD runs
 # Always drawn, where they have run; and of the others as many as there are colours left.
@@ -73,16 +75,17 @@ def curves(found: Sequence[Record]) -> Figure | None:
     figure, (axes,) = panels(1, 2, (10, 5.4), sharey=True)
     for axis, (unit, grid) in zip(axes, points.items(), strict=True):
         axis.axhline(0, color="0.6", linewidth=0.8)
-        for index, name in enumerate(names):
+        for index, (name, mean) in enumerate(zip(names, _means(lines[unit], names), strict=True)):
             axis.plot(
                 grid,
-                100 * np.mean([np.mean(s, axis=0) for s in lines[unit][name].values()], axis=0),
+                mean,
                 color=colours[name],
                 linewidth=2.4 if name.startswith("adler") else 1.0,
                 marker=MARKERS[index],
                 markevery=(index % 5, 10),
                 label=method(name).label,
             )
+    axes[0].set_ylim(*_range([line for by in lines.values() for line in _means(by, names)]))
     axes[0].set_xlabel("Steps (share of the run)")
     axes[1].set_xlabel("Training time (SGD runs)")
     axes[0].set_ylabel("Test accuracy above the best SGD rate's last (points)")
@@ -91,6 +94,27 @@ def curves(found: Sequence[Record]) -> Figure | None:
     if others:
         title += f"; of the other methods the {len(others)} of best mean rank"
     return finish(figure, title)
+
+
+def _means(
+    lines: Mapping[str, Mapping[str, list[list[float]]]], names: Sequence[str]
+) -> list[Values]:
+    """Each method's line in points: the mean over tasks, of a task over its seeds."""
+    return [
+        100 * np.mean([np.mean(seeds, axis=0) for seeds in lines[name].values()], axis=0)
+        for name in names
+    ]
+
+
+def _range(lines: Sequence[Values]) -> tuple[float, float]:
+    """Where the methods differ: from what the last of them has after a third of the axis.
+
+    The climb from guessing, where all are alike, would take most of the height.
+    """
+    low = min(float(line[len(line) // 3 :].min()) for line in lines)
+    high = max(float(line.max()) for line in lines)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
 
 
 def _drawn(names: Sequence[str], runs: standings.Runs) -> list[str]:

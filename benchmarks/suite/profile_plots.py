@@ -1,4 +1,4 @@
-"""Two figures: performance profiles, and what a passer-by should take home."""
+"""Two figures: performance profiles, and one that says it all at a glance."""
 
 from __future__ import annotations
 

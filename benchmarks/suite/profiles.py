@@ -9,9 +9,9 @@ r_{s,w} = \frac{t_{s,w}}{\min_{s'} t_{s',w}}, \qquad
 B_s = \frac{1}{r_{\max} - 1} \int_1^{r_{\max}} \rho_s(\tau)\, d\tau, \quad r_{\max} = 4 .
 $$
 
-A task that nobody brings to its target counts, for everybody, as not reached. Of a grid of rates
-each seed has the fastest, as each study of AlgoPerf's external ruleset has; the time of its other
-rates is not counted.
+A task on which no method reaches the target counts, for every method, as not reached. Of a grid of
+rates each seed has the fastest, as each study of AlgoPerf's external ruleset has; the time of its
+other rates is not counted.
 
 Where AlgoPerf has fixed targets, here a task's target is what AdamW with a cosine and its best rate
 reaches *at its end*, the median over seeds: it is the last that could be asked of the others, and

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.suite import standings
+from benchmarks.suite import headlines, standings
 from benchmarks.suite.methods import method
 from benchmarks.suite.standings import DEFAULT, LOW_COST, MODES, REFERENCE, TUNED, Runs
 from examples.shared.records import Record
@@ -41,6 +41,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
     main = [r for r in timed if r["method"] not in MODES]
     runs, everything = standings.contests(main), standings.contests(found)
     sections = {
+        "verdict": ("Verdict", headlines.short(main, runs)),
         "summary": ("In short", _summary(main, runs)),
         "readme": ("In shorter", _summary(main, runs, most=6)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),

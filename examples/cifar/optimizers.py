@@ -56,6 +56,6 @@ OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry("SGD grid", True, 2, lambda p, m, c, lr: SGD(p, lr=lr)),
     "adler": Entry("Adler (guarded)", False, 3, _guarded(max_kl=0.1, max_relative_change=0.1)),
     "adler-cap": Entry(
-        "Adler (cap only)", False, 3, _guarded(max_kl=None, max_relative_change=None)
+        "Adler (trust region only)", False, 3, _guarded(max_kl=None, max_relative_change=None)
     ),
 }

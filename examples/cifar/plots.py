@@ -48,7 +48,8 @@ def learning_curves(dataset: str, cells: Cells) -> Figure:
     The training loss stands on a logarithmic scale, for its "logarithmic slope" (section 7.8). The
     test loss is not in the thesis's figure but in its text. After a divergence the last accuracy
     stands for the epochs that were not run; the losses, which are not finite, are left out. A run
-    whose loss explodes counts with twice that of guessing.
+    whose loss explodes counts with twice that of guessing. The axes of the losses end a little
+    above guessing: nothing is learned beyond it, and methods differ below.
     """
     guessing = np.log(cifar.ARCHIVES[dataset].classes)
     quantities = "Test accuracy (%)", "Training loss (nats)", "Test loss (nats)"
@@ -61,6 +62,14 @@ def learning_curves(dataset: str, cells: Cells) -> Figure:
                 losses = np.minimum(_curves(runs, loss), 2 * guessing)
                 _band(axes[models, activation, row], name, *_mean(losses))
         axes[models, activation, 1].set_yscale("log", nonpositive="clip")
+    for (models, _, quantity), axis in axes.items():
+        if quantity == 0:
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 0))
+            continue
+        # A row shares its axis; the bands of a mean that explodes reach below every run.
+        beside = [a for (m, _, q), a in axes.items() if (m, q) == (models, quantity)]
+        least = min(float(np.nanmin(line.get_ydata())) for a in beside for line in a.lines)
+        axis.set_ylim(0.97 * least, min(axis.get_ylim()[1], 1.1 * guessing))
     title = f"{_TITLES[dataset]}: mean over runs ± 1.96 standard errors (95 % band)"
     return finish(figure, title)
 

@@ -1,4 +1,4 @@
-"""The demo's picture: accuracy, training loss and learning rate over time."""
+"""The demo's picture: test error, training loss and learning rate over time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from examples.shared.plots import GREY, METHODS, panels, save, style
 
+_LEAST_ERROR = 1e-3  # no error at all has no place on a logarithmic axis
 # What stands out from the grid, and its name in other figures.
 UNTUNED = {
     "Adler": "adler",
@@ -36,14 +38,17 @@ def draw(runs: Sequence[dict[str, Any]], best: str, file: Path) -> None:
             accuracy = np.mean([run["test_accuracy"] for run in mine], axis=0)
             loss = np.mean([run["train_loss"] for run in mine], axis=0)
             epochs = np.arange(1, len(accuracy) + 1)
-            left.plot(epochs, accuracy, **look)
+            left.plot(epochs, np.maximum(1 - accuracy, _LEAST_ERROR), **look)
             middle.plot(epochs, loss, **look)
             if name in UNTUNED and name != "Adler":
                 continue  # its rate multiplies another direction
             rates = np.exp(np.mean(np.log([run["learning_rate"] for run in mine]), axis=0))
             right.plot(np.linspace(0, len(accuracy), len(rates)), rates, **look)
-        left.set(xlabel="epoch", ylabel="test accuracy", title="Accuracy on unseen digits")
-        left.set_ylim(0, 1.02)
+        left.set(xlabel="epoch", ylabel="test error", title="Error on unseen digits")
+        left.set_yscale("log")  # the runs that learn differ in their last few per cent
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        left.yaxis.set_minor_formatter(NullFormatter())
         middle.set(xlabel="epoch", ylabel="cross-entropy, nats", title="Training loss")
         middle.set_yscale("log")
         right.xaxis.get_major_locator().set_params(integer=True)

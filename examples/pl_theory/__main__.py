@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures.draw(found, results, chosen)
         text = claims.markdown(found, options.preset)
         (results / "claims.md").write_text(text)
+        (results / "figures.md").write_text(claims.details(found))
         print(text)
     if crashes:
         raise SystemExit(f"error: {crashes} experiments crashed; the same command tries again")

@@ -17,21 +17,21 @@ from examples.pl_theory.presets import FIGURES, PRESETS
 from examples.pl_theory.records import Record
 from examples.pl_theory.verdicts import Section, table
 
-__all__ = ["markdown"]
+__all__ = ["details", "markdown"]
 
 
 def markdown(found: Sequence[Record], preset: str) -> str:
-    """The page of a preset's records.
+    """The page of a preset's records: every verdict in one table.
 
     Args:
         found: Records, in any order.
-        preset: The preset's name, for the heading.
+        preset: The preset's name: what was to be run.
     """
-    sections = [section for make in _SECTIONS if (section := make(found)) is not None]
+    sections = _made(found)
     lines = [
-        f"# Chapter 6 of the thesis, preset {preset}",
+        "# Theory and measurement",
         "",
-        *_heading(found, preset),
+        _verdict(sections),
         "",
         "Each figure stands under its number in D. Balboni, *An Optimization Perspective on "
         "Deep Neural Networks* (PhD thesis, SNS 2025), chapter 6; those that D. Balboni, D. "
@@ -40,12 +40,31 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "show, `ball` is of C. Liu's, L. Zhu's and M. Belkin's theorem, `7.5` of that section. "
         "Of the paper's others, 5 is 6.13 here, 6a and 6b are 6.14 and 6.15, 6c is 6.5, 7a and 7c "
         "are 6.11 and 6.12, 8 is 6.16 to 6.19 and 9 is 6.20 to 6.23; of the poster's, 2 is 6.2 and "
-        "3 is 6.7. Verdicts are computed from the records.",
+        "3 is 6.7. Verdicts are computed from the records. [Figure by figure](figures.md): the "
+        "pictures, and what was counted.",
         "",
         *table(("Figure", "Claim", "Ours", "Verdict"), _overview(sections, found, preset)),
+        "",
+        "## What was run",
+        "",
+        *_runs(found, preset),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def details(found: Sequence[Record]) -> str:
+    """The appendix: each claim, what was counted, its picture.
+
+    Args:
+        found: Records, in any order.
+    """
+    lines = [
+        "# Chapter 6 of the thesis, figure by figure",
+        "",
+        "All verdicts in one table: [theory and measurement](claims.md).",
     ]
     shown: set[str] = set()
-    for number, section in enumerate(sections, start=1):
+    for number, section in enumerate(_made(found), start=1):
         lines += ["", f"## {number}. Figure{'s' * (len(section.figures) > 1)} {_names(section)}"]
         lines += ["", f"Claim: {section.claim}", "", section.measured, ""]
         lines += [f"Verdict: **{section.verdict}**.", ""]
@@ -53,6 +72,22 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         lines += [f"![Figure {name}]({_file(name)})" for name in new]
         shown.update(new)
     return "\n".join(lines) + "\n"
+
+
+def _made(found: Sequence[Record]) -> list[Section]:
+    return [section for make in _SECTIONS if (section := make(found)) is not None]
+
+
+def _verdict(sections: Sequence[Section]) -> str:
+    """How many statements hold; a claim that says two things has two, each with its own count."""
+    said = [part.rsplit(": ", 1)[-1] for s in sections for part in s.verdict.split("; ")]
+    words = [part.split(" (")[0] for part in said]
+    counts = [words.count(word) for word in ("holds", "holds in part", "does not hold")]
+    return (
+        f"**Of {sum(counts)} statements that the chapter's figures make or that correct one, "
+        f"{counts[0]} hold on our networks, {counts[1]} in at least half of the cases, "
+        f"{counts[2]} do not.**"
+    )
 
 
 def _overview(
@@ -86,7 +121,7 @@ def _names(section: Section) -> str:
     return ", ".join(section.figures)
 
 
-def _heading(found: Sequence[Record], preset: str) -> list[str]:
+def _runs(found: Sequence[Record], preset: str) -> list[str]:
     versions = {name: sorted({r["versions"][name] for r in found}) for name in ("torch", "adler")}
     said = ", ".join(f"{name} {', '.join(values)}" for name, values in versions.items())
     devices = ", ".join(sorted({r["device"] for r in found}))

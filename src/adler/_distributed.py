@@ -49,7 +49,7 @@ __all__ = [
 
 
 def _loaded(module: str, name: str) -> type | None:
-    """A class of PyTorch, if somebody has imported it: otherwise nothing is an instance of it."""
+    """A class of PyTorch, or None if its module is not imported: nothing is an instance then."""
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None
 

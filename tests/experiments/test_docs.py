@@ -14,7 +14,16 @@ PAGES = [
     "README.md",
     *(
         f"docs/pages/{name}.md"
-        for name in ("index", "use", "training-loops", "directions", "cost", "diagnostics")
+        for name in (
+            "index",
+            "which-optimizer",
+            "use",
+            "training-loops",
+            "troubleshooting",
+            "directions",
+            "cost",
+            "diagnostics",
+        )
     ),
 ]
 
@@ -45,6 +54,75 @@ def test_the_readme_shows_the_measured_tables():
     text = (ROOT / "README.md").read_text()
     assert len(BLOCK.findall(text)) == 1
     assert render(text) == text, "run make readme"
+
+
+@pytest.mark.usefixtures("_pages_scripts")
+def test_the_package_index_gets_absolute_links():
+    from links import LINK, absolute
+
+    text = (ROOT / "README.md").read_text()
+    where = "https://example.org/owner/name"
+    known = absolute(text, where, "v1")
+    assert f"![Test error, training loss and learning rate over time]({where}/raw/v1/docs/" in known
+    assert f"[The documentation]({where}/blob/v1/docs/pages/index.md)" in known
+    for made in (known, absolute(text, None, "v1")):
+        assert not LINK.search(made)
+    assert "](docs/" not in absolute(text, None, "v1")
+    targets = [match["target"].partition("#")[0] for match in LINK.finditer(text)]
+    assert len(targets) > 10
+    for target in targets:
+        assert (ROOT / target).exists(), target
+    code = "```python\nx = [a](b)\n```"
+    assert absolute(code, where, "v1") == code
+
+
+def pages_in_order():
+    """What the site's menu names."""
+    return re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "docs/mkdocs.yml").read_text(), re.MULTILINE)
+
+
+def test_the_start_page_lists_every_page():
+    index = (ROOT / "docs/pages/index.md").read_text()
+    theory = "../../examples/pl_theory/results/thesis/"
+    linked = {
+        target.replace(theory, "theory/") for target in re.findall(r"\]\(([^)#]+\.md)", index)
+    }
+    assert set(pages_in_order()) == linked | {"index.md"}
+    there = {p.relative_to(ROOT / "docs/pages").as_posix() for p in ROOT.glob("docs/pages/**/*.md")}
+    there = {page for page in there if not page.startswith("assets/")}
+    assert there == {page for page in linked if not page.startswith("theory/")} | {"index.md"}
+
+
+def test_the_site_loads_nothing_from_elsewhere():
+    parts = [ROOT / "docs/mkdocs.yml", *ROOT.glob("docs/pages/stylesheets/*")]
+    assert len(parts) == 2
+    for part in parts:
+        assert not re.search(r"https?://", part.read_text()), part
+
+
+@pytest.mark.parametrize("page", ["tuning.md", "index.md"])
+def test_a_page_of_results_begins_with_what_they_come_to(page):
+    text = (ROOT / "docs/pages" / page).read_text()
+    verdict = '--8<-- "benchmarks/results/suite/full/tables.md:verdict"'
+    assert verdict in text.split("\n![")[0].split("\n#")[0]
+
+
+@pytest.mark.usefixtures("_pages_scripts")
+def test_formulas_are_drawn_when_the_site_is_built():
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
+    from formulas import on_page_content
+
+    class Page:
+        file = type("File", (), {"src_path": "page.md"})
+
+    inline = '<p><span class="arithmatex">\\(a &lt; \\log b\\)</span></p>'
+    block = '<div class="arithmatex">\\[\n\\eta_k\n\\]</div>'
+    made = on_page_content(inline + block, Page())
+    assert made.count("<math") == 2
+    assert made.count('display="block"') == 1
+    assert "arithmatex" not in made
+    with pytest.raises(Exception, match=r"page\.md.*unheard"):
+        on_page_content('<span class="arithmatex">\\(\\unheard\\)</span>', Page())
 
 
 @pytest.mark.usefixtures("_pages_scripts")

@@ -595,9 +595,15 @@ def test_a_killed_run_resumes_to_the_same_records(smoke, tmp_path):
     expected = [r for r in smoke if any(FIGURES[name](Experiment.of(r)) for name in chosen)]
     assert without_time(found) == without_time(map(rounded, expected))
     drawn = {f"figure-{name.replace('.', '-')}.{s}" for name in chosen for s in ("png", "svg")}
-    assert {p.name for p in tmp_path.iterdir()} == {"records.jsonl", "claims.md", *drawn}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "records.jsonl",
+        "claims.md",
+        "figures.md",
+        *drawn,
+    }
     assert (tmp_path / "claims.md").read_text() == claims.markdown(found, "smoke")
-    assert "Figure 6.13" in done.stdout
+    assert (tmp_path / "figures.md").read_text() == claims.details(found)
+    assert "| 6.13 |" in done.stdout
 
 
 @pytest.mark.long
@@ -626,16 +632,30 @@ def test_every_figure_has_labels_and_a_legend(smoke):
 @pytest.mark.long
 def test_claims_are_a_function_of_the_records(smoke):
     before = copy.deepcopy(smoke)
-    text = claims.markdown(smoke, "smoke")
-    assert claims.markdown(random.Random(0).sample(smoke, len(smoke)), "smoke") == text
+    text, shown = claims.markdown(smoke, "smoke"), claims.details(smoke)
+    shuffled = random.Random(0).sample(smoke, len(smoke))
+    assert claims.markdown(shuffled, "smoke") == text
+    assert claims.details(shuffled) == shown
     assert smoke == before
     # Every figure has a verdict and is shown.
     for name in FIGURES:
-        assert f"(figure-{name.replace('.', '-')}.png)" in text
+        assert shown.count(f"(figure-{name.replace('.', '-')}.png)") == 1
         (row, *_) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
         assert "**" in row
     assert "no record yet" not in text
-    assert not re.search(r"\bnan\b", text)
+    assert not re.search(r"\bnan\b", text + shown)
+
+
+def test_the_first_line_counts_the_verdicts():
+    section = verdicts.Section(("6.1",), "", "", "")
+    said = (
+        "holds (4 of 4)",
+        "a: holds in part (2 of 3); b: holds (1 of 1)",
+        "does not hold (0 of 8)",
+    )
+    line = claims._verdict([section._replace(verdict=v) for v in said])
+    assert line.startswith("**Of 4 statements ")
+    assert "2 hold on our networks, 1 in at least half of the cases, 1 do not.**" in line
 
 
 def test_a_figure_without_records_says_so(smoke):
@@ -868,3 +888,4 @@ def test_the_committed_claims_are_those_of_the_committed_records(name):
     # A part of the plan, which the page counts.
     assert made <= {experiment.key() for experiment in PRESETS[name].experiments()}
     assert claims.markdown(found, name) == (RESULTS / name / "claims.md").read_text()
+    assert claims.details(found) == (RESULTS / name / "figures.md").read_text()

@@ -225,6 +225,21 @@ def test_a_horizon_that_nobody_has_finished():
     assert text.count("It has not run.") == 3
     assert "No task has a target" in text
     assert "| Adler | 1.0 | 0 |" in text
+    assert "Not yet run beside a tuned AdamW: 1 × the epochs.\n" in text
+
+
+def test_the_verdict_by_horizon_is_of_the_recommended_optimizer():
+    found = [
+        {**r, "method": "adler-schedulefree"} if r["method"] == "adler" else r
+        for r in some_records()
+    ]
+    text = horizon_tables.markdown(found, SMALL, "small")
+    assert (
+        "**AdlerScheduleFree's test loss beside AdamW with a cosine to zero and the best of 5 "
+        "rates: after 1 × the epochs 1.200 times AdamW's on 2 tasks (at most 1.20); after 2 × the "
+        f"epochs {math.sqrt(0.2 * 0.3) / 0.4:.3f} times AdamW's on 2 tasks (at most 0.75).**\n"
+    ) in text
+    assert "Not yet run" not in text
 
 
 def test_loss_ratios_are_those_that_the_mean_is_of():

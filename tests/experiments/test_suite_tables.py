@@ -247,6 +247,25 @@ def test_the_tables_of_fixed_records():
     assert "| Adler | 2.25 | 1.50 | -31.0 | +4.2 |\n" in text
 
 
+def test_the_verdict_counts_what_the_recommended_optimizer_won_and_lost():
+    found = fixed_records()
+    assert "AdlerScheduleFree has not run." in tables.markdown(found, "development")
+    for seed in range(2):
+        found.append(record("adler-schedulefree", 0.45, seed, CNN))
+        found.append(record("adler-schedulefree", 0.0, seed, DIABETES, loss=0.6))
+    text = tables.markdown(found, "development")
+    assert (
+        "**Untuned, AdlerScheduleFree ends above the best of 10 SGD learning rates on 1 of 2 short "
+        "tasks, level with it on 0, below on 1.** It failed to train on none. Accuracy gained, in "
+        "the mean: +4.0 points. Mean rank among 6 methods, that SGD among them: 2.0, place 2, over "
+        "1 task.\n"
+    ) in text
+    for r in found:
+        if r["method"] == "adler-schedulefree":
+            r["diverged"] = True
+    assert "It failed to train on 2." in tables.markdown(found, "development")
+
+
 def test_how_far_behind_the_best():
     found = [
         record(name, accuracy, seed, task, loss=loss, diverged=diverged)

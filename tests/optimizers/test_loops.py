@@ -12,6 +12,7 @@ from support.cases import classification as setting
 from support.cases import flat
 from support.launch import ROOT, torchrun
 from support.loops import train
+from support.needs import fsdp_on_cpu
 from support.options import EXACT, TRUST_REGION
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -410,7 +411,7 @@ def test_inputs_go_where_the_wrapper_moves_them():
     assert distributed.moved(None, "anything") == "anything"
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=fsdp_on_cpu)])
 def test_the_distributed_example_gives_both_ranks_the_same_rate(mode, tmp_path):
     options = ["--epochs", "2", "--mode", mode]
     if mode == "fsdp":

@@ -174,7 +174,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._noted[p] = p._version
 
     def _take_edits(self, p: Tensor) -> bool:
-        """Where somebody else has written to a parameter since, the average begins there anew."""
+        """Begins the average anew at a parameter that was written to since this optimizer did."""
         if not self._is_edited(p):
             return False
         self.state[p]["z"] = p.detach().clone(memory_format=torch.preserve_format)

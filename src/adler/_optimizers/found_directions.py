@@ -1,4 +1,4 @@
-r"""The fresh direction of a base that nobody has described, found from steps that are taken back.
+r"""The fresh direction of an unknown base, found from steps that are taken back.
 
 Whether a base's step grows with its gradients is asked of each parameter at one of the first
 steps. Its *momenta* are the tensors in its state that change their sign with the gradients. With
@@ -99,7 +99,7 @@ def find(
     """
     size = float(_tensors.squared_norm(gradients))
     if not math.isfinite(size):
-        return Found(gradients, gradients)  # nobody knows what the base would do with it
+        return Found(gradients, gradients)  # what the base does with it is not known
     if rule is None:
         before = _kinds(state, params)
         kinds = _decide(before, base, params, gradients, saved, momenta)

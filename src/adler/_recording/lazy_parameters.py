@@ -1,8 +1,9 @@
 """Parameters that are made when a forward pass asks for them, and freed when it is done with them.
 
 A perturbed copy of all parameters is as large as the parameters. A forward pass needs them one
-module at a time, so on the CPU, where a kernel a tensor costs nothing, it gets them so: the peak
-grows by the largest module only, and the copy is still in the cache when it is used. The model's
+module at a time, so on the CPU, where one kernel for each tensor is cheap, they are made module by
+module, on access: the peak grows by the largest module only, and the copy is still in the cache
+when it is used. The model's
 own parameters are never written to, so there is nothing to restore, whatever happens in between.
 """
 

@@ -6,9 +6,9 @@ was returned. What a criterion receives is linked to the calls of the model that
 (`adler._recording.links`); a loss that the model returns (`ModelLoss`) belongs to the call that
 made it. The autograd graph owns the record: only when ``backward`` reaches the loss, on its way to
 the gradients of the parameters, does it come here, together with the gradient that arrives there
-(the factor by which the loss entered what was backpropagated). So a forward pass that nobody
-differentiates leaves nothing behind, several of them before one step add up as their gradients do,
-and a loss divided by the number of micro-batches is weighted so.
+(the factor by which the loss entered what was backpropagated). So a forward pass that is not
+differentiated leaves nothing behind, several of them before one step add up as their gradients do,
+and a loss divided by the number of micro-batches keeps that weight.
 
 Where the coming step does not measure, calls are counted and nothing else.
 """

@@ -1,6 +1,6 @@
 """A model's call as a pure function of its parameters.
 
-Measuring curvature means running the training forward once more. Nobody else may notice: the second
+Measuring curvature means running the training forward once more, without side effects: the second
 run sees the same arguments, attributes, buffers, dropout masks and autocast state, and leaves all
 of them, and random number generators and gradients, as they were.
 """
@@ -252,7 +252,7 @@ class NotATensorError(ExplainedError, TypeError):
 
 
 class NotRepeatedError(RuntimeError):
-    """The replay took another course than the training pass."""
+    """The replay made other calls than the training pass."""
 
 
 def put_back(before: RandomState, devices: tuple[torch.device, ...]) -> None:

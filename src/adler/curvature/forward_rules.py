@@ -95,7 +95,7 @@ class ForwardRules(TorchFunctionMode):
 
 
 def _not_asking(function: Any) -> Any:
-    """A copy that does not ask whether somebody overrides it, who then would not see its calls."""
+    """A copy without the check for an override, so that a mode sees the calls inside it."""
     names = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -138,7 +138,7 @@ def _batch_norm(
     (x, dx), (w, dw), (b, db) = _of_a_norm(input, weight, bias)
     if dx is None and dw is None:
         return NotImplemented
-    # (Nobody reads a replay's running statistics.)
+    # Without running statistics: a replay's are not read.
     y, mean, rstd = torch.native_batch_norm(x, w, b, None, None, True, momentum, eps)
     dy: Any = None
     if dx is not None:

@@ -132,7 +132,7 @@ def lanczos(
     """
     if not 1 <= k <= size:
         raise ValueError(f"k={k!r}: expected 1 to {size}, the size of the matrix")
-    if size <= max(2 * k, 20):  # ARPACK wants room
+    if size <= max(2 * k, 20):  # ARPACK needs more vectors than that
         identity = torch.eye(size, dtype=dtype, device=device)
         dense = torch.stack([product(column) for column in identity]).double()
         values: Tensor = torch.linalg.eigvalsh((dense + dense.T) / 2).cpu()

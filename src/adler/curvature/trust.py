@@ -92,7 +92,7 @@ class Memory:
         return self.measurements < self.CLOSELY or self.measurements % self._EVERY == 0
 
     def distrusts(self, trusted: Tensor | None) -> bool:
-        """Whether a measurement, or on a device where nobody waits the last one, failed a check."""
+        """Whether a measurement failed a check (on an accelerator the last one: no waiting)."""
         if trusted is None:
             return False
         if trusted.device.type == "cpu" or self.measurements < self.CLOSELY:

@@ -53,7 +53,8 @@ def pointwise_hypothesis_stability(
     Assumptions: $\ell(\cdot\,; z)$ is differentiable with $\|\nabla \ell\| \le L$; the empirical
     risk has minimisers and obeys $\|\nabla f\|^2 \ge 2 \mu (f - f^*)$, for the sample with and
     without the exchange; training ends at $f - f^* \le \varepsilon$. Then it also obeys quadratic
-    growth, $f(w) - f^* \ge \frac{\mu}{2} \operatorname{dist}(w, \arg\min f)^2$ (Karimi et al.).
+    growth, $f(w) - f^* \ge \frac{\mu}{2} \operatorname{dist}(w, \operatorname{argmin} f)^2$
+    (Karimi et al.).
 
     Proof. Quadratic growth puts the trained $w$ within $\sqrt{2 \varepsilon / \mu}$ of a minimiser
     $w_S$, on either sample: the first term. For the second let $\Delta = |\ell(w_S; z_i) -
@@ -67,9 +68,9 @@ def pointwise_hypothesis_stability(
       is assumed of which minimiser training finds.
     - $S'$ with $z_i$ exchanged for another example, which `generalisation_bound` asks for:
       $\|\nabla f_S(w_{S'})\| \le 2 L / n$, so PL and quadratic growth put $w_{S'}$ within
-      $2 L / \mu n$ of $\arg\min f_S$. If $w_S$ is the nearest point there (as when the minimiser
-      is unique), $\Delta \le 2 L^2 / \mu n$. Least squares with scattered targets attains this up
-      to $O(1/n^2)$.
+      $2 L / \mu n$ of $\operatorname{argmin} f_S$. If $w_S$ is the nearest point there (as when the
+      minimiser is unique), $\Delta \le 2 L^2 / \mu n$. Least squares with scattered targets attains
+      this up to $O(1/n^2)$.
 
     Args:
         pl: ``μ``, not negative; 0 gives ``inf``.

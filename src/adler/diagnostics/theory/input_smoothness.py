@@ -79,7 +79,7 @@ def input_bounds(model: nn.Sequential) -> InputBounds:
 
     Args:
         model: A ``Sequential`` of ``Linear``, ``Flatten`` and activations whose constants are
-        known.
+            known.
 
     Raises:
         ValueError: If a module is of another kind, or a weight is not finite.
