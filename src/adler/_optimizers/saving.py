@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from adler._optimizers import points
 from adler._recording.inert import Inert
 from adler._recording.replay import is_replaying
 
@@ -83,7 +84,7 @@ class SavedWeights:
         if isinstance(alive, Tensor) and versions == [p._version, z._version]:
             return alive
         with torch.inference_mode(False), torch.no_grad():
-            made = torch.lerp(p.detach(), z, 1 - 1 / interpolation)
+            made = points.average(p, optimizer.state[p], interpolation)
         self._made[p] = weakref.ref(made), p._version, z._version
         return made
 

@@ -756,8 +756,8 @@ def _on_backward(
     return hook
 
 
-def remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Takes hooks off."""
+def remove_all(handles: Iterable[Any]) -> None:
+    """Takes hooks off, by their handles."""
     for handle in handles:
         handle.remove()
 
