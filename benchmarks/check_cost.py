@@ -14,7 +14,7 @@ import contextlib
 import functools
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,7 +51,7 @@ class Timer:
     """Adds up the time of some functions, by what they are for; those within others count once."""
 
     def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
+        self.spent: dict[str, float] = defaultdict(float)
         self._inside = False
 
     def wrapped(
@@ -83,7 +83,7 @@ def _is_whole(one: Any, *_: Any) -> bool:
 
 
 @contextlib.contextmanager
-def timed(parts: bool) -> Iterator[Counter[str]]:
+def timed(parts: bool) -> Iterator[dict[str, float]]:
     """Inside, the comparisons are timed; ``parts``: a look at the whole batch is one of them."""
     timer = Timer()
     places = [(owner, name, kind, _always) for owner, name, kind in COMPARISONS]
@@ -99,7 +99,7 @@ def timed(parts: bool) -> Iterator[Counter[str]]:
             setattr(owner, name, function)
 
 
-def run(task: Task, measure: Measure, steps: int) -> tuple[Counter[str], float]:
+def run(task: Task, measure: Measure, steps: int) -> tuple[dict[str, float], float]:
     """Seconds of the comparisons, by kind, and of everything, in some steps."""
     model, criterion = task.network(), nn.CrossEntropyLoss()
     optimizer = adler.AdlerScheduleFree(model.parameters(), model, criterion, measure=measure)
@@ -113,7 +113,7 @@ def run(task: Task, measure: Measure, steps: int) -> tuple[Counter[str], float]:
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             optimizer.step()
-        return Counter(spent), time.thread_time() - begun
+        return dict.fromkeys(KINDS, 0.0) | spent, time.thread_time() - begun
 
 
 def shares(task: Task, periods: int) -> dict[str, dict[str, float]]:

@@ -173,8 +173,7 @@ def test_what_sets_the_mode_still_does_and_is_left_as_it_was(kind, where):
         model.train = types.MethodType(frozen, model)
     before = type(model), dict(vars(model))
     optimizer = trained(model, kind)
-    assert isinstance(model, before[0])
-    assert (type(model).__name__, type(model).__module__) == (before[0].__name__, Coder.__module__)
+    assert model.__class__ is before[0]
     assert model.train() is model
     assert model.e.training == (where == "none")
     assert model.eval() is model
@@ -200,7 +199,8 @@ def test_copies_have_their_mode_to_themselves(kind, how):
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
-        twin = torch.load(file, weights_only=False)
+        with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.Tanh]):
+            twin = torch.load(file, weights_only=True)
     assert type(twin) is nn.Sequential
     assert type(model[:1]) is nn.Sequential
     twin.eval()

@@ -255,6 +255,21 @@ def test_a_step_that_never_came_is_forgotten_with_its_gradients(forget, mode):
     assert flat(model).equal(measured(whole_batch, mode)[1])
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_zero_grad_takes_away_is_not_measured_though_the_next_pass_has_begun(set_to_none):
+    model, criterion, x, y = classification()
+    twin = copy.deepcopy(model)
+    optimizer, other = (Adler(m.parameters(), m, criterion, **EXACT) for m in (model, twin))
+    criterion(model(x[:7]), y[:7]).backward()
+    loss = criterion(model(x), y)
+    optimizer.zero_grad(set_to_none)
+    loss.backward()
+    optimizer.step()
+    criterion(twin(x), y).backward()
+    other.step()
+    assert optimizer.last_step.curvature.equal(other.last_step.curvature)
+
+
 @either_measure
 def test_zero_grad_between_forward_and_backward(mode):
     def late(model, criterion, x, y):

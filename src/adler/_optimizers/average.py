@@ -69,8 +69,8 @@ class AveragedOptimizer(MeasuredOptimizer):
     is taken (`_interpolation`).
 
     Attributes:
-        follow_mode: Whether a call of the model brings the weights of its mode, and its
-            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        follow_mode: Whether the weights follow the model's mode, and its ``state_dict()`` is of the
+            average; if not, only `eval` and `train` place them.
         bn_batches: How many batches of training are kept to find running statistics at the average.
     """
 
@@ -250,9 +250,12 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._statistics.set_aside = None
 
     def __del__(self) -> None:
-        """A model whose optimizer is gone keeps the average, not the point of the last gradient."""
+        """A model whose optimizer is gone keeps the average, not the point of the last gradient.
+
+        Not where the user says which point the parameters are.
+        """
         with contextlib.suppress(Exception):
-            if not sys.is_finalizing() and not is_capturing():
+            if self.follow_mode and not sys.is_finalizing() and not is_capturing():
                 self._retire()
 
     def remove_hooks(self) -> None:

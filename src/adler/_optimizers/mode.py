@@ -5,12 +5,11 @@ A hook before the forward pass sees calls of the model itself. It does not see o
 All of them are put into evaluation mode by ``eval()``, which calls `torch.nn.Module.train` of the
 module and then of those within it, and PyTorch has no hook there. So the module becomes an instance
 of a subclass of its class, as `torch.distributed.fsdp.fully_shard` does it, whose ``train`` tells
-whoever follows. Copies and pickles are of the class itself.
+whoever follows. Its ``__class__`` is still the class itself, and so are copies and pickles.
 """
 
 from __future__ import annotations
 
-import functools
 import types
 import weakref
 from collections.abc import Collection
@@ -47,7 +46,7 @@ class Follower:
             return
         listening.followers = [other for other in listening.followers if other is not self]
         if not listening.followers:
-            module.__class__ = listening.kind
+            _set_class(module, listening.kind)
 
 
 class _Listening:
@@ -77,34 +76,32 @@ def _listen(module: nn.Module) -> _Listening | None:
             follower(self, mode)
         return result
 
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return kind(*args, **kwargs)  # a slice of a container is of its class
-
     def reduced(self: nn.Module, protocol: Any) -> Any:
         made = kind.__reduce_ex__(self, protocol)
         if not isinstance(made, tuple):
             return made
-        args = tuple(kind if part is type(self) else part for part in made[1])
-        # (By its own name, pickle would insist on the object's present class.)
-        return (functools.partial(made[0]), args, *made[2:])
+        return (made[0], tuple(kind if part is type(self) else part for part in made[1]), *made[2:])
 
     held = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__slots__": (),
-        "__new__": new,
+        "__class__": property(lambda self: kind),  # for pickles, slices, and whoever asks
         "__reduce_ex__": reduced,
         "train": train,
         "_adler_listening": listening,
     }
     try:
-        module.__class__ = types.new_class(
-            kind.__name__, (kind,), exec_body=lambda n: n.update(held)
-        )
+        _set_class(module, types.new_class(kind.__name__, (kind,), {}, lambda n: n.update(held)))
     except TypeError:
         return None
     return listening
+
+
+def _set_class(module: nn.Module, kind: type) -> None:
+    """What an assignment does, past the property that hides the subclass."""
+    object.__dict__["__class__"].__set__(module, kind)
 
 
 def follow(owner: Any, modules: Collection[nn.Module], method: str) -> list[Follower]:
