@@ -38,6 +38,19 @@ def rollout(model, criterion):
     return criterion(h, torch.ones_like(h))
 
 
+def unrolled(model, criterion):
+    h, loss = X, 0
+    for _ in range(3):
+        h = model(h)
+        loss = loss + criterion(h, torch.ones_like(h))
+    return loss
+
+
+def embedded(model, criterion):
+    f = model(X @ model[0].weight.T[:, :6])
+    return criterion(f, torch.ones_like(f))
+
+
 def penalised(model, criterion):
     return criterion(model(X), Y) + sum(p.square().sum() for p in model.parameters())
 
@@ -58,6 +71,8 @@ CASES = {
     "a penalty on the weights": (body, ce, penalised, "penalty"),
     "a second loss of the same outputs": (body, ce, second_loss, "second loss"),
     "a rollout": (lambda: body(6, 6), mse, rollout, "inputs of the next"),
+    "a loss at each step of a rollout": (lambda: body(6, 6), mse, unrolled, "inputs of the next"),
+    "a part called before": (lambda: body(6, 6), mse, embedded, "part of the model is called"),
 }
 every_case = pytest.mark.parametrize(
     ("make", "criterion", "loop", "why"), CASES.values(), ids=CASES

@@ -111,15 +111,15 @@ def test_bad_batches_and_changing_options(kind):
     for step in range(STEPS):
         if step % 10 == 0:
             change(optimizer, chance)
-        kind = chance.choice(KINDS)
-        x, y = batch(kind, generator)
+        sort = chance.choice(KINDS)
+        x, y = batch(sort, generator)
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         optimizer.step()
         if step % 100 == 0:
-            assert all(torch.isfinite(p).all() for p in model.parameters()), (step, kind)
+            assert all(torch.isfinite(p).all() for p in model.parameters()), (step, sort)
         if bool(optimizer.last_step.skipped):
-            seen.add(kind)
+            seen.add(sort)
         if step == WARM:
             warm, memory = live(model, criterion), resident()
     assert all(torch.isfinite(p).all() for p in model.parameters())

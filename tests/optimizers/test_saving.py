@@ -229,3 +229,16 @@ def test_a_whole_model_is_saved_and_loaded_with_its_hooks(kind, tmp_path):
     steps(loaded, again, 3)
     assert not again.last_step.skipped
     assert len(loaded.state_dict()) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("build", [body, normed])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_at_a_test_stays_when_training_goes_on(kind, build):
+    model = build()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 20)
+    model.eval()
+    saved = {k: v for k, v in model.state_dict().items() if "tracked" not in k}
+    kept = {key: value.clone() for key, value in saved.items()}
+    steps(model, optimizer, 3, start=20)
+    assert equal(saved, kept)

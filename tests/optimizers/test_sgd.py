@@ -255,6 +255,21 @@ def test_a_step_that_never_came_is_forgotten_with_its_gradients(forget, mode):
     assert flat(model).equal(measured(whole_batch, mode)[1])
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_what_zero_grad_takes_away_is_not_measured_though_the_next_pass_has_begun(set_to_none):
+    model, criterion, x, y = classification()
+    twin = copy.deepcopy(model)
+    optimizer, other = (Adler(m.parameters(), m, criterion, **EXACT) for m in (model, twin))
+    criterion(model(x[:7]), y[:7]).backward()
+    loss = criterion(model(x), y)
+    optimizer.zero_grad(set_to_none)
+    loss.backward()
+    optimizer.step()
+    criterion(twin(x), y).backward()
+    other.step()
+    assert optimizer.last_step.curvature.equal(other.last_step.curvature)
+
+
 @either_measure
 def test_zero_grad_between_forward_and_backward(mode):
     def late(model, criterion, x, y):
@@ -595,3 +610,24 @@ def test_momentum_is_corrected_on_each_device_of_a_model(equal):
         steps = [torch.zeros((), device=device) for device in devices]
         corrected = torch._foreach_div(averages, _corrections(steps, 0.9, equal, averages))
         assert [str(part.device) for part in corrected] == devices
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_a_step_is_vetoed_for_a_gradient_that_does_not_move(measures):
+    """An infinity is seen in a group whose multiplier is zero; slope and loss are finite."""
+    model, criterion, x, y = classification()
+    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight], "lr": 0.0}]
+    measure = Measure(every=1 if measures else 10**6, fraction=1.0, warmup=1)
+    optimizer = Adler(groups, model, criterion, measure=measure)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for veto in (False, True):
+        optimizer.zero_grad()
+        scaler.scale(criterion(model(x), y)).backward()
+        if veto:
+            model[2].weight.grad[0, 0] = math.inf
+            before, rates = flat(model), optimizer.param_groups[0]["rate_weight"]
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool(optimizer.last_step.skipped) == veto
+    assert flat(model).equal(before)
+    assert optimizer.param_groups[0]["rate_weight"].equal(rates)

@@ -58,6 +58,30 @@ def test_a_model_whose_optimizer_is_gone_holds_the_average(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_who_places_the_weights_finds_them_where_they_were(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce, follow_mode=False)
+    steps(model, optimizer, 20)
+    y = weights(model)
+    del optimizer
+    gc.collect()
+    assert equal(weights(model), y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_loaded_last_are_those_that_stay(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 10)
+    best = copy.deepcopy(model.state_dict())
+    steps(model, optimizer, 10)
+    model.load_state_dict(best)
+    del optimizer
+    gc.collect()
+    assert equal(weights(model), best.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_loaded_weights_are_tested_and_trained_on(kind, mode):
     model = body()

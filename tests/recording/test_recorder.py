@@ -203,6 +203,20 @@ def test_a_retained_graph_counts_twice_and_after_the_step_anew():
     torch.testing.assert_close(flat(model), flat(twin), rtol=1e-12, atol=1e-12)
 
 
+def test_a_retained_graph_counts_anew_once_its_gradients_are_zeroed():
+    model, criterion, x, y = setting()
+    twin, _, _, _ = setting()
+    optimizer, other = (Adler(m.parameters(), m, criterion, **EXACT) for m in (model, twin))
+    loss = criterion(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    criterion(twin(x), y).backward()
+    other.step()
+    assert optimizer.last_step.curvature.equal(other.last_step.curvature)
+
+
 def test_a_model_called_by_another_in_grad_mode_does_not_disturb():
     model, criterion, x, y = setting()
     copied = copy.deepcopy(model)

@@ -480,3 +480,23 @@ def test_a_criterion_with_state_is_not_moved_by_a_part():
         held = untouched(criterion)
         optimizer.step()
         assert untouched(criterion) == held
+
+
+@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+def test_another_optimizer_of_the_same_model_steps_first(jvp):
+    model, criterion = body(), nn.CrossEntropyLoss()
+    x, y = torch.randn(12, 6, dtype=DOUBLE), torch.randint(3, (12,))
+    measure = Measure.every_step(jvp)
+    parts = [Adler(layer.parameters(), model, criterion, measure=measure) for layer in model[::2]]
+    for _ in range(6):  # the first calls alone keep a copy of everything
+        model.zero_grad()
+        for part in parts:
+            part.zero_grad()
+        criterion(model(x), y).backward()
+        twin = copy.deepcopy(model)
+        loss = lambda f: nn.functional.cross_entropy(f, y)  # noqa: E731
+        wanted = [right([twin(x)], loss, layer.parameters()) for layer in twin[::2]]
+        for part, expected in zip(parts, wanted):
+            part.step()
+            assert bool(part.last_step.trusted)
+            assert float(part.last_step.curvature) == pytest.approx(expected, rel=1e-4)

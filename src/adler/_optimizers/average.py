@@ -15,8 +15,10 @@ with a momentum $\mu$ of its own has each gradient act $1 / (1 - \mu)$ times alr
 multiplied by $\max(1, (1 - \mu) / s_t)$ instead.
 
 While training, the parameters are $y$; of the others only $z$ is stored. They follow the model's
-mode: a call of the model after ``model.eval()``, without gradients, finds $x$ in their place, and
-the next call in training mode, with gradients, finds $y$. BatchNorm's running statistics follow
+mode (`adler._optimizers.mode`): ``model.eval()`` puts $x$ in their place, for calls of the model,
+of its other methods and of the modules within it, and the next call in training mode, with
+gradients, finds $y$. A model that was last trained in evaluation mode says nothing by it: there $x$
+comes with the first call without gradients. BatchNorm's running statistics follow
 (`adler._optimizers.running_statistics`).
 
 What is saved follows too. The model's ``state_dict()`` holds $x$ whatever the parameters are, and
@@ -41,6 +43,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import _distributed as distributed
 from adler import _options, _tensors
+from adler._optimizers import mode, points
 from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction, State, count_, moments, shares
 from adler._optimizers.running_statistics import RunningStatistics, SeeBatch
@@ -66,8 +69,8 @@ class AveragedOptimizer(MeasuredOptimizer):
     is taken (`_interpolation`).
 
     Attributes:
-        follow_mode: Whether a call of the model brings the weights of its mode, and its
-            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        follow_mode: Whether the weights follow the model's mode, and its ``state_dict()`` is of the
+            average; if not, only `eval` and `train` place them.
         bn_batches: How many batches of training are kept to find running statistics at the average.
     """
 
@@ -77,8 +80,10 @@ class AveragedOptimizer(MeasuredOptimizer):
     _unsettled: bool
     _statistics: RunningStatistics
     _weights: SavedWeights
-    _handles: list[RemovableHandle]
+    _handles: list[RemovableHandle | mode.Follower]
     _group_of: dict[int, int]
+    _trains_in_eval: bool
+    _only_by_mode: bool
 
     def _set_following(self, follow_mode: bool, bn_batches: int) -> None:
         """The two options that no group has; before the constructor of the base class.
@@ -99,6 +104,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         the average, and training goes on from them.
         """
         self._settle()
+        self._only_by_mode = False
         # A tensor made under inference_mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
             moved = False
@@ -107,7 +113,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                 if "y" not in mine:
                     moved = not self._take_edits(p) or moved
                     mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
-                    p.lerp_(mine["z"], 1 - 1 / interpolation)
+                    p.copy_(points.average(p, mine, interpolation))
                     self._note(p)
             distributed.reshard(self.model)
             if moved:  # whoever has loaded weights has loaded the statistics that they have
@@ -116,6 +122,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     def train(self) -> None:
         """Puts the parameters back, bit for bit. Without effect when they are there."""
         self._settle()
+        self._only_by_mode = False
         with torch.inference_mode(False), torch.no_grad():
             moved = False
             for p, _ in self._averaged():
@@ -127,6 +134,36 @@ class AveragedOptimizer(MeasuredOptimizer):
                     self._note(p)
             distributed.reshard(self.model)
             self._statistics.leave(back=moved)
+
+    def _mode_set(self, module: nn.Module, training: bool) -> None:
+        """The model, or a module that holds all of these parameters, was put into a mode.
+
+        What evaluation mode alone has brought, training mode takes away, but not without gradients:
+        `torch.optim.swa_utils.update_bn` sets it, too.
+        """
+        if not self.follow_mode or self._trains_in_eval or is_replaying():
+            return
+        if training:
+            if self._only_by_mode and torch.is_grad_enabled():
+                self.train()
+            return
+        self._settle()
+        if any("y" in mine for mine in self.state.values()):
+            return
+        own = [id(p) for group in self.param_groups for p in group["params"]]
+        if mode.holds(module, own):  # groups may have been added
+            self.eval()
+            self._only_by_mode = True
+
+    def _model_called(self, training: bool) -> None:
+        """The model is about to be called, with gradients enabled or not."""
+        if torch.is_grad_enabled():
+            # Evaluation mode with gradients is training on frozen statistics, unless the averages
+            # were asked for by more than the mode.
+            if training or self._only_by_mode:
+                self.train()
+        elif not training:
+            self.eval()
 
     def _averaged(self) -> Iterator[tuple[Tensor, float]]:
         """The parameters that have an average by now, and how near to it gradients are taken."""
@@ -158,8 +195,8 @@ class AveragedOptimizer(MeasuredOptimizer):
             others = 0
             for p, interpolation in held:
                 mine = self.state[p]
-                if not _close(p, torch.lerp(mine["y"], mine["z"], 1 - 1 / interpolation)):
-                    mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+                if not _close(p, points.average(mine["y"], mine, interpolation)):
+                    mine.update(points.begin(p))
                     del mine["y"]
                     others += 1
         if others:
@@ -177,7 +214,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         """Begins the average anew at a parameter that was written to since this optimizer did."""
         if not self._is_edited(p):
             return False
-        self.state[p]["z"] = p.detach().clone(memory_format=torch.preserve_format)
+        self.state[p].update(points.begin(p))
         return True
 
     def _is_edited(self, p: Tensor) -> bool:
@@ -186,19 +223,16 @@ class AveragedOptimizer(MeasuredOptimizer):
         return noted not in (None, p._version) and "z" in mine and not distributed.is_sharded(p)
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
+        self._trains_in_eval = not self.model.training
         params = [p for group in self.param_groups for p in group["params"]]
-        own = [p for p in params if self._noted.get(p) == p._version]
-        for p in params:
-            before = self.state.get(p, {}).get("z")
-            if self._take_edits(p):
-                now = self.state[p]["z"]
-                self.state[p]["z"] = torch.where(found.skipped.to(p.device), before, now)
-        super()._descend(found, direction)
         if found.skipped.device.type == "cpu" and bool(found.skipped.numpy()):
-            for p in own:  # a kernel that leaves every bit may count as a write
-                self._note(p)
-            return  # edits are taken by the next step
-        for p in params:
+            # Edits are taken by the next step.
+            params = [p for p in params if self._noted.get(p) == p._version]
+        else:
+            for p in params:
+                self._take_edits(p)
+        super()._descend(found, direction)
+        for p in params:  # a kernel that leaves every bit may count as a write
             self._note(p)
 
     def _retire(self, move: bool = True) -> None:
@@ -211,13 +245,17 @@ class AveragedOptimizer(MeasuredOptimizer):
             self.eval()
         for p, _ in self._averaged():
             # Replaced, never mutated: a state_dict of before holds these very numbers.
-            self.state[p] = {k: v for k, v in self.state[p].items() if k not in ("y", "z")}
+            ended = ("y", *points.NAMES)
+            self.state[p] = {k: v for k, v in self.state[p].items() if k not in ended}
         self._statistics.set_aside = None
 
     def __del__(self) -> None:
-        """A model whose optimizer is gone keeps the average, not the point of the last gradient."""
+        """A model whose optimizer is gone keeps the average, not the point of the last gradient.
+
+        Not where the user says which point the parameters are.
+        """
         with contextlib.suppress(Exception):
-            if not sys.is_finalizing() and not is_capturing():
+            if self.follow_mode and not sys.is_finalizing() and not is_capturing():
                 self._retire()
 
     def remove_hooks(self) -> None:
@@ -300,6 +338,9 @@ class AveragedOptimizer(MeasuredOptimizer):
         own = dict(state_dict)
         statistics = own.pop("running_statistics", None)
         super().load_state_dict(own)
+        numbers = [number for group in own["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        points.load(self.state, params, [own["state"].get(number) for number in numbers])
         self._noted, self._unsettled = WeakTensorKeyDictionary(), True
         self._statistics.set_aside = None if statistics is None else dict(statistics)
 
@@ -328,6 +369,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     def _attach(self) -> None:
         super()._attach()
         self._noted, self._unsettled = WeakTensorKeyDictionary(), False
+        self._trains_in_eval = self._only_by_mode = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
         others = register_optimizer_step_pre_hook(_Retire(self))
@@ -335,7 +377,9 @@ class AveragedOptimizer(MeasuredOptimizer):
         see = self.model.register_forward_pre_hook(
             SeeBatch(self._statistics, self.model), with_kwargs=True
         )
-        self._handles = [follow, see, others]
+        own = [id(p) for group in self.param_groups for p in group["params"]]
+        modes = mode.follow(self, mode.holders(unwrap(self.model), own), "_mode_set")
+        self._handles = [follow, see, others, *modes]
         self._follow_saving()
         self._unfollow = weakref.finalize(self, remove_all, self._handles)
 
@@ -370,11 +414,8 @@ class _Follow:
             return
         if not optimizer.follow_mode or is_replaying():
             return
-        # Mixed modes (fine-tuning in eval mode, `update_bn`) leave the weights unchanged.
-        if model.training and torch.is_grad_enabled():
-            optimizer.train()
-        elif not model.training and not torch.is_grad_enabled():
-            optimizer.eval()
+        # Training mode without gradients, as in `update_bn`, leaves the weights unchanged.
+        optimizer._model_called(model.training)
 
     def hand_over(self, params: set[int]) -> None:
         """Another optimizer of some of these parameters, by `id`, begins: this one has ended."""
@@ -447,12 +488,13 @@ class Interpolation(Direction):
         count_(steps, skipped)
         directions = self._inner.advance(group, params, skipped)
         directions = self.within_reach(params, directions, rate)
+        at, directions = points.of_steps(params, states, directions)
         if group["weight_decay"] != 0:
-            directions = _with_decay(directions, params, group["weight_decay"], rate)
+            directions = _with_decay(directions, at, group["weight_decay"], rate)
         interpolation = self._interpolation(group)
         assert interpolation is not None
         interpolate_(
-            params,
+            at,
             directions,
             fast,
             steps,
@@ -462,6 +504,7 @@ class Interpolation(Direction):
             momentum=self._inner.memory(group),
             equal=self._equal[id(group)],
         )
+        points.round_(params, at, skipped)
 
     def finish(self, skipped: Tensor) -> None:
         """The inner direction's."""
@@ -488,7 +531,7 @@ def _with_decay(
 def _fast_state(state: State, p: Tensor) -> dict[str, Tensor]:
     mine = moments(state, p)
     if "z" not in mine:
-        mine["z"] = p.detach().clone(memory_format=torch.preserve_format)
+        mine.update(points.begin(p))
     return mine
 
 

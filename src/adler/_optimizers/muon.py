@@ -71,8 +71,8 @@ class AdlerMuon(AveragedOptimizer):
             an orthogonalised direction has no small components.
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
-        follow_mode: Whether a call of the model brings the weights of its mode, and its
-            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        follow_mode: Whether the weights follow the model's mode, and its ``state_dict()`` is of the
+            average; if not, only `eval` and `train` place them.
         bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
             the average; 0 leaves them to ``update_bn``.
 

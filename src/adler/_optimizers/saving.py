@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from adler._optimizers import points
 from adler._recording.inert import Inert
 from adler._recording.replay import is_replaying
 
@@ -60,6 +61,10 @@ class SavedWeights:
                 entries[prefix + name] = x
         statistics = optimizer._statistics
         names = statistics.names_of(module)
+        if statistics.set_aside is not None:  # the model holds those of the average, for now
+            for key in (prefix + name for name in names):
+                if isinstance(entries.get(key), Tensor):
+                    entries[key] = entries[key].detach().clone()
         if not names or statistics.set_aside is not None:
             return
         averages = {
@@ -73,17 +78,24 @@ class SavedWeights:
                 entries[prefix + name] = found[known].clone()
 
     def _average(self, optimizer: AveragedOptimizer, p: Tensor) -> Tensor | None:
-        """The average of a parameter that holds another point; None: it holds it, or has none."""
-        interpolation = optimizer._holds_y(p)
-        if interpolation is None:
+        """A tensor of its own with the average of a parameter; None: the parameter has no other.
+
+        Where the parameter is the average, too: training will put another point in its place, and
+        whoever keeps a ``state_dict()`` of before would find that.
+        """
+        interpolation, mine = optimizer._holds_y(p), optimizer.state.get(p, {})
+        if interpolation is None and "y" not in mine:
             return None
-        z = optimizer.state[p]["z"]
+        z = mine["z"]
         known, *versions = self._made.get(p, (None,))
         alive = None if known is None else known()
         if isinstance(alive, Tensor) and versions == [p._version, z._version]:
             return alive
         with torch.inference_mode(False), torch.no_grad():
-            made = torch.lerp(p.detach(), z, 1 - 1 / interpolation)
+            if interpolation is None:
+                made = p.detach().clone()
+            else:
+                made = points.average(p, mine, interpolation)
         self._made[p] = weakref.ref(made), p._version, z._version
         return made
 

@@ -37,10 +37,11 @@ class AdlerScheduleFree(AveragedOptimizer):
     at $y$: the measured length is that of $y$'s move. The average takes the place of a schedule: no
     number of steps need be known.
 
-    While training the parameters are $y$. They follow the model's mode: a call of the model after
-    ``model.eval()``, without gradients, finds $x$ in their place, and the next call in training
-    mode, with gradients, finds $y$. `eval` and `train` do the same at once. The model's
-    ``state_dict()`` holds $x$ in either mode; ``torch.save(model)`` holds what is there.
+    While training the parameters are $y$. They follow the model's mode: ``model.eval()`` puts $x$
+    in their place, for all that is called of the model, and the next call in training mode, with
+    gradients, finds $y$. `eval` and `train` do the same by hand. The model's ``state_dict()`` holds
+    $x$ in either mode; ``torch.save(model)`` holds what is there. When the optimizer goes, $x$
+    stays in the model. In half precision $z$ and $y$ are kept in float32.
 
     BatchNorm's running statistics belong to $y$. Where $x$ is tested or saved they are found anew,
     by a forward pass on each of at most ``bn_batches`` batches that training has seen since the
@@ -62,8 +63,8 @@ class AdlerScheduleFree(AveragedOptimizer):
         guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives.
-        follow_mode: Whether a call of the model brings the weights of its mode, and its
-            ``state_dict()`` the average; if not, only `eval` and `train` do.
+        follow_mode: Whether the weights follow the model's mode, and its ``state_dict()`` is of
+            the average; if not, only `eval` and `train` place them.
         bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
             the average; 0 leaves them to ``update_bn``.
 

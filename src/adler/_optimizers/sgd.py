@@ -68,9 +68,8 @@ class Adler(AveragedOptimizer):
         measure: How, and how often, curvature is measured. See `Measure`.
         output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
             when the model returns no tensor, or the loop slices or reshapes before the loss.
-        follow_mode: Whether a call of the model brings the weights of its mode, the average after
-            ``model.eval()``, without gradients, and its ``state_dict()`` the average; if not, only
-            `eval` and `train` do.
+        follow_mode: Whether the weights follow the model's mode, the average in evaluation, and its
+            ``state_dict()`` is of the average; if not, only `eval` and `train` place them.
         bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
             the average; 0 leaves them to ``torch.optim.swa_utils.update_bn``.
 

@@ -144,6 +144,7 @@ class _Entered:
     random_state: RandomState
     autocast: Any
     state: CallState
+    fed: bool
 
 
 @dataclass
@@ -447,12 +448,15 @@ class Recorder:
             self._entered[get_ident()].append(None)
             return
         trained = {id(p) for p in self._params()}
+        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+        origins, past = sources(given, self._key, trained) if given else ([], False)
         self._entered[get_ident()].append(
             _Entered(
                 Copier(_copy)((args, kwargs)),
                 RandomState.now(self._devices),
                 autocast_states(self._devices),
                 CallState((unwrap(self._model),), trained, self._watched),
+                past or bool(origins),
             )
         )
 
@@ -480,6 +484,7 @@ class Recorder:
             self._compiled,
             state=entered.state,
             draws=not after.same(entered.random_state),
+            fed=entered.fed,
         )
         self._last_call = call, given
         if self._model_loss is not None:
@@ -751,8 +756,8 @@ def _on_backward(
     return hook
 
 
-def remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Takes hooks off."""
+def remove_all(handles: Iterable[Any]) -> None:
+    """Takes hooks off, by their handles."""
     for handle in handles:
         handle.remove()
 

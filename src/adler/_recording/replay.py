@@ -130,6 +130,7 @@ class Call:
         with_graph: Whether replays build the graph of a training pass, which a forward pass may
             need that differentiates or has hooks.
         partial: Whether the arguments are a part of the batch.
+        fed: Whether the arguments depend on the trained parameters, which a replay does not see.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -153,6 +154,7 @@ class Call:
     output_gradient: Tensor | None = None
     with_graph: bool = False
     partial: bool = False
+    fed: bool = False
 
     @classmethod
     def of(

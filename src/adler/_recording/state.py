@@ -40,7 +40,7 @@ class Watched:
 
     Attributes:
         calls: How many were watched closely.
-        moving: Parameters that a forward pass writes to, by `id`.
+        moving: Parameters that are written to between a call and its replay, by `id`.
     """
 
     CLOSELY = 3
@@ -264,6 +264,7 @@ class CallState:
 
         thawed = Copier(replaced, _ignore)
         undo: list[Callable[[], None]] = []
+        self._look_for_moves()
         backup = self._backup(by_id)
         try:
             for module, (own, buffers) in self._modules.items():
@@ -290,6 +291,15 @@ class CallState:
                 one()
             if backup is not None:
                 self._undo_writes(*backup)
+
+    def _look_for_moves(self) -> None:
+        """Parameters that somebody else has moved since, such as another optimizer of the model.
+
+        They are copied when a call begins from now on.
+        """
+        if self._watched is not None:
+            others = ((k, seen) for k, seen in self._seen.items() if seen.role == "parameter")
+            self._watched.moving.update(key for key, seen in others if seen.changed())
 
     def _given(self, p: Tensor, key: int) -> Tensor:
         """A parameter of the replay's own; a copy where the forward pass writes to it."""

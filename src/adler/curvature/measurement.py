@@ -140,7 +140,7 @@ def batch_curvature(
         memory=Memory() if memory is None else memory,
     )
     with replaying():
-        if any(loss.whole is not None for loss in batch):
+        if one.partial:
             found = _of_a_part(one, jvp, alone, checks=memory is not None)
         else:
             found = _best(one, jvp, alone)
@@ -282,6 +282,11 @@ class _Measurement:
         """Whether this process holds a part of the parameters only."""
         return any(is_sharded(p) for p in self.params.values())
 
+    @property
+    def partial(self) -> bool:
+        """Whether the losses are on a part of the batch."""
+        return any(loss.whole is not None for loss in self.batch)
+
     def run(self, jvp: str, graph: bool | None = None, known: bool = True) -> BatchCurvature:
         """Measures with one engine.
 
@@ -384,7 +389,8 @@ class _Measurement:
         arrived, sizes = self._arrived(replays)
         weights = loss_weights(self.batch, zero, self.amp_scale)
         total = _Total(zero, zero, zero, zero, zero, torch.ones_like(zero, dtype=torch.bool))
-        wanted = self.memory.thorough or arrived is None
+        # Of a part, nothing says what its slope should be.
+        wanted = not self.partial and (self.memory.thorough or arrived is None)
         ascends = self._ascends(weights)
         complete = True
         loss_per_nat = torch.full_like(zero, 0.0 if self.needs_kl_scale else math.inf)
@@ -409,6 +415,8 @@ class _Measurement:
             self.memory.loss = trust.agree(described, arrived, within, sizes).detach()
         if self.memory.loss is not None and (arrived is not None or described is None):
             checks["loss"] = self.memory.loss  # now, or when it was last looked at
+        if any(call.fed for call in replays):  # the other checks fail for this reason
+            checks = {"inputs": torch.zeros_like(total.finite)}
         trusted = None
         if checks:
             trusted = functools.reduce(torch.logical_and, (c.to(device) for c in checks.values()))

@@ -3,12 +3,14 @@ r"""Whether a measurement is of the training pass: checks that cost next to noth
 | check | what must be equal | what makes it fail |
 |---|---|---|
 | ``outputs`` | replayed and recorded outputs | a forward pass that does not repeat itself |
+| ``inputs`` | arguments of the call, whatever the parameters | outputs of one call that are inputs of the next |
 | ``slope`` | $\langle \partial h / \partial F, v \rangle$ and $g \cdot d$ | tangents that are wrong; a penalty on the weights |
 | ``loss`` | $\sum w \langle \partial L / \partial F, v \rangle$ and either of these | a second loss of the same outputs; outputs changed after the call |
 
-The first needs the outputs, which every exact engine makes on its way; the second one product of
-outputs. The third differentiates the loss alone, at the outputs, and is taken at the first
-measurements and now and then. A number that is not finite passes: the search finds it.
+The first needs the outputs, which every exact engine makes on its way; the second a look at the
+graph of arguments that require a gradient; the third one product of outputs. The last
+differentiates the loss alone, at the outputs, and is taken at the first measurements and now and
+then. A number that is not finite passes: the search finds it.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -32,11 +34,15 @@ CAUSES = {
         "by the model or its modules: a global or class attribute, a file, the time, a generator "
         "kept elsewhere. Keep it as an attribute of the model"
     ),
+    "inputs": (
+        "what the model was called with depends on the trained parameters: outputs of one call are "
+        "inputs of the next, as in a rollout or a recurrent cell, or a part of the model is "
+        "called before it. Do both in the forward of one module, or detach what is handed on"
+    ),
     "slope": (
         "the gradient is not that of the recorded losses alone, or it is changed on its way: a "
         "penalty on the weights (use weight_decay=, or compute it inside the model), a loss that "
-        "the criterion does not see, outputs of one call that are inputs of the next (unroll them "
-        "in one module), or a gradient edited after backward()"
+        "the criterion does not see, or a gradient edited after backward()"
     ),
     "loss": (
         "the outputs receive a gradient that is not the criterion's: a second loss of the same "
@@ -68,7 +74,7 @@ class Memory:
         failed: How often all have failed in a row.
         full: Measurements of a part until the next of the whole batch.
         pending: Whether an earlier measurement was trusted, on its way to the host.
-        loss: Whether the third check held when it was last taken.
+        loss: Whether the check of the loss held when it was last taken.
         whole: What the last look at a whole batch found, where parts are measured.
         ascends: Whether losses with a negative weight were seen.
     """
@@ -88,7 +94,7 @@ class Memory:
 
     @property
     def thorough(self) -> bool:
-        """Whether this measurement takes the third check too."""
+        """Whether this measurement takes the check of the loss too."""
         return self.measurements < self.CLOSELY or self.measurements % self._EVERY == 0
 
     def distrusts(self, trusted: Tensor | None) -> bool:
@@ -113,7 +119,8 @@ class Memory:
         if self.rests > 0:
             self.rests -= 1
             return False
-        return any(name != "loss" and not on_host(c, wait=True) for name, c in checks.items())
+        others = (c for name, c in checks.items() if name not in ("inputs", "loss"))
+        return any(not on_host(check, wait=True) for check in others)
 
     def give_up(self) -> None:
         """All engines have failed: they are not tried again for a while."""
