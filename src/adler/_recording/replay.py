@@ -21,6 +21,7 @@ from adler import _distributed as distributed
 from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, tensors_in
 from adler._recording.randomness import RandomState
+from adler._recording.rounding import NotesAutocast
 from adler._recording.state import CallState
 
 __all__ = [
@@ -191,7 +192,9 @@ class Call:
         """
         with self.surroundings() as state, state.installed(params):
             args, kwargs = self.arguments()
-            return self.picked(self.model(*args, **kwargs))
+            with NotesAutocast(self.model, ("cpu", *(d.type for d in self.devices))):
+                result = self.model(*args, **kwargs)
+            return self.picked(result)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments that the model may write to."""

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from adler import _tensors
 from adler._recording.recorder import RecordedLoss
 from adler._recording.replay import Call
+from adler._recording.rounding import autocast_inside
 
 __all__ = ["coarsest_dtype", "difference_step", "loss_value_of", "relative_step"]
 
@@ -99,6 +100,7 @@ def coarsest_dtype(call: Call, dtype: torch.dtype) -> torch.dtype:
         dtype: Of the outputs.
     """
     seen = [dtype, *(state.dtype for state in call.autocast if state.enabled)]
+    seen += autocast_inside(call.model)
     if dtype == torch.float32 and _rounds_to_tensorfloat32(call):
         seen.append(torch.float16)  # of as many digits
     return max(seen, key=lambda candidate: torch.finfo(candidate).eps)
