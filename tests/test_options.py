@@ -112,14 +112,17 @@ def test_an_unknown_option_is_refused_with_those_that_there_are(make):
 
 
 OWN = {
-    "Adler": (Adler, {"momentum", "weight_decay", "interpolation", "follow_mode"}),
+    "Adler": (Adler, {"momentum", "weight_decay", "interpolation", "follow_mode", "bn_batches"}),
     "AdlerAdam": (AdlerAdam, {"betas", "adam_eps", "weight_decay"}),
-    "AdlerScheduleFree": (AdlerScheduleFree, {"betas", "adam_eps", "weight_decay", "follow_mode"}),
+    "AdlerScheduleFree": (
+        AdlerScheduleFree,
+        {"betas", "adam_eps", "weight_decay", "follow_mode", "bn_batches"},
+    ),
     "AdlerMuon": (
         AdlerMuon,
         {
             *("momentum", "betas", "adam_eps", "weight_decay"),
-            *("interpolation", "matrices", "follow_mode"),
+            *("interpolation", "matrices", "follow_mode", "bn_batches"),
         },
     ),
     "SpectralSGD": (

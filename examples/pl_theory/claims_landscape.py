@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from examples.pl_theory.figures import relative
+from examples.pl_theory.figures import SCALINGS, relative
 from examples.pl_theory.landscapes import DRAWS
 from examples.pl_theory.records import Record, of_kind
 from examples.pl_theory.verdicts import Section, number, power_law, table, verdict
@@ -18,21 +18,23 @@ __all__ = ["ball", "cancellation", "connected", "dominance", "dropout"]
 def _surroundings(
     found: Sequence[Record], quantity: str, figure: str, claim: str, text: str
 ) -> Section | None:
-    runs = of_kind(found, "connectivity")
+    rows: list[tuple[str, ...]] = []
+    cases: dict[str, list[bool]] = {}
+    runs = [r for kind in SCALINGS for r in of_kind(found, kind)]
     widths = sorted({int(r["width"]) for r in runs})
     if len(widths) < 2:
         return None
-    rows, cases = [], []
-    for activation, loss in sorted({(r["activation"], r["loss"]) for r in runs}):
+    for kind, activation, loss in sorted({(r["kind"], r["activation"], r["loss"]) for r in runs}):
+        same = of_kind(runs, kind, activation=activation, loss=loss)
         line = [
-            float(np.mean([relative(r, quantity) for r in same]))
-            for w in widths
-            if (same := of_kind(runs, "connectivity", activation=activation, loss=loss, width=w))
+            float(np.mean([relative(r, quantity) for r in of_kind(same, kind, width=w)]))
+            for w in sorted({r["width"] for r in same})
         ]
-        cases.append(line[-1] < line[0])
-        rows.append((activation, loss, *map(number, line)))
-    head = ("Activation", "Loss", *(f"width {w}" for w in widths))
-    return Section((figure,), claim, "\n".join([text, *table(head, rows)]), verdict(cases))
+        cases.setdefault(SCALINGS[kind], []).append(line[-1] < line[0])
+        rows.append((SCALINGS[kind], activation, loss, *map(number, line)))
+    head = ("Network", "Activation", "Loss", *(f"width {w}" for w in widths))
+    word = "; ".join(f"{name}: {verdict(found)}" for name, found in sorted(cases.items()))
+    return Section((figure,), claim, "\n".join([text, *table(head, rows)]), word)
 
 
 def dropout(found: Sequence[Record]) -> Section | None:
@@ -43,11 +45,11 @@ def dropout(found: Sequence[Record]) -> Section | None:
         "dropout",
         "Trained networks are dropout stable, the more the wider: |L_N − L_M| falls with the "
         "width.",
-        "Half of the units of each of two hidden layers left out, the others' weights doubled; "
-        "over the loss where nothing is known (0.1, or log 10). Means over seeds. Counted: less "
-        "at the largest width than at the smallest. The theorem is of stochastic gradient "
-        "descent in the mean-field scaling; these networks are trained by gradient descent in "
-        "the usual one.\n",
+        "Half of the units of every hidden layer left out, the others' weights doubled; over the "
+        "loss where nothing is known (0.1, or log 10). Means over seeds. Counted: less at the "
+        "largest width than at the smallest. The theorem is of stochastic gradient descent on two "
+        "layers in the mean-field scaling; here, by gradient descent, in it and in the usual "
+        "scaling, where a network is no mean of its units.\n",
     )
 
 

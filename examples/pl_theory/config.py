@@ -18,9 +18,10 @@ KINDS = (
     "training",
     "perturbation",
     "connectivity",
+    "mean-field",
     "ball",
 )
-_TRAINED = ("training", "perturbation", "connectivity")
+_TRAINED = ("training", "perturbation", "connectivity", "mean-field")
 LOSSES = ("mse", "mse-softmax", "cross-entropy")
 
 
@@ -86,7 +87,7 @@ class Experiment:
         _one_of("loss", self.loss, LOSSES)
         if len(self.examples) != 1:
             raise ValueError(f"examples={self.examples!r}: a training has one training set")
-        names = ["rate", "epochs"] + ["measurements"] * (self.kind != "connectivity")
+        names = ["rate", "epochs"] + ["measurements"] * (self.kind in ("training", "perturbation"))
         for name in names + ["test_examples"] * (self.kind == "training"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be positive")

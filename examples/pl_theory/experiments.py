@@ -51,6 +51,7 @@ def run(experiment: Experiment, root: Path | None = None, device: str = "cpu") -
         "training": training.descend,
         "perturbation": landscapes.perturbation,
         "connectivity": landscapes.connectivity,
+        "mean-field": landscapes.connectivity,
         "ball": landscapes.ball,
     }
     results = work[experiment.kind](experiment, data)

@@ -29,8 +29,13 @@ from examples.pl_theory.drawing import (
 )
 from examples.pl_theory.records import Record, of_kind
 
-__all__ = ["draw", "middle_size", "scaling_law"]
+__all__ = ["SCALINGS", "draw", "middle_size", "relative", "scaling_law"]
 
+# The kinds of networks of which dropout stability and connectivity are measured.
+SCALINGS = {
+    "connectivity": "three layers, usual scaling",
+    "mean-field": "two layers, mean-field scaling",
+}
 _NAMES = {False: "not renormalised", True: "renormalised"}
 
 
@@ -232,28 +237,28 @@ def three_layers(found: Iterable[Record]) -> Figure | None:
 
 def surroundings(found: Iterable[Record], quantity: str, label: str) -> Figure | None:
     """Dropout stability or the barrier on a line, over the width: mean and range over seeds."""
-    runs = of_kind(found, "connectivity")
-    if not runs:
+    found = list(found)
+    kinds = [kind for kind in SCALINGS if of_kind(found, kind)]
+    if not kinds:
         return None
-    figure, grid = panels(1, 1)
-    axis = grid[0, 0]
-    for index, (activation, loss) in enumerate(
-        sorted({(r["activation"], r["loss"]) for r in runs})
-    ):
-        same = of_kind(runs, "connectivity", activation=activation, loss=loss)
-        widths = sorted({r["width"] for r in same})
-        every = [
-            [relative(r, quantity) for r in of_kind(same, "connectivity", width=w)] for w in widths
-        ]
-        line = np.array([np.mean(values) for values in every])
-        look: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
-        axis.plot(widths, positive(line), label=f"{activation}, {loss}", **look)
-        low, high = (np.array([f(values) for values in every]) for f in (np.min, np.max))
-        axis.fill_between(widths, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
-    axis.set_xscale("log")
-    axis.set_yscale("log" if quantity == "change" else "linear")
-    axis.set_xlabel("Width")
-    axis.set_ylabel(label)
+    figure, grid = panels(1, len(kinds), sharey=True)
+    for axis, kind in zip(grid[0], kinds, strict=True):
+        runs = of_kind(found, kind)
+        pairs = sorted({(r["activation"], r["loss"]) for r in runs})
+        for index, (activation, loss) in enumerate(pairs):
+            same = of_kind(runs, kind, activation=activation, loss=loss)
+            widths = sorted({r["width"] for r in same})
+            every = [[relative(r, quantity) for r in of_kind(same, kind, width=w)] for w in widths]
+            line = np.array([np.mean(values) for values in every])
+            look: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index]}
+            axis.plot(widths, positive(line), label=f"{activation}, {loss}", **look)
+            low, high = (np.array([f(values) for values in every]) for f in (np.min, np.max))
+            axis.fill_between(widths, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+        axis.set_yscale("log" if quantity == "change" else "linear")
+        axis.set_title(SCALINGS[kind], fontsize="medium")
+        axis.set_xlabel("Width")
+    grid[0, 0].set_ylabel(label)
     return finish(figure, "Networks trained on handwritten digits: mean and range over seeds")
 
 

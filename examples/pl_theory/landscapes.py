@@ -57,7 +57,7 @@ def perturbation(experiment: Experiment, data: Inputs) -> dict[str, Any]:
             }
             for name, value in row.items():
                 measured.setdefault(name, []).append(value)
-        _step(objective, gradient, experiment.rate)
+        _step(objective, gradient, _rates(experiment, data.train_x.shape[1]))
     return {"draws": draws, "measured": measured}
 
 
@@ -117,16 +117,21 @@ class _Linear(nn.Module):
 
 
 def connectivity(experiment: Experiment, data: Inputs) -> dict[str, Any]:
-    """Dropout stability of a trained network, and the line from it to another one.
+    r"""Dropout stability of a trained network, and the line from it to another one.
+
+    In the mean-field scaling of the slides, a ``mean-field`` network of width ``N`` is the mean of
+    its units, $f(x) = \frac1N \sum_i a_i\, \varphi(w_i \cdot x)$ with $a_i$ of unit variance. The
+    rate is that of each unit's own parameters, times ``N``; of ``w`` over ``‖x‖² = d``.
 
     Results: ``loss`` at the end, ``change`` when every other unit of each hidden layer is left out
     (the first half stays), ``barrier`` on the straight line to a network of other initial weights
     that was trained on the same examples, and ``path``, the losses along it.
     """
     networks = [_objective(experiment, data, experiment.seed + shift) for shift in (0, 1000)]
+    rates = _rates(experiment, data.train_x.shape[1])
     for objective in networks:
         for _ in range(experiment.epochs):
-            _step(objective, objective.gradient(), experiment.rate)
+            _step(objective, objective.gradient(), rates)
     one, other = networks
     found = dropout_stability(one, kept=0.5)
     ends = [{n: p.detach() for n, p in o.params.items()} for o in networks]
@@ -166,7 +171,7 @@ def ball(experiment: Experiment, data: Inputs) -> dict[str, Any]:
         loss, gradient = objective.loss_and_gradient()
         if float(loss) <= first / 1000:
             break
-        _step(objective, gradient, 1 / largest)
+        _step(objective, gradient, [1 / largest] * experiment.depth)
     moved = [(p.detach() - start[name]).square().sum() for name, p in objective.params.items()]
     after = torch.linalg.eigvalsh(objective.tangent_kernel().to_dense())
     return {
@@ -193,12 +198,24 @@ def _objective(experiment: Experiment, data: Inputs, seed: int) -> Objective:
     widths = (x.shape[1], *[experiment.width] * (experiment.depth - 1), data.classes)
     activation = activation_of(experiment.activation)
     model = fully_connected(activation, widths, seed, dtype=x.dtype).to(x.device)
+    if experiment.kind == "mean-field":
+        *_, last = model.parameters()
+        with torch.no_grad():
+            last.mul_(experiment.width**-0.5)  # from variance 1/N to that of a/N
     targets = task.targets.to(x.dtype) if task.targets.is_floating_point() else task.targets
     return Objective(model, x, targets, task.criterion)
 
 
+def _rates(experiment: Experiment, dimension: int) -> list[float]:
+    """Of every weight matrix."""
+    rate, N = experiment.rate, experiment.width
+    # The last one holds a/N, whose gradient is N times that with respect to a.
+    of_means = [rate * N / dimension, rate / N]
+    return of_means if experiment.kind == "mean-field" else [rate] * experiment.depth
+
+
 @torch.no_grad()
-def _step(objective: Objective, gradient: dict[str, Tensor], rate: float) -> None:
-    for name, p in objective.params.items():
+def _step(objective: Objective, gradient: dict[str, Tensor], rates: Sequence[float]) -> None:
+    for (name, p), rate in zip(objective.params.items(), rates, strict=True):
         assert isinstance(p, nn.Parameter)
         p.sub_(gradient[name], alpha=rate)

@@ -136,6 +136,21 @@ class Preset:
                 measurements=6 if kind == "perturbation" else 0,
                 seed=seed,
             )
+        for width, activation, loss in itertools.product(
+            self.landscape_widths, ("relu", "tanh"), ("mse", "cross-entropy")
+        ):
+            yield Experiment(
+                "mean-field",
+                "digits",
+                activation,
+                width=width,
+                depth=2,
+                examples=(self.landscape_examples,),
+                loss=loss,
+                rate=2.0 if loss == "mse" else 0.5,
+                epochs=self.landscape_epochs,
+                seed=seed,
+            )
 
     def _balls(self, seed: int) -> Iterator[Experiment]:
         for width in self.ball_widths:
@@ -238,8 +253,9 @@ FIGURES: dict[str, Callable[[Experiment], bool]] = {
     "6.12": _training("relu", "mse-softmax"),
     "paper-7d": _training("tanh", "mse-softmax"),
     "nmm": lambda e: e.kind == "tangent-kernel",
-    "dropout": lambda e: e.kind == "connectivity",
-    "connectivity": lambda e: e.kind == "connectivity",
+    **dict.fromkeys(
+        ("dropout", "connectivity"), lambda e: e.kind in ("connectivity", "mean-field")
+    ),
     "ball": lambda e: e.kind == "ball",
     "7.5": lambda e: e.kind == "perturbation",
 }

@@ -437,6 +437,32 @@ def test_the_ball_against_dense_matrices():
     assert found["radius"] == pytest.approx(radius, rel=1e-2)
 
 
+@pytest.mark.parametrize("units", [5, 50])
+def test_a_network_in_the_mean_field_scaling_is_the_mean_of_its_units(units):
+    experiment = replace(
+        SURROUNDINGS, kind="mean-field", depth=2, width=units, measurements=0, epochs=3
+    )
+    found = experiments.run(experiment)["results"]
+    data = inputs.load("digits", None, 3, seed=1)
+    x, y = data.train_x, F.one_hot(data.train_y, 10).double()
+    model = fully_connected(activation_of("tanh"), (64, units, 10), 1, dtype=torch.float64)
+    w = model[0].weight.detach().clone().requires_grad_()
+    a = (model[2].weight.detach() * units**0.5).requires_grad_()  # of unit variance
+
+    def loss(some=slice(None)):
+        return ((model[1](x @ w[some].T) @ a[:, some].T / len(w[some])) - y).square().mean()
+
+    for _ in range(3):
+        of_w, of_a = torch.autograd.grad(loss(), (w, a))
+        with torch.no_grad():
+            w -= 0.05 * units / 64 * of_w
+            a -= 0.05 * units * of_a
+    assert found["loss"] == pytest.approx(float(loss().detach()), rel=1e-6)
+    half = slice(max(1, round(units / 2)))
+    change = abs(float(loss(half).detach()) - float(loss().detach()))
+    assert found["change"] == pytest.approx(change, rel=1e-6)
+
+
 def test_the_line_between_two_trained_networks():
     experiment = replace(SURROUNDINGS, kind="connectivity", measurements=0, epochs=3)
     found = experiments.run(experiment)["results"]
