@@ -77,7 +77,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     follow_mode: bool = True
     bn_batches: int = 16
     _noted: Any
-    _unsettled: bool
+    _unreconciled: bool
     _statistics: RunningStatistics
     _weights: SavedWeights
     _handles: list[RemovableHandle | mode.Follower]
@@ -103,7 +103,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         Weights that were loaded or edited since the last step are taken as they are: they become
         the average, and training goes on from them.
         """
-        self._settle()
+        self._reconcile()
         self._only_by_mode = False
         # A tensor made under inference_mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
@@ -121,7 +121,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def train(self) -> None:
         """Puts the parameters back, bit for bit. Without effect when they are there."""
-        self._settle()
+        self._reconcile()
         self._only_by_mode = False
         with torch.inference_mode(False), torch.no_grad():
             moved = False
@@ -147,7 +147,7 @@ class AveragedOptimizer(MeasuredOptimizer):
             if self._only_by_mode and torch.is_grad_enabled():
                 self.train()
             return
-        self._settle()
+        self._reconcile()
         if any("y" in mine for mine in self.state.values()):
             return
         own = [id(p) for group in self.param_groups for p in group["params"]]
@@ -176,15 +176,15 @@ class AveragedOptimizer(MeasuredOptimizer):
                     if p in self.state and "z" in self.state[p]
                 )
 
-    def _settle(self) -> None:
+    def _reconcile(self) -> None:
         """Once after a state was loaded, looks which of the points the parameters hold.
 
         Those of a checkpoint are the averages. Whoever loads no weights has those of training.
         """
         self._momenta.put_back(self.param_groups)
-        if not self._unsettled:
+        if not self._unreconciled:
             return
-        self._unsettled = False
+        self._unreconciled = False
         held = [(p, i) for p, i in self._averaged() if "y" in self.state[p]]
         with torch.no_grad():
             if held and all(_equal(p, self.state[p]["y"]) for p, _ in held):
@@ -280,7 +280,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         raise NotImplementedError
 
     def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
-        self._settle()
+        self._reconcile()
         if any("y" in self.state[p] for p in params if p in self.state):
             raise RuntimeError(
                 "step(): the parameters are the averages, for testing: call optimizer.train() "
@@ -319,7 +319,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         The model's own ``state_dict()`` holds the averages. Running statistics of training are
         under ``"running_statistics"``, where the model has any.
         """
-        self._settle()
+        self._reconcile()
         packed = super().state_dict()
         averaged = {id(p) for p, _ in self._averaged()}
         if not self.follow_mode or not averaged:
@@ -341,7 +341,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         numbers = [number for group in own["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         points.load(self.state, params, [own["state"].get(number) for number in numbers])
-        self._noted, self._unsettled = WeakTensorKeyDictionary(), True
+        self._noted, self._unreconciled = WeakTensorKeyDictionary(), True
         self._statistics.set_aside = None if statistics is None else dict(statistics)
 
     def _holds_y(self, p: Tensor) -> float | None:
@@ -368,7 +368,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._noted, self._unsettled = WeakTensorKeyDictionary(), False
+        self._noted, self._unreconciled = WeakTensorKeyDictionary(), False
         self._trains_in_eval = self._only_by_mode = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)

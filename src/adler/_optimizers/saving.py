@@ -10,20 +10,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler._optimizers import points
+from adler._optimizers.running_statistics import RunningStatistics
 from adler._recording.inert import Inert
 from adler._recording.replay import is_replaying
 
-if TYPE_CHECKING:
-    from adler._optimizers.average import AveragedOptimizer
-
 __all__ = ["SavedWeights"]
+
+
+class Averaged(Protocol):
+    """What is asked of an optimizer: `adler._optimizers.average.AveragedOptimizer`."""
+
+    follow_mode: bool
+    state: Any
+    _names: dict[Tensor, str]
+    _statistics: RunningStatistics
+
+    def _reconcile(self) -> None: ...
+
+    def _holds_y(self, p: Tensor) -> float | None: ...
 
 
 class SavedWeights:
@@ -33,7 +44,7 @@ class SavedWeights:
         optimizer: Not kept alive.
     """
 
-    def __init__(self, optimizer: AveragedOptimizer) -> None:
+    def __init__(self, optimizer: Averaged) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # The last average of each parameter, for as long as somebody holds it: tied weights stay
@@ -51,7 +62,7 @@ class SavedWeights:
         optimizer = self._optimizer()
         if optimizer is None or not optimizer.follow_mode or is_replaying():
             return
-        optimizer._settle()
+        optimizer._reconcile()
         for name, p in module._parameters.items():
             held = entries.get(prefix + name)
             if p is None or held is None or held is p:
@@ -77,7 +88,7 @@ class SavedWeights:
             if known in found and prefix + name in entries:
                 entries[prefix + name] = found[known].clone()
 
-    def _average(self, optimizer: AveragedOptimizer, p: Tensor) -> Tensor | None:
+    def _average(self, optimizer: Averaged, p: Tensor) -> Tensor | None:
         """A tensor of its own with the average of a parameter; None: the parameter has no other.
 
         Where the parameter is the average, too: training will put another point in its place, and
