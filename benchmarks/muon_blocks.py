@@ -109,9 +109,9 @@ def _markdown(records: Sequence[dict[str, Any]]) -> str:
         "",
         "<!-- --8<-- [start:table] -->",
         "",
-        "`python -m benchmarks.muon_blocks`, one seed, one epoch (about 800 steps), no tensor moving"
-        " by more than 0.02 of its initial norm in a step. Test loss where"
-        " the matrices, or all that is not a hidden matrix, move by a multiple of the measured"
+        "`python -m benchmarks.muon_blocks`, one seed, one epoch (about 800 steps); no tensor moves"
+        " by more than 0.02 of its initial norm in a step. Test loss where the matrices, or all"
+        " that is not a hidden matrix, move by a multiple of the measured"
         " rate:",
         "",
         "| task | " + " | ".join(map(_title, _FACTORS)) + " |",
