@@ -15,7 +15,7 @@ from benchmarks.suite import (
 )
 from benchmarks.suite.methods import method
 from benchmarks.suite.profiles import Unit
-from benchmarks.suite.standings import REFERENCE, TUNED, Runs
+from benchmarks.suite.standings import DEFAULT, REFERENCE, TUNED, Runs
 from benchmarks.suite.tables import BESIDE, beside, cell, document, head, row
 from benchmarks.suite.trials import Preset
 from examples.shared.records import Record
@@ -42,6 +42,7 @@ def markdown(
     mine = [r for r in found if horizons.horizon(r, preset) is not None]
     sections = {
         "verdict": ("Verdict", headlines.long(by_horizon)),
+        "readme": ("In short", _summary(by_horizon)),
         "horizons": ("Rank by horizon", _ranks(by_horizon, short)),
         "profiles": ("Time and steps to where tuned AdamW ends", _profiles(by_horizon)),
         "significance": ("How sure it is", _significance(by_horizon)),
@@ -51,6 +52,44 @@ def markdown(
         "scores": ("Task by task", _scores(by_horizon)),
     }
     return document(mine, name, sections)
+
+
+# --- what the README shows ------------------------------------------------------------------------
+
+_SHOWN = (
+    "adler-muon",
+    "adler-schedulefree",
+    "muon-cosine-tuned",
+    "schedulefree-adamw",
+    "schedulefree-plus",
+)
+
+
+def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+    """At the horizon where most tasks have been run beside tuned AdamW."""
+    by_loss = {t: standings.contests(f, "test_loss") for t, f in by_horizon.items()}
+    told = {t: standings.loss_ratios(runs, DEFAULT, TUNED) for t, runs in by_loss.items()}
+    title = max(told, key=lambda t: len(told[t]), default=None)
+    if title is None or not told[title]:
+        return ["It has not run."]
+    lines = head(f"After {title}", "Told", "Tasks", "Test loss over tuned AdamW's", "At most")
+    for name in _SHOWN:
+        ratios = standings.loss_ratios(by_loss[title], name, TUNED)
+        mean = standings.loss_ratio(by_loss[title], name, TUNED)
+        if mean is None:
+            continue
+        chosen = method(name)
+        knows = "nothing" if not chosen.needs_steps else "the horizon"
+        knows = f"the horizon, best of {len(chosen.grid)} rates" if chosen.grid else knows
+        entries = (knows, len(ratios), f"{mean:.3f}", f"{max(ratios.values()):.2f}")
+        lines.append(row(chosen.label, *entries))
+    rates, seeds = method(TUNED).grid or (), {r["seed"] for r in by_horizon[title]}
+    return [
+        *lines,
+        "",
+        f"AdamW with warm-up, a cosine over this horizon and the best of {len(rates)} rates by the "
+        f"test set is 1; geometric mean over tasks, {len(seeds)} seed{'s' * (len(seeds) > 1)}.",
+    ]
 
 
 # --- ranks ---------------------------------------------------------------------------------------
