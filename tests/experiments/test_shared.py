@@ -118,7 +118,8 @@ def test_the_networks_of_the_cost_benchmark_have_their_sizes(name, parameters):
 
 
 def test_no_colour_is_used_for_two_methods():
-    names = ["dog", "sgd", "prodigy", "adler", "momo", "adamw", "adler-adam", "adler-schedulefree"]
+    ours = ["adler", "adler-adam", "adler-schedulefree", "adler-muon"]
+    names = ["dog", "sgd", "prodigy", "adamw", *ours]
     colours = plots.colours_of([*names, "dog"])
     assert list(colours) == names
     assert len(set(colours.values())) == len(plots.COLOURS) == 8

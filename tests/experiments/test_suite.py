@@ -524,7 +524,7 @@ def test_a_command_that_cannot_run(arguments, message, tmp_path):
 def test_a_missing_package_is_named_before_anything_runs(tmp_path, monkeypatch):
     absent = METHODS["prodigy"]._replace(package="no_such_package")
     monkeypatch.setitem(METHODS, "prodigy", absent)
-    with pytest.raises(SystemExit, match=r"no_such_package: pip install 'torch-adler\[benchmarks"):
+    with pytest.raises(SystemExit, match=r"no_such_package: pip install -e '\.\[benchmarks"):
         command.main(["--preset", "smoke", "--methods", "prodigy", "--results", str(tmp_path)])
 
 

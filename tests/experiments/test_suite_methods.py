@@ -110,7 +110,7 @@ def test_variants_are_the_class_with_those_options():
     ("name", "message"),
     [
         ("adam", "method 'adam': expected one of sgd"),
-        ("adamw@lr=1", "only adler, adler-adam, adler-schedulefree have variants"),
+        ("adamw@lr=1", "only adler, adler-adam, adler-schedulefree, adler-muon have variants"),
         ("adler@kappa=0.1", "'kappa' is none of lr, momentum"),
         ("adler@guard=None", "'guard' is none of"),
         ("adler@max_kl=-1", "max_kl=-1: expected a positive number"),

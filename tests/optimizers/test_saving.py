@@ -242,3 +242,24 @@ def test_what_is_saved_at_a_test_stays_when_training_goes_on(kind, build):
     kept = {key: value.clone() for key, value in saved.items()}
     steps(model, optimizer, 3, start=20)
     assert equal(saved, kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_of_a_scripted_part_it_is_said_and_the_average_is_saved_where_it_stands():
+    torch.manual_seed(0)
+    parts = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+    model, criterion = nn.Sequential(*map(torch.jit.script, parts)), nn.CrossEntropyLoss()
+    with pytest.warns(RuntimeWarning, match=r"scripted .* call optimizer.eval\(\)") as said:
+        optimizer = AdlerScheduleFree(model.parameters(), model, criterion)
+    assert len(said) == 1
+    for _ in range(5):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+        optimizer.step()
+    training = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.eval()
+    saved = model.state_dict()
+    for name, p in model.named_parameters():
+        z, y = optimizer.state[p]["z"], training[name]
+        torch.testing.assert_close(saved[name], y + (y - z) / 9, rtol=1e-5, atol=1e-6)
+        assert not saved[name].equal(y)

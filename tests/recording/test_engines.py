@@ -318,6 +318,7 @@ def test_modules_that_reach_around(make, jvp):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:a scripted module cannot be made to save")
 @every_engine
 @pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
 def test_scripted_modules(script, jvp):

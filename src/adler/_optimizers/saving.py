@@ -20,6 +20,7 @@ from adler._optimizers import points
 from adler._optimizers.running_statistics import RunningStatistics
 from adler._recording.inert import Inert
 from adler._recording.replay import is_replaying
+from adler._warning import warn
 
 __all__ = ["SavedWeights"]
 
@@ -50,12 +51,20 @@ class SavedWeights:
         # The last average of each parameter, for as long as somebody holds it: tied weights stay
         # one tensor in a checkpoint.
         self._made: Any = WeakTensorKeyDictionary()
+        self._said = False
 
     def hook(self, modules: Iterable[nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:
         """Hooks those that are not yet."""
         new = [module for module in modules if module not in self._hooked]
+        able = [module for module in new if not isinstance(module, torch.jit.ScriptModule)]
+        if len(able) < len(new) and not self._said:
+            self._said = True
+            warn(
+                "a scripted module cannot be made to save the average: call optimizer.eval() "
+                "before its state_dict(), or it saves the weights of training"
+            )
         self._hooked.update(new)
-        return [module.register_state_dict_post_hook(_Save(self)) for module in new]  # type: ignore[no-untyped-call]
+        return [module.register_state_dict_post_hook(_Save(self)) for module in able]  # type: ignore[no-untyped-call]
 
     def write(self, module: nn.Module, entries: MutableMapping[str, Any], prefix: str) -> None:
         """Puts the averages into what a module has just said of itself."""
@@ -78,10 +87,11 @@ class SavedWeights:
                     entries[key] = entries[key].detach().clone()
         if not names or statistics.set_aside is not None:
             return
+        # Where the averages are in place, so are statistics: found there, or loaded with them.
         averages = {
             optimizer._names[p]: x
             for p in optimizer._names
-            if (x := self._average(optimizer, p)) is not None
+            if optimizer._holds_y(p) is not None and (x := self._average(optimizer, p)) is not None
         }
         found = statistics.at(averages) if averages else {}
         for name, known in names.items():
