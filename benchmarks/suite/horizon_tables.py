@@ -66,10 +66,10 @@ _SHOWN = (
 
 
 def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
-    """At the horizon where most tasks have been run beside tuned AdamW."""
+    """At the longest of the horizons where most tasks have been run beside tuned AdamW."""
     by_loss = {t: standings.contests(f, "test_loss") for t, f in by_horizon.items()}
     told = {t: standings.loss_ratios(runs, DEFAULT, TUNED) for t, runs in by_loss.items()}
-    title = max(told, key=lambda t: len(told[t]), default=None)
+    title = max(reversed(told), key=lambda t: len(told[t]), default=None)
     if title is None or not told[title]:
         return ["It has not run."]
     lines = head(f"After {title}", "Told", "Tasks", "Test loss over tuned AdamW's", "At most")

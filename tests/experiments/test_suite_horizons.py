@@ -222,7 +222,7 @@ def test_the_tables_by_horizon():
 
 def test_a_horizon_that_nobody_has_finished():
     text = horizon_tables.markdown([hand_made("adler", [0.9, 0.6])], SMALL, "small")
-    assert text.count("It has not run.") == 3
+    assert text.count("It has not run.") == 4
     assert "No task has a target" in text
     assert "| Adler | 1.0 | 0 |" in text
     assert "Not yet run beside a tuned AdamW: 1 × the epochs.\n" in text
@@ -240,6 +240,17 @@ def test_the_verdict_by_horizon_is_of_the_recommended_optimizer():
         f"epochs {math.sqrt(0.2 * 0.3) / 0.4:.3f} times AdamW's on 2 tasks (at most 0.75).**\n"
     ) in text
     assert "Not yet run" not in text
+
+
+def test_the_short_table_is_of_the_longest_horizon_with_most_tasks():
+    found = [
+        {**r, "method": "adler-schedulefree"} if r["method"] == "adler" else r
+        for r in some_records()
+    ]
+    text = horizon_tables.markdown(found, SMALL, "small")
+    assert "| After 2 × the epochs | Told | Tasks |" in text
+    mean = math.sqrt(0.2 * 0.3) / 0.4
+    assert f"| AdlerScheduleFree | nothing | 2 | {mean:.3f} | 0.75 |" in text
 
 
 def test_loss_ratios_are_those_that_the_mean_is_of():
