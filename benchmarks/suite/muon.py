@@ -9,31 +9,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-__all__ = ["MuonAdamW", "hidden_matrices"]
+import adler
 
-_MATRICES = (nn.Linear, nn.Conv2d, nn.GRU, nn.Embedding)
-
-
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of linear, convolutional and recurrent layers but the first and the last.
-
-    Muon's authors leave inputs, outputs, embeddings, biases, gains and other vectors to AdamW. The
-    first and the last layer are those by the order in which the model lists its modules, which in
-    this suite's networks is the order of the computation; an embedding counts as a first layer.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2))
-        >>> [tuple(weight.shape) for weight in hidden_matrices(model)]
-        [(3, 4)]
-    """
-    layers = [module for module in model.modules() if isinstance(module, _MATRICES)]
-    return [
-        weight
-        for layer in layers[1:-1]
-        if not isinstance(layer, nn.Embedding)
-        for weight in layer.parameters(recurse=False)
-        if weight.dim() > 1
-    ]
+__all__ = ["MuonAdamW"]
 
 
 class MuonAdamW(Optimizer):
@@ -43,6 +21,8 @@ class MuonAdamW(Optimizer):
     root of the matrix's larger side), so that one rate and one weight decay serve both; its other
     options, and AdamW's, are PyTorch's defaults. The kernel of a convolution is the matrix
     ``[out, in * height * width]``. Where there is no hidden matrix this is AdamW.
+
+    Whose weights are whose says `adler.hidden_matrices`, as for `adler.AdlerMuon`.
 
     Args:
         model: Its parameters are trained.
@@ -57,7 +37,8 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 1e-2) -> None:
-        matrices = hidden_matrices(model)
+        named = dict(model.named_parameters())
+        matrices = [named[name] for name in adler.hidden_matrices(model)]
         known = {id(weight) for weight in matrices}
         others = [p for p in model.parameters() if id(p) not in known]
         groups = [{"params": part} for part in (others, matrices) if part]

@@ -14,7 +14,7 @@ from torch import nn
 import adler
 from benchmarks.suite import methods, steppers
 from benchmarks.suite.methods import METHODS, method
-from benchmarks.suite.muon import MuonAdamW, hidden_matrices
+from benchmarks.suite.muon import MuonAdamW
 from benchmarks.suite.nadamw import NAdamW
 from benchmarks.suite.schedulefree_plus import ScheduleFreePlus
 from benchmarks.suite.steppers import Setting, Stepper
@@ -237,9 +237,14 @@ def test_schedule_free_plus_is_the_authors_where_their_package_has_it():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def matrices_of(model):
+    named = dict(model.named_parameters())
+    return [named[name] for name in adler.hidden_matrices(model)]
+
+
 def test_hidden_matrices_are_neither_inputs_nor_outputs_nor_vectors():
     shapes = {
-        name: [tuple(weight.shape) for weight in hidden_matrices(model)]
+        name: [tuple(weight.shape) for weight in matrices_of(model)]
         for name, model in {
             "mlp": networks.mlp(8, (6, 5), 3, "relu"),
             "one layer": networks.mlp(8, (6,), 3, "relu"),
@@ -266,7 +271,7 @@ def test_muon_moves_hidden_matrices_alike_and_adamw_the_rest():
     model = CNN(7, width=8, depth=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = MuonAdamW(model, lr=0.01, weight_decay=0.0)
-    hidden = {id(weight) for weight in hidden_matrices(model)}
+    hidden = {id(weight) for weight in matrices_of(model)}
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
