@@ -24,21 +24,22 @@ from tqdm import tqdm
 
 import adler
 from adler import Measure
-from adler._recording.recorder import Recorder
-from adler.curvature import measurement, trust
+from adler._recording.backward import Backward
+from adler.curvature import loss_forms, measurement, trust
+from adler.curvature.batch_along import BatchAlong
 from benchmarks.networks import Task
 from benchmarks.step_cost import arguments, chosen, provenance
 
 # Owner, function, and what is compared by it.
 COMPARISONS: tuple[tuple[Any, str, str], ...] = (
-    (measurement._Measurement, "_compare", "outputs"),
-    (measurement._Measurement, "_arrived", "slope"),
-    (Recorder, "_arrived_at_outputs", "slope"),
-    (Recorder, "_stamps", "slope"),
+    (BatchAlong, "_compare", "outputs"),
+    (BatchAlong, "_arrived", "slope"),
+    (Backward, "_arrive_at_outputs", "slope"),
+    (Backward, "_gradient_versions", "slope"),
     (trust, "agree", "slope"),
     (trust.Memory, "distrusts", "slope"),
-    (measurement, "gradients_of", "loss"),
-    (measurement, "_slope", "loss"),
+    (loss_forms, "gradients_of", "loss"),
+    (loss_forms, "_slope", "loss"),
 )
 KINDS = ("outputs", "slope", "loss", "whole batch")
 # A look at the whole batch comes once in so many measurements of a part.

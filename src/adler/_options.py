@@ -1,4 +1,4 @@
-"""Options as values: what bounds a step, how curvature is measured; and checks of all options."""
+"""Options as values: bounds of a step, how curvature is measured; and checks of all options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adler.curvature import ENGINES
 
-__all__ = ["Guard", "Measure", "check", "check_moved", "from_plain", "plain"]
+__all__ = ["Guard", "Measure", "Search", "check", "check_moved", "from_plain", "plain"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,35 @@ class Measure:
     def interval(self, steps: int) -> int:
         """Steps from one measurement to the next, after so many steps."""
         return 1 if steps < self.warmup else self.every
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the length of a step is found: what all groups share, checked.
+
+    Attributes:
+        beta: Discount of the average of rates.
+        eps: Bounds a minibatch's rate by its inverse.
+        guard: How long a step may be; None: as long as the average says.
+        measure: How, and how often, curvature is measured.
+
+    Raises:
+        ValueError: If a number is out of its range.
+        TypeError: If ``guard`` or ``measure`` is of another kind.
+    """
+
+    beta: float
+    eps: float
+    guard: Guard | None
+    measure: Measure
+
+    def __post_init__(self) -> None:
+        guard, measure = self.guard, self.measure
+        if guard is not None and not isinstance(guard, Guard):
+            raise TypeError(f"guard: expected an adler.Guard or None, got {type(guard).__name__}")
+        if not isinstance(measure, Measure):
+            raise TypeError(f"measure: expected an adler.Measure, got {type(measure).__name__}")
+        check({"beta": self.beta, "eps": self.eps})
 
 
 def plain(value: Guard | Measure | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from support.options import measuring
 from torch import nn
 
 from adler import Adler
-from adler._recording.recorder import RecordedLoss
+from adler._recording.records import RecordedLoss
 from adler._recording.replay import Call
 from adler.curvature import measurement
 from adler.curvature.difference import difference_step, loss_value_of

@@ -299,12 +299,12 @@ def test_what_the_check_keeps_is_freed_with_the_step():
     model, criterion, optimizer = setting()
     ((x, y),) = batches("mlp-tanh", criterion, 1)
     criterion(model(x), y).backward()
-    recorder = optimizer._recorder
-    (kept,) = recorder._output_gradients.values()
+    arrived = optimizer._recorder._backward.arrived
+    (kept,) = arrived.values()
     assert kept.shape == (6, 3)
     assert kept.grad_fn is None
     optimizer.step()
-    assert not recorder._output_gradients
+    assert not arrived
 
 
 # --- measuring every so many steps ----------------------------------------------------------------

@@ -8,7 +8,7 @@ from support.options import measuring
 from torch import nn
 
 from adler import Adler, AdlerAdam, GaussNewton, curvature
-from adler._recording.recorder import RecordedLoss
+from adler._recording.records import RecordedLoss
 from adler._recording.replay import Call
 from adler._recording.subbatch import take_first
 

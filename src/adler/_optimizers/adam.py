@@ -14,7 +14,7 @@ from adler import _tensors
 from adler._distributed import like, local
 from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction, State, count_, gradients_of, moments
-from adler._options import Guard, Measure
+from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
 
 __all__ = ["Adam", "AdlerAdam", "Preconditioned", "adam_denominators"]
@@ -93,17 +93,8 @@ class AdlerAdam(MeasuredOptimizer):
         output_fn: Callable[[Any], Tensor] | None = None,
     ) -> None:
         options = {"lr": lr, "betas": betas, "adam_eps": adam_eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            model,
-            criterion,
-            options,
-            beta=beta,
-            eps=eps,
-            guard=guard,
-            measure=measure,
-            output_fn=output_fn,
-        )
+        search = Search(beta, eps, guard, measure)
+        super().__init__(params, model, criterion, output_fn, options, search)
 
     def _direction(self, params: list[Tensor], gradients: list[Tensor]) -> Direction:
         equal = self._step_counts.all_equal(self.param_groups, self.state)

@@ -1,30 +1,15 @@
-r"""The average of the iterates, for any direction: what `AveragedOptimizer` tests and keeps.
+"""Which point the parameters are: where gradients are taken, or the average of the iterates.
 
-Three points take the place of one. Gradient, slope and curvature are taken at $y$, between the fast
-iterate $z$, which makes the steps, and the average $x$ of all $z$ so far:
-
-$$
-z \leftarrow z - \frac{\eta}{s_t}\, u, \qquad x \leftarrow x + \tfrac1t (z - x), \qquad
-y = (1 - \beta)\, z + \beta x, \qquad s_t = 1 - \beta\,(1 - \tfrac1t).
-$$
-
-Of a step of $z$ only the share $s_t$ arrives at once at $y$, where its length was measured. Divided
-by it, the step moves $y$ by $\eta\, u$: the measured length is that of the move where it was
-measured. The share falls from 1 to $1 - \beta$, which is a warm-up of $z$ for nothing. A direction
-with a momentum $\mu$ of its own has each gradient act $1 / (1 - \mu)$ times already, and is
-multiplied by $\max(1, (1 - \mu) / s_t)$ instead.
-
-While training, the parameters are $y$; of the others only $z$ is stored. They follow the model's
-mode (`adler._optimizers.mode`): ``model.eval()`` puts $x$ in their place, for calls of the model,
-of its other methods and of the modules within it, and the next call in training mode, with
-gradients, finds $y$. A model that was last trained in evaluation mode says nothing by it: there $x$
-comes with the first call without gradients. BatchNorm's running statistics follow
+While training, the parameters are $y$ (`adler._optimizers.interpolation`). They follow the model's
+mode (`adler._optimizers.mode`): ``model.eval()`` puts the average $x$ in their place, for calls of
+the model, of its other methods and of the modules within it, and the next call in training mode,
+with gradients, finds $y$. A model that was last trained in evaluation mode says nothing by it:
+there $x$ comes with the first call without gradients. BatchNorm's running statistics follow
 (`adler._optimizers.running_statistics`).
 
 What is saved follows too. The model's ``state_dict()`` holds $x$ whatever the parameters are, and
-the optimizer's holds $z$ and $y$: a run that is resumed from both goes on bit for bit.
-
-Source of the points: A. Defazio et al., *The Road Less Scheduled*, arXiv 2405.15682.
+the optimizer's holds $z$ and $y$: a run that is resumed from both goes on bit for bit. Once another
+optimizer trains the parameters, or this one is gone, they are $x$.
 """
 
 from __future__ import annotations
@@ -32,34 +17,57 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, ParamsT, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import _distributed as distributed
-from adler import _options, _tensors
+from adler import _options
 from adler._optimizers import mode, points
 from adler._optimizers.base import MeasuredOptimizer
-from adler._optimizers.direction import Direction, State, count_, moments, shares
-from adler._optimizers.running_statistics import RunningStatistics, SeeBatch
+from adler._optimizers.direction import Direction
+from adler._optimizers.interpolation import Interpolation, fast_state
+from adler._optimizers.running_statistics import RunningStatistics
 from adler._optimizers.saving import SavedWeights
-from adler._recording.inert import Inert
-from adler._recording.recorder import remove_all
+from adler._options import Search
+from adler._recording.hooks import Hook, Tell, remove_all
+from adler._recording.model_loss import ModelLoss
 from adler._recording.replay import is_capturing, is_replaying, unwrap
 from adler._step_length import StepLength
 from adler._warning import warn
 
-__all__ = ["AveragedOptimizer", "Interpolation", "interpolate_"]
+__all__ = ["AveragedOptimizer", "Following"]
 
 
 _MIXED = (
     "interpolation: either all groups keep an average, or none does; pass it to the constructor"
 )
+
+
+@dataclass(frozen=True)
+class Following:
+    """How the weights of a model follow its mode.
+
+    Attributes:
+        follow_mode: Whether the weights follow the model's mode, and its ``state_dict()`` is of the
+            average; if not, only `eval` and `train` place them.
+        bn_batches: How many batches of training are kept to find running statistics at the average.
+
+    Raises:
+        ValueError: If ``bn_batches`` is no whole number of at least 0.
+    """
+
+    follow_mode: bool
+    bn_batches: int
+
+    def __post_init__(self) -> None:
+        _options.check({"bn_batches": self.bn_batches})
 
 
 class AveragedOptimizer(MeasuredOptimizer):
@@ -68,14 +76,13 @@ class AveragedOptimizer(MeasuredOptimizer):
     Subclasses give the direction (`_inner_direction`) and say how near to the average the gradient
     is taken (`_interpolation`).
 
+    The arguments are those of `MeasuredOptimizer`, and how the average is followed.
+
     Attributes:
-        follow_mode: Whether the weights follow the model's mode, and its ``state_dict()`` is of the
-            average; if not, only `eval` and `train` place them.
-        bn_batches: How many batches of training are kept to find running statistics at the average.
+        follow_mode: See `Following`.
+        bn_batches: See `Following`.
     """
 
-    follow_mode: bool = True
-    bn_batches: int = 16
     _noted: Any
     _unreconciled: bool
     _statistics: RunningStatistics
@@ -85,14 +92,18 @@ class AveragedOptimizer(MeasuredOptimizer):
     _trains_in_eval: bool
     _only_by_mode: bool
 
-    def _set_following(self, follow_mode: bool, bn_batches: int) -> None:
-        """The two options that no group has; before the constructor of the base class.
-
-        Raises:
-            ValueError: If ``bn_batches`` is no whole number of at least 0.
-        """
-        _options.check({"bn_batches": bn_batches})
-        self.follow_mode, self.bn_batches = follow_mode, bn_batches
+    def __init__(
+        self,
+        params: ParamsT | Optimizer,
+        model: nn.Module,
+        criterion: Callable[..., Tensor] | ModelLoss,
+        output_fn: Callable[[Any], Tensor] | None,
+        options: dict[str, Any],
+        search: Search,
+        following: Following,
+    ) -> None:
+        self.follow_mode, self.bn_batches = following.follow_mode, following.bn_batches
+        super().__init__(params, model, criterion, output_fn, options, search)
 
     def eval(self) -> None:
         """Puts the averages in place of the parameters. Without effect when they are there.
@@ -306,7 +317,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         for p in params:
             self._make_inner_state(p, groups[p])
             if self._interpolation(groups[p]) is not None:
-                _fast_state(self.state, p)
+                fast_state(self.state, p)
 
     def _make_inner_state(self, p: Tensor, group: Mapping[str, Any]) -> None:
         """Creates what the direction would create at a parameter's first step."""
@@ -375,7 +386,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         others = register_optimizer_step_pre_hook(_Retire(self))
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
         see = self.model.register_forward_pre_hook(
-            SeeBatch(self._statistics, self.model), with_kwargs=True
+            Tell(self._statistics, self.model, "see"), with_kwargs=True
         )
         own = [id(p) for group in self.param_groups for p in group["params"]]
         modes = mode.follow(self, mode.holders(unwrap(self.model), own), "_mode_set")
@@ -401,8 +412,8 @@ def _close(p: Tensor, other: Tensor) -> bool:
     return float((a.detach() - b.to(a)).norm()) <= 0.01 * float(b.norm())
 
 
-class _Follow:
-    """A hook before the model's forward; its copies and pickles do nothing, as a recorder's."""
+class _Follow(Hook):
+    """Before the model's forward."""
 
     def __init__(self, optimizer: AveragedOptimizer, model: nn.Module) -> None:
         self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
@@ -425,9 +436,6 @@ class _Follow:
         if any(id(p) in params for group in optimizer.param_groups for p in group["params"]):
             optimizer._retire()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Inert, ()
-
 
 class _Retire:
     """Before a step of any optimizer: another one that trains the same parameters takes over."""
@@ -447,142 +455,3 @@ class _Retire:
         if self._shares[stepping]:
             # One that measures would measure where the gradient was not taken.
             mine._retire(move=not isinstance(stepping, MeasuredOptimizer))
-
-
-class Interpolation(Direction):
-    """Another direction's step of the fast iterate, and with it of the average and of ``y``.
-
-    Args:
-        inner: What the fast iterate moves along.
-        state: The optimizer's; holds ``z`` and ``step``.
-        equal: Whether the counts of a group's parameters are equal, by its id.
-        interpolation: From a group to ``β``.
-    """
-
-    def __init__(
-        self,
-        inner: Direction,
-        state: State,
-        equal: Mapping[int, bool],
-        interpolation: Callable[[Mapping[str, Any]], float | None],
-    ) -> None:
-        super().__init__(inner.along)
-        self._inner, self._state, self._equal = inner, state, equal
-        self.scale_free = inner.scale_free
-        self._interpolation = interpolation
-
-    def look(
-        self, gradients: list[Tensor], home: torch.device, measured: bool
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The inner direction's."""
-        found = self._inner.look(gradients, home, measured)
-        self.along = self._inner.along
-        return found
-
-    def descend(
-        self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
-    ) -> None:
-        """As `Direction.descend`; a step that is skipped leaves the state as it was."""
-        states = [_fast_state(self._state, p) for p in params]
-        steps, fast = [mine["step"] for mine in states], [mine["z"] for mine in states]
-        count_(steps, skipped)
-        directions = self._inner.advance(group, params, skipped)
-        directions = self.within_reach(params, directions, rate)
-        at, directions = points.of_steps(params, states, directions)
-        if group["weight_decay"] != 0:
-            directions = _with_decay(directions, at, group["weight_decay"], rate)
-        interpolation = self._interpolation(group)
-        assert interpolation is not None
-        interpolate_(
-            at,
-            directions,
-            fast,
-            steps,
-            rate,
-            skipped,
-            interpolation=interpolation,
-            momentum=self._inner.memory(group),
-            equal=self._equal[id(group)],
-        )
-        points.round_(params, at, skipped)
-
-    def finish(self, skipped: Tensor) -> None:
-        """The inner direction's."""
-        self._inner.finish(skipped)
-
-    def undo(self) -> None:
-        """The inner direction's."""
-        self._inner.undo()
-
-
-def _with_decay(
-    directions: Sequence[Tensor], params: Sequence[Tensor], decay: float, rate: Tensor
-) -> list[Tensor]:
-    """The directions, and the decoupled decay at ``y``, which never flips a sign there."""
-    along, at = distributed.local(directions), distributed.local(params)
-    amount = rate.reciprocal().clamp(max=decay)  # a rate of 0 allows any
-    if _tensors.is_on_host(rate.device):
-        return list(torch._foreach_add(along, at, alpha=float(amount.detach().numpy())))
-    found = torch._foreach_mul(at, [amount.to(p.device) for p in at])
-    torch._foreach_add_(found, along)
-    return list(found)
-
-
-def _fast_state(state: State, p: Tensor) -> dict[str, Tensor]:
-    mine = moments(state, p)
-    if "z" not in mine:
-        mine.update(points.begin(p))
-    return mine
-
-
-def interpolate_(
-    params: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    fast: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    rate: Tensor,
-    skip: Tensor,
-    *,
-    interpolation: float,
-    momentum: float = 0.0,
-    equal: bool = False,
-) -> None:
-    r"""In place, a step of $y$ and $z$, or nothing at all; the average $x$ is not stored.
-
-    $$
-    y \leftarrow y + \tfrac1t (z - y) - \zeta s_t\, u, \qquad z \leftarrow z - \zeta\, u, \qquad
-    \zeta = \eta \max\Bigl(1, \frac{1 - \mu}{s_t}\Bigr)
-    $$
-
-    Args:
-        params: ``y``; updated.
-        directions: ``u``, as many, of the same shapes, dtypes and devices; may be non-finite when
-            skipped.
-        fast: ``z``; updated.
-        steps: ``t`` of each, with this step; 0-dim float32.
-        rate: ``η``, 0-dim: how far ``y`` moves where there is no momentum.
-        skip: 0-dim bool on the same device as ``rate``: leave every bit of everything alone.
-        interpolation: ``β``.
-        momentum: ``μ`` of the direction: it has each gradient act ``1 / (1 − μ)`` times, so that
-            the step of ``z`` need not be made longer for ``y`` to move as far.
-        equal: Whether all steps are known to be equal, which takes fewer kernels.
-    """
-    for (device, _, _), (y, u, z, counts) in _tensors.local_alike(
-        params, directions, fast, steps
-    ).items():
-        veto, mine = skip.to(device), rate.to(device)
-        new = shares(counts, equal, device)
-        share = 1 - interpolation * (1 - new)
-        of_z = mine * ((1 - momentum) / share).clamp(min=1)
-        of_y = of_z * share
-        if equal and _tensors.is_on_host(device) and _tensors.is_on_host(rate.device):
-            # The same without temporaries, each of which is as dear there as a step of SGD.
-            if not veto.numpy():
-                torch._foreach_lerp_(y, z, float(new[0].numpy()))
-                torch._foreach_add_(y, u, alpha=-float(of_y[0].detach().numpy()))
-                torch._foreach_add_(z, u, alpha=-float(of_z[0].detach().numpy()))
-            continue
-        apart = torch._foreach_sub(y, z)
-        _tensors.descend_each_(y, list(apart), new, veto, equal)
-        _tensors.descend_each_(y, u, of_y, veto, equal)
-        _tensors.descend_each_(z, u, of_z, veto, equal)

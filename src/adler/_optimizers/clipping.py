@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adler import _distributed as distributed
+from adler._recording.hooks import remove_all
 from adler._tensors import widest
 
 __all__ = ["GradientScale"]
@@ -66,7 +67,7 @@ class GradientScale:
 
         params = [p for p in (known() for known in self._watched) if p is not None]
         handles = [p.register_post_accumulate_grad_hook(note) for p in params]  # type: ignore[no-untyped-call]
-        self.remove = weakref.finalize(self, _remove, handles)
+        self.remove = weakref.finalize(self, remove_all, handles)
 
     def factor(self) -> Tensor | None:
         """What the gradients are of those that were made, 0-dim, on their device.
@@ -102,8 +103,3 @@ class GradientScale:
 def _stamp(gradient: Tensor) -> tuple[int, int]:
     """Which tensor it is, and how often it was written."""
     return id(gradient), gradient._version
-
-
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

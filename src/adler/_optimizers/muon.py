@@ -14,10 +14,10 @@ from adler import _averaging as averaging
 from adler import _tensors
 from adler._distributed import gathered, like, local, scattered
 from adler._optimizers.adam import Adam, Preconditioned
-from adler._optimizers.average import AveragedOptimizer
+from adler._optimizers.average import AveragedOptimizer, Following
 from adler._optimizers.direction import Direction, State, count_, gradients_of, moments
 from adler._optimizers.orthogonal import orthogonalized
-from adler._options import Guard, Measure
+from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
 from adler._recording.replay import unwrap
 
@@ -124,7 +124,6 @@ class AdlerMuon(AveragedOptimizer):
         follow_mode: bool = True,
         bn_batches: int = 16,
     ) -> None:
-        self._set_following(follow_mode, bn_batches)
         self.matrices = None if matrices is None else _checked(matrices)
         self._matrices = None
         options = {
@@ -135,17 +134,8 @@ class AdlerMuon(AveragedOptimizer):
             "weight_decay": weight_decay,
             "interpolation": interpolation,
         }
-        super().__init__(
-            params,
-            model,
-            criterion,
-            options,
-            beta=beta,
-            eps=eps,
-            guard=guard,
-            measure=measure,
-            output_fn=output_fn,
-        )
+        search, following = Search(beta, eps, guard, measure), Following(follow_mode, bn_batches)
+        super().__init__(params, model, criterion, output_fn, options, search, following)
 
     def blocks(self) -> dict[str, list[str]]:
         """The names of the parameters that are orthogonalised, and of those that Adam moves."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import types
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +26,11 @@ from torch.utils import _pytree as pytree
 
 from adler import _distributed as distributed
 from adler._recording.copies import Copier
-from adler._recording.inert import Inert
 from adler._recording.randomness import RandomState
 from adler._recording.replay import (
     AutocastState,
     accelerators,
     autocast_states,
-    is_capturing,
-    is_replaying,
     put_back,
     replaying,
     unwrap,
@@ -42,7 +38,7 @@ from adler._recording.replay import (
 from adler._recording.state import CallState
 from adler._warning import warn
 
-__all__ = ["RunningStatistics", "SeeBatch"]
+__all__ = ["RunningStatistics"]
 
 # The kept inputs take no more memory than this, or one batch.
 _BUDGET = 1 << 28
@@ -96,19 +92,21 @@ class RunningStatistics:
 
     def _forget(self) -> None:
         self._batches = []
-        self._calls, self._every, self._room = 0, 1, max(1, self._most)
+        self._calls, self._every, self._capacity = 0, 1, max(1, self._most)
 
     # --- in training -----------------------------------------------------------------------------
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes that a call of training begins; keeps a copy of the arguments of some."""
-        if self._most == 0 or not any(layer.training for layer in self._layers.values()):
+        if self._most == 0 or not self._model.training:
+            return
+        if not any(layer.training for layer in self._layers.values()):
             return
         due = self._calls % self._every == 0
-        if due and len(self._batches) >= self._room:
+        if due and len(self._batches) >= self._capacity:
             self._every *= 2
-            self._batches = self._batches[::2][: self._room - 1]
-            due = self._calls % self._every == 0 or self._room == 1
+            self._batches = self._batches[::2][: self._capacity - 1]
+            due = self._calls % self._every == 0 or self._capacity == 1
         self._calls += 1
         if not due:
             return
@@ -118,11 +116,11 @@ class RunningStatistics:
             for t in pytree.tree_leaves((args, dict(kwargs)))
             if isinstance(t, Tensor)
         )
-        self._room = max(1, min(self._most, _BUDGET // max(1, size)))
+        self._capacity = max(1, min(self._most, _BUDGET // max(1, size)))
         with torch.no_grad():
             args, kwargs = Copier(lambda t: t.detach().clone())((args, dict(kwargs)))
         evaluating = frozenset(module for module in self._modules if not module.training)
-        self._batches = self._batches[-self._room + 1 :] if self._room > 1 else []
+        self._batches = self._batches[-self._capacity + 1 :] if self._capacity > 1 else []
         self._batches.append(_Batch(args, kwargs, evaluating, autocast_states(self._devices)))
 
     # --- where the average is wanted -------------------------------------------------------------
@@ -151,7 +149,7 @@ class RunningStatistics:
                 f"({type(error).__name__}: {str(error)[:200]})"
             )
             return {}
-        share = min(1.0, len(self._batches) / self._room)
+        share = min(1.0, len(self._batches) / self._capacity)
         self._found = {
             name: value
             if name not in self._found or share == 1
@@ -252,27 +250,3 @@ class RunningStatistics:
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training  # not `train()`, which a module may override
-
-
-class SeeBatch:
-    """A hook before the model's forward; its copies and pickles do nothing, as a recorder's."""
-
-    def __init__(self, statistics: RunningStatistics, model: nn.Module) -> None:
-        self._statistics, self._model = weakref.ref(statistics), weakref.ref(model)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistics = self._statistics()
-        if statistics is None or self._model() is not model:
-            return
-        if (
-            model.training
-            and torch.is_grad_enabled()
-            and not is_replaying()
-            and not is_capturing()
-            and torch._C._functorch.peek_interpreter_stack() is None
-        ):
-            statistics.see(args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Inert, ()

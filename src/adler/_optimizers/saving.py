@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler._optimizers import points
 from adler._optimizers.running_statistics import RunningStatistics
-from adler._recording.inert import Inert
+from adler._recording.hooks import Hook
 from adler._recording.replay import is_replaying
 from adler._warning import warn
 
@@ -121,8 +121,8 @@ class SavedWeights:
         return made
 
 
-class _Save:
-    """The hook after a module's ``state_dict()``; its copies and pickles do nothing."""
+class _Save(Hook):
+    """After a module's ``state_dict()``."""
 
     def __init__(self, saved: SavedWeights) -> None:
         self._saved = weakref.ref(saved)
@@ -131,6 +131,3 @@ class _Save:
         saved = self._saved()
         if saved is not None and module in saved._hooked:
             saved.write(module, entries, prefix)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Inert, ()

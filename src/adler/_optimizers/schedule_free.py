@@ -10,9 +10,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler._optimizers.adam import Preconditioned
-from adler._optimizers.average import AveragedOptimizer
+from adler._optimizers.average import AveragedOptimizer, Following
 from adler._optimizers.direction import Direction, moments
-from adler._options import Guard, Measure
+from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
 
 __all__ = ["AdlerScheduleFree"]
@@ -111,19 +111,9 @@ class AdlerScheduleFree(AveragedOptimizer):
         follow_mode: bool = True,
         bn_batches: int = 16,
     ) -> None:
-        self._set_following(follow_mode, bn_batches)
         options = {"lr": lr, "betas": betas, "adam_eps": adam_eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            model,
-            criterion,
-            options,
-            beta=beta,
-            eps=eps,
-            guard=guard,
-            measure=measure,
-            output_fn=output_fn,
-        )
+        search, following = Search(beta, eps, guard, measure), Following(follow_mode, bn_batches)
+        super().__init__(params, model, criterion, output_fn, options, search, following)
 
     def _interpolation(self, group: Mapping[str, Any]) -> float | None:
         value: float = group["betas"][0]

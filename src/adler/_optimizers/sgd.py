@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _averaging as averaging
 from adler import _tensors, losses
 from adler._distributed import like, local
-from adler._optimizers.average import AveragedOptimizer
+from adler._optimizers.average import AveragedOptimizer, Following
 from adler._optimizers.direction import (
     Direction,
     State,
@@ -20,7 +20,7 @@ from adler._optimizers.direction import (
     gradients_of,
     moments,
 )
-from adler._options import Guard, Measure
+from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
 
 __all__ = ["Adler", "GaussNewton", "Momentum"]
@@ -43,7 +43,7 @@ class Adler(AveragedOptimizer):
 
     where $\rho_k$ is how far the model is trusted (the rules are in `adler._step_length`), and
     $\theta$ lies between an iterate and the average of all iterates, which is what is tested and
-    kept: see `adler._optimizers.average`. ``interpolation=None`` keeps the last iterate.
+    kept: see `adler._optimizers.interpolation`. ``interpolation=None`` keeps the last iterate.
 
     The training loop does not change: hooks on ``model`` and ``criterion`` record the batch.
 
@@ -60,8 +60,8 @@ class Adler(AveragedOptimizer):
             $\hat m$ of the gradients, ``m ← μ m + (1 − μ) g``, at the rate measured along ``g``.
         weight_decay: Decoupled: ``θ ← θ − rate · weight_decay · θ`` beside the step; per group.
         interpolation: ``β`` in (0, 1): gradients are taken between the iterate and its average,
-            which is what is tested and kept; see `adler._optimizers.average`. ``None``: the last
-            iterate is, and a schedule must let the rate fall.
+            which is what is tested and kept; see `adler._optimizers.interpolation`. ``None``: the
+            last iterate is, and a schedule must let the rate fall.
         beta: Discount of the average of rates, in [0, 1]; 1 forgets nothing.
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
         guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
@@ -117,24 +117,14 @@ class Adler(AveragedOptimizer):
         follow_mode: bool = True,
         bn_batches: int = 16,
     ) -> None:
-        self._set_following(follow_mode, bn_batches)
         options = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "interpolation": interpolation,
         }
-        super().__init__(
-            params,
-            model,
-            criterion,
-            options,
-            beta=beta,
-            eps=eps,
-            guard=guard,
-            measure=measure,
-            output_fn=output_fn,
-        )
+        search, following = Search(beta, eps, guard, measure), Following(follow_mode, bn_batches)
+        super().__init__(params, model, criterion, output_fn, options, search, following)
 
     def _interpolation(self, group: Mapping[str, Any]) -> float | None:
         value: float | None = group["interpolation"]

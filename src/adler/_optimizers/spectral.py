@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from adler import _averaging as averaging
 from adler import _options
-from adler._distributed import process_groups
 from adler._optimizers.base import MeasuredOptimizer
-from adler._options import Guard, Measure
+from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
-from adler._recording.recorder import RecordedLoss
 from adler._step_length import SearchState
-from adler.curvature.measurement import BatchCurvature
+from adler.curvature.batch_along import BatchAlong, BatchCurvature
 from adler.curvature.spectral import batch_gershgorin_curvature, batch_spectral_curvature
 
 __all__ = ["SpectralSGD"]
@@ -112,17 +111,8 @@ class SpectralSGD(MeasuredOptimizer):
         self.power_iterations, self.gershgorin_columns = power_iterations, gershgorin_columns
         self.mean_curvature = mean_curvature
         options = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            model,
-            criterion,
-            options,
-            beta=beta,
-            eps=eps,
-            guard=guard,
-            measure=measure,
-            output_fn=output_fn,
-        )
+        search = Search(beta, eps, guard, measure)
+        super().__init__(params, model, criterion, output_fn, options, search)
 
     def _shared_options(self) -> dict[str, Any]:
         return {
@@ -132,60 +122,34 @@ class SpectralSGD(MeasuredOptimizer):
             "mean_curvature": self.mean_curvature,
         }
 
-    def _measure(
-        self,
-        batch: list[RecordedLoss],
-        params: list[Tensor],
-        along: list[Tensor],
-        slope: Tensor,
-        squared_norm: Tensor,
-        state: SearchState,
-        scale: Tensor | None,
-        expected: Tensor | None,
-    ) -> BatchCurvature:
+    def _measure(self, one: BatchAlong, state: SearchState, ranks: list[Any]) -> BatchCurvature:
         """``2 λ* ‖∇²L‖ d·d`` in place of the curvature along ``d``: the rate follows."""
-        if process_groups(self._recorder.ddp, params):
+        params = list(one.params.values())
+        if ranks:
             raise RuntimeError(
                 "step(): SpectralSGD does not run on several processes: the largest eigenvalue of "
                 "a mean of kernels is not the mean of theirs; use Adler"
             )
-        named = {self._names[p]: p for p in params}
-        options: dict[str, Any] = {
-            "jvp": self.measure.jvp,
-            "squared_norm": squared_norm,
-            "mean": self.mean_curvature,
-            "needs_kl_scale": self._needs_kl_scale,
-            "amp_scale": scale,
-        }
+        options: dict[str, Any] = {"jvp": self.measure.jvp, "mean": self.mean_curvature}
         if self.gershgorin_columns is not None:
             found = batch_gershgorin_curvature(
-                batch,
-                named,
-                self.criterion,
-                self._hessian,
-                columns=self.gershgorin_columns,
-                seed=state.steps,
-                **options,
+                one, columns=self.gershgorin_columns, seed=state.steps, **options
             )
-            self._remember_engine(found.engine)
-            return found._replace(value=2 * found.value * squared_norm)
+            return found._replace(value=2 * found.value * one.squared_norm)
         known = all("eigenvector" in self.state[p] for p in params)
         # The gradient lies in the range of Jᵀ.
-        start = [self.state[p]["eigenvector"] for p in params] if known else along
+        start = list(one.direction.values())
+        if known:
+            start = [self.state[p]["eigenvector"] for p in params]
         found, vectors = batch_spectral_curvature(
-            batch,
-            named,
-            dict(zip(named, start, strict=True)),
-            self.criterion,
-            self._hessian,
+            replace(one, direction=dict(zip(one.params, start, strict=True))),
             iterations=self.power_iterations * (1 if known else _FIRST),
             **options,
         )
         # A batch that is not finite must not spoil the next one's start.
         good = torch.isfinite(found.value) & (found.value > 0)
-        for p, old, new in zip(params, start, vectors.values(), strict=True):
+        for p, old, new in zip(params, start, vectors, strict=True):
             # Replaced, never mutated: a state_dict of before stays as it is.
             vector = torch.where(good.to(p.device), new, old)
             self.state[p] = {**self.state[p], "eigenvector": vector}
-        self._remember_engine(found.engine)
-        return found._replace(value=2 * found.value * squared_norm)
+        return found._replace(value=2 * found.value * one.squared_norm)

@@ -18,7 +18,7 @@ from adler._optimizers.direction import Direction, State
 from adler._optimizers.found_directions import Momenta, find
 from adler._optimizers.fresh_directions import Fresh, Update, closed_form, sign
 from adler._optimizers.state_backup import SavedState
-from adler._options import Guard, Measure
+from adler._options import Guard, Measure, Search
 from adler._warning import warn
 
 __all__ = ["Displacement", "Wrapped", "wrap"]
@@ -159,17 +159,8 @@ class Wrapped(MeasuredOptimizer):
         if not (fresh is None or isinstance(fresh, str) or callable(fresh)):
             raise TypeError(f"fresh: expected a function or a name, got {type(fresh).__name__}")
         groups = [{"params": _params_of(group)} for group in base.param_groups]
-        super().__init__(
-            groups,
-            model,
-            criterion,
-            {"lr": lr},
-            beta=beta,
-            eps=eps,
-            guard=guard,
-            measure=measure,
-            output_fn=output_fn,
-        )
+        search = Search(beta, eps, guard, measure)
+        super().__init__(groups, model, criterion, output_fn, {"lr": lr}, search)
         self.base, self.fresh = base, fresh
         self._base_momenta: Momenta = {}
         if fresh is None and closed_form(base) is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Copier", "attributes", "put_back", "put_in", "tensors_in"]
+__all__ = ["Copier", "attributes", "copy_of", "put_back", "put_in", "tensors_in"]
 
 _ATOMS = frozenset(
     (
@@ -154,6 +154,12 @@ def put_back(owner: Any, values: dict[str, Any]) -> None:
     changed = {n: v for n, v in values.items() if n not in now or now[n] is not v}
     if changed:
         put_in(owner, changed)
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A leaf with the values of a tensor; it requires a gradient where the tensor does."""
+    made = tensor.detach().clone()
+    return made.requires_grad_() if tensor.requires_grad else made
 
 
 def tensors_in(result: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from adler._recording.links import Place
-from adler._recording.recorder import Placed, RecordedLoss
+from adler._recording.records import Placed, RecordedLoss
 from adler._recording.replay import Call
 
 __all__ = ["IndivisibleError", "take_first"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from adler import _tensors
-from adler._recording.recorder import RecordedLoss
+from adler._recording.records import RecordedLoss
 from adler._recording.replay import Call
 from adler._recording.rounding import autocast_inside
 

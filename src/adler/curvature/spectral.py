@@ -9,39 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adler import _tensors as update
-from adler._recording.recorder import RecordedLoss
+from adler import _tensors
+from adler._recording.records import loss_weights, losses_by_call, weighted
 from adler._recording.replay import Call, replaying
+from adler.curvature.batch_along import BatchAlong, BatchCurvature, repeats
 from adler.curvature.jacobian import directional_derivative, transpose
-from adler.curvature.measurement import (
-    BatchCurvature,
-    checked,
-    has_batch_statistics,
-    loss_weights,
-    losses_by_call,
-    weighted,
-    where_computed,
-)
 from adler.curvature.trust import outputs_agree, tolerance
-from adler.losses import LossHessian
 
 __all__ = ["batch_gershgorin_curvature", "batch_spectral_curvature"]
 
 
 def batch_spectral_curvature(
-    batch: list[RecordedLoss],
-    params: Mapping[str, Tensor],
-    start: Mapping[str, Tensor],
-    criterion: Callable[..., Tensor],
-    hessian: LossHessian,
-    *,
-    iterations: int,
-    jvp: str,
-    squared_norm: Tensor,
-    mean: bool = False,
-    needs_kl_scale: bool = True,
-    amp_scale: Tensor | None = None,
-) -> tuple[BatchCurvature, dict[str, Tensor]]:
+    one: BatchAlong, *, iterations: int, jvp: str, mean: bool = False
+) -> tuple[BatchCurvature, list[Tensor]]:
     r"""``λ_max(A)`` of $A = \sum \|Q\|\, J^\top J$ over the losses, by power iteration.
 
     No curvature of the batch's GGN exceeds it: $d^\top J^\top Q J d \le \lambda\, d^\top d$.
@@ -50,56 +30,35 @@ def batch_spectral_curvature(
     $\|Q\|$, and the bound holds on average over tangents of random direction alone.
 
     Args:
-        batch: As for `batch_curvature`.
-        params: As for `batch_curvature`.
-        start: Where the iteration starts; not zero.
-        criterion: As for `batch_curvature`.
-        hessian: Its spectral norm.
+        one: The losses; the iteration starts at its direction, which is not zero.
         iterations: How many, each of one Jacobian-vector and one vector-Jacobian product.
-        jvp: As for `batch_curvature`.
-        squared_norm: Gives the result its dtype and device.
+        jvp: Name of the engine.
         mean: Whether the mean of the loss Hessian's eigenvalues takes the norm's place.
-        needs_kl_scale: As for `batch_curvature`.
-        amp_scale: As for `batch_curvature`.
 
     Returns:
         The curvature, whose ``value`` is ``λ``, and the vector of unit norm to start from next.
     """
-    zero = torch.zeros_like(squared_norm)
+    zero = torch.zeros_like(one.squared_norm)
     with replaying():
-        terms, loss_per_nat, finite, same = _terms(
-            batch, params, criterion, hessian, zero, mean, needs_kl_scale, amp_scale
-        )
-        names, vector, value = list(params), [start[name] for name in params], zero
+        terms, loss_per_nat, finite, same = _terms(one, zero, mean)
+        names, vector, value = list(one.direction), list(one.direction.values()), zero
         for _ in range(iterations):
             vector = _normalised(vector, zero)
             direction, value = dict(zip(names, vector, strict=True)), zero
             image = [torch.zeros_like(part) for part in vector]
             for call, _, pull, norm in terms:
-                _, tangents, jvp = directional_derivative(call, params, direction, jvp)
-                value = value + norm * update.squared_norm([tangents], zero.device)
+                _, tangents, jvp = directional_derivative(call, one.params, direction, jvp)
+                value = value + norm * _tensors.squared_norm([tangents], zero.device)
                 pulled = pull(tangents * norm.to(tangents))
                 torch._foreach_add_(image, [pulled[name] for name in names])
             vector = image
-    after = dict(zip(names, _normalised(vector, zero), strict=True))
-    return BatchCurvature(
-        value, loss_per_nat, finite, jvp, trusted=same, checks={"outputs": same}
-    ), after
+    checks = {"outputs": same}
+    found = BatchCurvature(value, loss_per_nat, finite, jvp, trusted=same, checks=checks)
+    return found, _normalised(vector, zero)
 
 
 def batch_gershgorin_curvature(
-    batch: list[RecordedLoss],
-    params: Mapping[str, Tensor],
-    criterion: Callable[..., Tensor],
-    hessian: LossHessian,
-    *,
-    columns: int,
-    seed: int,
-    jvp: str,
-    squared_norm: Tensor,
-    mean: bool = False,
-    needs_kl_scale: bool = True,
-    amp_scale: Tensor | None = None,
+    one: BatchAlong, *, columns: int, seed: int, jvp: str, mean: bool = False
 ) -> BatchCurvature:
     r"""Gershgorin's $\sum \|Q\|\, \max_j \sum_i |K_{ij}|$ over some columns of the tangent kernel.
 
@@ -107,33 +66,26 @@ def batch_gershgorin_curvature(
     is an estimate.
 
     Args:
-        batch: As for `batch_curvature`.
-        params: As for `batch_curvature`.
-        criterion: As for `batch_curvature`.
-        hessian: Its spectral norm.
+        one: The losses; its direction does not matter.
         columns: How many, each of one vector-Jacobian and one Jacobian-vector product.
         seed: Of the sample.
-        jvp: As for `batch_curvature`.
-        squared_norm: Gives the result its dtype and device.
+        jvp: Name of the engine.
         mean: Whether the mean of the loss Hessian's eigenvalues takes the norm's place.
-        needs_kl_scale: As for `batch_curvature`.
-        amp_scale: As for `batch_curvature`.
     """
-    zero = value = torch.zeros_like(squared_norm)
+    zero = value = torch.zeros_like(one.squared_norm)
     generator = torch.Generator().manual_seed(seed)
     with replaying():
-        terms, loss_per_nat, finite, same = _terms(
-            batch, params, criterion, hessian, zero, mean, needs_kl_scale, amp_scale
-        )
+        terms, loss_per_nat, finite, same = _terms(one, zero, mean)
         for call, outputs, pull, norm in terms:
             largest = zero
             for j in torch.randperm(outputs.numel(), generator=generator)[:columns].tolist():
-                one = torch.zeros_like(outputs)
-                one.view(-1)[j] = 1
-                _, column, jvp = directional_derivative(call, params, pull(one), jvp)
+                unit = torch.zeros_like(outputs)
+                unit.view(-1)[j] = 1
+                _, column, jvp = directional_derivative(call, one.params, pull(unit), jvp)
                 largest = torch.maximum(largest, column.abs().sum().to(zero))
             value = value + norm * largest
-    return BatchCurvature(value, loss_per_nat, finite, jvp, trusted=same, checks={"outputs": same})
+    checks = {"outputs": same}
+    return BatchCurvature(value, loss_per_nat, finite, jvp, trusted=same, checks=checks)
 
 
 class _Term(NamedTuple):
@@ -145,23 +97,15 @@ class _Term(NamedTuple):
     norm: Tensor
 
 
-def _terms(
-    batch: list[RecordedLoss],
-    params: Mapping[str, Tensor],
-    criterion: Callable[..., Tensor],
-    hessian: LossHessian,
-    zero: Tensor,
-    mean: bool,
-    needs_kl_scale: bool,
-    amp_scale: Tensor | None,
-) -> tuple[list[_Term], Tensor, Tensor, Tensor]:
+def _terms(one: BatchAlong, zero: Tensor, mean: bool) -> tuple[list[_Term], Tensor, Tensor, Tensor]:
     """Terms, what one nat is worth, whether the losses are finite and the replays the passes."""
+    hessian, needs_kl_scale = one.forms.hessian, one.forms.needs_kl_scale
     loss_per_nat = torch.full_like(zero, 0.0 if needs_kl_scale else math.inf)
     finite = torch.ones_like(zero, dtype=torch.bool)
-    weights = loss_weights(batch, zero, amp_scale)
+    weights = loss_weights(one.batch, zero, one.amp_scale)
     terms, same = [], torch.ones_like(zero, dtype=torch.bool)
-    for call, losses in losses_by_call(batch).items():
-        outputs, pull = transpose(call, params)
+    for call, losses in losses_by_call(one.batch).items():
+        outputs, pull = transpose(call, one.params)
         norm = zero
         for loss in losses:
             if loss.path is not None or any(placed.part for placed in loss.places):
@@ -170,14 +114,13 @@ def _terms(
                     "of the model: do in output_fn= what the loop does in between, or use Adler"
                 )
             for place in (p.place for p in loss.places if p.place is not None and p.place.intact):
-                alone = not call.partial or not (call.draws or has_batch_statistics(call.model))
-                if alone and place.output.shape == outputs.shape:
+                if repeats(call) and place.output.shape == outputs.shape:
                     within = tolerance(call, outputs.dtype)
                     same = same & outputs_agree(outputs, place.output, within).to(same.device)
-            loss_value = checked(loss, criterion, outputs)
+            loss_value = loss.value_at(outputs, one.forms.criterion)
             known = torch.isfinite(loss_value if loss.value is None else loss.value)
             finite = finite & known.to(finite.device)
-            at, targets = where_computed(loss, outputs)
+            at, targets = loss.arguments(outputs)
             size = hessian.mean_eigenvalue if mean else hessian.spectral_norm
             norm = norm + weighted(weights[loss].abs(), size(at, targets))
             if needs_kl_scale:
@@ -189,5 +132,5 @@ def _terms(
 
 
 def _normalised(vector: list[Tensor], like: Tensor) -> list[Tensor]:
-    length = update.squared_norm(vector, like.device).sqrt()
+    length = _tensors.squared_norm(vector, like.device).sqrt()
     return list(torch._foreach_div(vector, [length.to(part) for part in vector]))

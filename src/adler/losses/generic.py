@@ -21,7 +21,7 @@ class AutogradHessian(LossHessian):
 
     One Hessian-vector product of the loss alone: the network is not involved. Where the loss is not
     convex the result can be zero or negative; what the optimizers take instead is in
-    `adler.curvature.measurement`.
+    `adler.curvature.loss_forms`.
 
     Examples:
         >>> hessian = AutogradHessian(lambda outputs, targets: (outputs - targets).pow(4).sum())
