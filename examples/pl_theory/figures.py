@@ -181,8 +181,8 @@ def entries(found: Iterable[Record]) -> Figure | None:
 
 def scaling_law(examples: int, width: int) -> float:
     """``√(examples · width) / (√width − √examples)``; infinite where there is no more width."""
-    room = math.sqrt(width) - math.sqrt(examples)
-    return math.sqrt(examples * width) / room if room > 0 else math.inf
+    excess = math.sqrt(width) - math.sqrt(examples)
+    return math.sqrt(examples * width) / excess if excess > 0 else math.inf
 
 
 def scaling(found: Iterable[Record]) -> Figure | None:

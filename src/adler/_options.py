@@ -31,7 +31,7 @@ class Guard:
             ``None``: by any number.
         max_relative_change: By what fraction of its initial norm a parameter tensor may move in a
             step, where the gradient is taken; one that would move further is shortened alone. See
-            `adler._optimizers.direction.Reach`. ``None``: by any.
+            `adler._optimizers.relative_change`. ``None``: by any.
 
     Raises:
         ValueError: If a bound is not a positive number or None.

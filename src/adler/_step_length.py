@@ -19,7 +19,7 @@ With $\eta_k = \texttt{slope} / (c + \epsilon\, d^\top d)$ the rules are
       flat batch has rates up to $1/\epsilon$, and the average hands them on.
 
 Of such a step, each tensor goes no further than ``max_relative_change`` of its initial norm
-(`adler._optimizers.direction.Reach`). Further away the network is not linear, whatever the model
+(`adler._optimizers.relative_change`). Further away the network is not linear, whatever the model
 says: on the plateau where a deep network starts, $c \approx 0$ and one step could kill every unit.
 
 ``guard=None`` is Algorithm 1 to the letter: of the bounds, only rule 1 remains.

@@ -13,7 +13,7 @@ from support.reference import run
 from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree, GaussNewton, Guard, Measure
 
 STEPS = 16
-# Of the inputs: rates jump, so that they meet the bounds. Larger ones where the reach of tensors
+# Of the inputs: rates jump, so that they meet the bounds. Larger ones where the bound on tensors
 # holds them, where all tensors would be shortened else; without it rounding would grow.
 SIZES, LARGE_SIZES = (2.0, 1.0, 3.0), (4.0, 1.0, 8.0)
 

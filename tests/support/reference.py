@@ -71,7 +71,7 @@ class Dense:
         rows = zip(self.shapes.values(), self.tensors(direction), self.tensors(gradient))
         return torch.cat([orthogonalized(g, s) if len(s) > 1 else d for s, d, g in rows])
 
-    def reaches(self) -> list[float]:
+    def initial_sizes(self) -> list[float]:
         """Of each tensor the norm it has now, or that of PyTorch's default initialisation."""
         rows = [shape[0] if shape else 1 for shape in self.shapes.values()]
         norms = [float(w.norm()) for w in self.tensors(self.flat())]
@@ -179,13 +179,13 @@ class Search:
             found.append(math.sqrt(2 * guard.max_kl * self.loss_per_nat / curvature))
         return found
 
-    def within_reach(self, step: Tensor, rate: float, reaches: Sequence[float]) -> Tensor:
+    def bounded(self, step: Tensor, rate: float, initial_sizes: Sequence[float]) -> Tensor:
         """The step's direction, in which each tensor that would go too far is shortened alone."""
         if self.guard is None or self.guard.max_relative_change is None:
             return step
         parts = []
-        for part, reach in zip(self.dense.tensors(step), reaches):
-            most, length = self.guard.max_relative_change * reach, rate * float(part.norm())
+        for part, initial in zip(self.dense.tensors(step), initial_sizes):
+            most, length = self.guard.max_relative_change * initial, rate * float(part.norm())
             parts.append(part if length <= most else part * most / length)
         return torch.cat(parts)
 
@@ -256,7 +256,7 @@ def run(
     """
     search = Search(Dense(model, criterion), kind, beta, eps, guard, measure, muon is not None)
     theta = z = search.dense.flat()
-    reaches = search.dense.reaches()
+    initial_sizes = search.dense.initial_sizes()
     history: list[Tensor] = []
     first, second, buffer = (torch.zeros_like(z) for _ in range(3))
     out = Trajectory([], [], [], [], [], [])
@@ -272,7 +272,7 @@ def run(
             along = search.dense.with_matrices(along, g)
             full = search.dense.with_matrices(full, (1 - muon) * g + muon * buffer)
         rate, minimiser, clipped = search.rate(theta, g, along, x, y, t - 1)
-        step = search.within_reach(full, rate, reaches)
+        step = search.bounded(full, rate, initial_sizes)
         if interpolation is None:
             theta = average = theta - rate * (step + weight_decay * theta)
         else:

@@ -36,7 +36,7 @@ from adler._optimizers.interpolation import Interpolation, fast_state
 from adler._optimizers.running_statistics import RunningStatistics
 from adler._optimizers.saving import SavedWeights
 from adler._options import Search
-from adler._recording.hooks import Hook, Tell, remove_all
+from adler._recording.hooks import ForwardHook, Hook, remove_all
 from adler._recording.model_loss import ModelLoss
 from adler._recording.replay import is_capturing, is_replaying, unwrap
 from adler._step_length import StepLength
@@ -386,7 +386,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         others = register_optimizer_step_pre_hook(_Retire(self))
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
         see = self.model.register_forward_pre_hook(
-            Tell(self._statistics, self.model, "see"), with_kwargs=True
+            ForwardHook(self._statistics, self.model, "see"), with_kwargs=True
         )
         own = [id(p) for group in self.param_groups for p in group["params"]]
         modes = mode.follow(self, mode.holders(unwrap(self.model), own), "_mode_set")

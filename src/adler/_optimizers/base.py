@@ -24,11 +24,12 @@ from adler import _options, losses
 from adler._averaging import DiscountedMean
 from adler._optimizers.clipping import GradientScale
 from adler._optimizers.contract import ModelOptimizer
-from adler._optimizers.direction import Direction, Reach, keep_initial_sizes
+from adler._optimizers.direction import Direction
 from adler._optimizers.gradients import Gradients, gradients_in, unscale_
 from adler._optimizers.groups import has_gradient, moves
 from adler._optimizers.multiplier import MultiplierCheck
 from adler._optimizers.record import Log, StepRecord
+from adler._optimizers.relative_change import RelativeChange, keep_initial_sizes
 from adler._options import Measure
 from adler._recording.recorder import Recorder
 from adler._recording.records import RecordedLoss
@@ -190,7 +191,7 @@ class MeasuredOptimizer(ModelOptimizer):
         slope, squared_norm, lengths = look
         if self.guard is not None and self.guard.max_relative_change is not None:
             fraction = self.guard.max_relative_change
-            direction.reach = Reach(
+            direction.bound = RelativeChange(
                 gradients.params, direction.along, lengths, fraction, self.state
             )
         clipped = gradients.clipped()

@@ -30,7 +30,7 @@ _COUNT = 4
 class _Made(NamedTuple):
     """A gradient as backpropagation left it."""
 
-    stamp: tuple[int, int]
+    version: tuple[int, int]
     copy: Tensor
 
 
@@ -63,7 +63,7 @@ class GradientScale:
             alive, gradient = me(), p.grad
             if alive is not None and gradient is not None and not gradient.is_sparse:
                 copy = gradient.detach().clone()
-                alive._made[id(p)] = _Made(_stamp(gradient), copy)
+                alive._made[id(p)] = _Made(_version_of(gradient), copy)
 
         params = [p for p in (known() for known in self._watched) if p is not None]
         handles = [p.register_post_accumulate_grad_hook(note) for p in params]  # type: ignore[no-untyped-call]
@@ -76,17 +76,17 @@ class GradientScale:
             NaN where they are no multiple of them; None where they are as they were made, or it is
             not known.
         """
-        now, then, untouched = [], [], True
+        now, then, unmodified = [], [], True
         for known in self._watched:
             p = known()
             made = None if p is None else self._made.get(id(p))
             gradient = None if p is None else p.grad
             if made is None or gradient is None or gradient.shape != made.copy.shape:
                 continue
-            untouched = untouched and made.stamp == _stamp(gradient)
+            unmodified = unmodified and made.version == _version_of(gradient)
             now.append(gradient.detach())
             then.append(made.copy)
-        if untouched:
+        if unmodified:
             return None
         home = now[0].device
         a, b = (
@@ -100,6 +100,6 @@ class GradientScale:
         return torch.where(multiple, factor, math.nan)
 
 
-def _stamp(gradient: Tensor) -> tuple[int, int]:
+def _version_of(gradient: Tensor) -> tuple[int, int]:
     """Which tensor it is, and how often it was written."""
     return id(gradient), gradient._version

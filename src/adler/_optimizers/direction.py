@@ -15,97 +15,29 @@ rates come out many times too large.
 | `wrapped.Displacement` | the base's step from fresh gradients | the base's step |
 
 Any of them moves the parameters themselves, or the fast iterate of an average
-(`average.Interpolation`): a subclass says what its step goes along (`Direction.advance`).
+(`interpolation.Interpolation`): a subclass says what its step goes along (`Direction.advance`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adler import _tensors
-from adler._distributed import like, local
+from adler._optimizers.relative_change import RelativeChange, State
 
 __all__ = [
     "Direction",
-    "Reach",
     "State",
     "count_",
     "decay_",
     "gradients_of",
-    "keep_initial_sizes",
     "moments",
     "shares",
 ]
-
-State = MutableMapping[Tensor, Any]
-
-
-class Reach:
-    r"""How far each parameter may move in one step: a fraction of its norm at the start.
-
-    $$
-    \|\Delta\theta_W\| \le \kappa\, \max\bigl(\|\theta_{W, 0}\|, \sqrt{n_W / 3}\bigr)
-    $$
-
-    for a tensor $W$ of $n_W$ rows, which was $\theta_{W, 0}$ before its first step. The floor is
-    the norm that PyTorch's default initialisation gives a matrix, so that what starts at zero can
-    leave it. Not the present norm: noise lets norms grow, and bound and noise would drive each
-    other up. A tensor that would go further is shortened alone, and holds no other back.
-
-    Args:
-        params: Those with a gradient.
-        along: What is measured along, one tensor for each.
-        lengths: Norms of these, 0-dim: a step along them need not take them again.
-        fraction: ``κ``.
-        state: The optimizer's; holds ``initial_size``, in the parameter's own dtype.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        along: Sequence[Tensor],
-        lengths: Sequence[Tensor],
-        fraction: float,
-        state: State,
-    ) -> None:
-        keep_initial_sizes(state, params)
-        self._known = {id(d): length for d, length in zip(along, lengths, strict=True)}
-        self._fraction, self._state = fraction, state
-
-    def factors(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor
-    ) -> Tensor:
-        """What to multiply the step of each parameter by, at most 1; 1-dim, on the rate's device.
-
-        Args:
-            params: Of one group.
-            directions: What each would move along.
-            rate: The group's, 0-dim.
-        """
-        known = [self._known.get(id(d)) for d in directions]
-        if any(length is None for length in known):  # along an average of gradients
-            known = list(_tensors.lengths(directions))
-        lengths = _tensors.stacked([length for length in known if length is not None], rate)
-        sizes = _tensors.stacked([self._state[p]["initial_size"] for p in params], rate)
-        return (self._fraction * sizes / (rate * lengths)).clamp(max=1)
-
-    def shorten(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor
-    ) -> list[Tensor]:
-        """The directions of a group's parameters, those that would go too far shortened."""
-        factors, parts = self.factors(params, directions, rate), local(directions)
-        if _tensors.is_on_host(rate.device):
-            known = factors.numpy().tolist()
-            rows = zip(directions, parts, known, strict=True)
-            return [d if f >= 1 else like(part * f, d) for d, part, f in rows]
-        own = [f.to(d.device) for f, d in zip(factors.unbind(), parts, strict=True)]
-        shorter = torch._foreach_mul(parts, own)
-        return [like(part, d) for part, d in zip(shorter, directions, strict=True)]
 
 
 class Direction:
@@ -115,12 +47,12 @@ class Direction:
         along: What slope and curvature are measured along, one tensor for each parameter.
 
     Attributes:
-        reach: How far each parameter may move; None: as far as the step goes.
+        bound: How far each parameter may move; None: as far as the step goes.
         scale_free: Whether ``along`` stays what it is where all gradients, of now and before, are
             multiplied by one number.
     """
 
-    reach: Reach | None = None
+    bound: RelativeChange | None = None
     scale_free: bool = False
 
     def __init__(self, along: list[Tensor]) -> None:
@@ -135,7 +67,7 @@ class Direction:
             gradients: Of this minibatch, those that the direction was made of.
             home: Device of the sums.
             measured: Whether curvature will be measured along ``d``. If not, these numbers only
-                bound the step, and a direction that is dear may do without `along`.
+                bound the step, and an expensive direction may do without `along`.
         """
         squared_norm, lengths = _tensors.squared_norm_and_lengths(self.along, home)
         plain = self.along is gradients
@@ -155,7 +87,7 @@ class Direction:
         """
         decay_(group, params, rate)
         directions = self.advance(group, params, skipped)
-        _tensors.descend_(params, self.within_reach(params, directions, rate), rate, skipped)
+        _tensors.descend_(params, self.bounded(params, directions, rate), rate, skipped)
 
     def advance(
         self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
@@ -172,11 +104,9 @@ class Direction:
         """
         return gradients_of(params)
 
-    def within_reach(
-        self, params: list[Tensor], directions: list[Tensor], rate: Tensor
-    ) -> list[Tensor]:
+    def bounded(self, params: list[Tensor], directions: list[Tensor], rate: Tensor) -> list[Tensor]:
         """The directions, none of which moves its parameter too far at this rate."""
-        return directions if self.reach is None else self.reach.shorten(params, directions, rate)
+        return directions if self.bound is None else self.bound.shorten(params, directions, rate)
 
     def memory(self, group: Mapping[str, Any]) -> float:
         """``μ``, if each gradient acts ``1 / (1 − μ)`` times as long as one step; 0: once."""
@@ -211,16 +141,6 @@ def moments(state: State, p: Tensor, *names: str) -> dict[str, Tensor]:
     if mine["step"].device != p.device:  # PyTorch loads it to where it was saved
         mine["step"] = mine["step"].to(p.device)
     return mine
-
-
-def keep_initial_sizes(state: State, params: Sequence[Tensor]) -> None:
-    """Keeps the norms, or the floors, of those that are at their first step; see `Reach`."""
-    new = [p for p in params if "initial_size" not in state[p]]
-    if new:
-        for p, norm in zip(new, _tensors.lengths(new), strict=True):
-            floor = math.sqrt((p.shape[0] if p.ndim else 1) / 3)
-            # In the parameter's dtype, as PyTorch would load it.
-            state[p]["initial_size"] = norm.clamp(min=floor).to(p.dtype)
 
 
 def count_(steps: Sequence[Tensor], skipped: Tensor) -> None:

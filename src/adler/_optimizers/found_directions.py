@@ -39,7 +39,7 @@ from adler._optimizers.base_steps import displacement, drop_decay, restarted
 from adler._optimizers.direction import State
 from adler._optimizers.state_backup import SavedState
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "find_direction"]
 
 # An unknown base is taken to forget at least this much of its last step.
 _LONGEST_MEMORY = 0.99
@@ -76,7 +76,7 @@ class Found:
     at_rest: bool = False
 
 
-def find(
+def find_direction(
     base: Optimizer,
     params: list[Tensor],
     gradients: list[Tensor],

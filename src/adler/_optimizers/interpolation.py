@@ -73,7 +73,7 @@ class Interpolation(Direction):
         steps, fast = [mine["step"] for mine in states], [mine["z"] for mine in states]
         count_(steps, skipped)
         directions = self._inner.advance(group, params, skipped)
-        directions = self.within_reach(params, directions, rate)
+        directions = self.bounded(params, directions, rate)
         at, directions = points.of_steps(params, states, directions)
         if group["weight_decay"] != 0:
             directions = _with_decay(directions, at, group["weight_decay"], rate)
@@ -163,7 +163,7 @@ def interpolate_(
         of_z = mine * ((1 - momentum) / share).clamp(min=1)
         of_y = of_z * share
         if equal and _tensors.is_on_host(device) and _tensors.is_on_host(rate.device):
-            # The same without temporaries, each of which is as dear there as a step of SGD.
+            # The same without temporaries, each of which costs as much there as a step of SGD.
             if not veto.numpy():
                 torch._foreach_lerp_(y, z, float(new[0].numpy()))
                 torch._foreach_add_(y, u, alpha=-float(of_y[0].detach().numpy()))

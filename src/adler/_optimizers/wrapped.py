@@ -15,7 +15,7 @@ from adler import _tensors as update
 from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.base_steps import displacement
 from adler._optimizers.direction import Direction, State
-from adler._optimizers.found_directions import Momenta, find
+from adler._optimizers.found_directions import Momenta, find_direction
 from adler._optimizers.fresh_directions import Fresh, Update, closed_form, sign
 from adler._optimizers.state_backup import SavedState
 from adler._options import Guard, Measure, Search
@@ -257,7 +257,7 @@ class Displacement(Direction):
         state: The wrapper's; holds ``gain`` where a known base has momentum, and the ``kind`` and
             the ``last`` step of the parameters of any other.
         fresh: See `Wrapped`.
-        momenta: What `find` remembers.
+        momenta: What `find_direction` remembers.
 
     Attributes:
         invariant: Parameters whose step has turned out to be scale-invariant.
@@ -283,7 +283,9 @@ class Displacement(Direction):
         try:
             if function is None or isinstance(function, str):
                 memory = {} if momenta is None else momenta
-                found = find(base, params, gradients, self._saved, state, memory, function)
+                found = find_direction(
+                    base, params, gradients, self._saved, state, memory, function
+                )
                 step, along = found.step, found.along
                 self._kept, self.invariant = found.kept, found.invariant
                 self._at_rest = found.at_rest
@@ -313,7 +315,7 @@ class Displacement(Direction):
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:
         """As `Direction.descend`; a decoupled decay is part of the base's step."""
-        steps = self.within_reach(params, [self._step[p] for p in params], rate)
+        steps = self.bounded(params, [self._step[p] for p in params], rate)
         update.descend_(params, steps, rate, skipped)
 
     def finish(self, skipped: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from adler._recording.replay import is_capturing, is_replaying
 
-__all__ = ["Hook", "Inert", "Tell", "in_training_loop", "on_backward", "remove_all"]
+__all__ = ["ForwardHook", "Hook", "Inert", "in_training_loop", "on_backward", "remove_all"]
 
 
 class Inert:
@@ -46,7 +46,7 @@ class Hook:
         return Inert, ()
 
 
-class Tell(Hook):
+class ForwardHook(Hook):
     """A forward hook that tells an object of the calls of the training loop.
 
     Args:

@@ -32,7 +32,7 @@ from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, copy_of, tensors_in
 from adler._recording.criterion_calls import CriterionCalls, Refused
 from adler._recording.explicit_targets import check_targets, same_inputs
-from adler._recording.hooks import Tell, remove_all
+from adler._recording.hooks import ForwardHook, remove_all
 from adler._recording.links import Place, Source, mark, sources
 from adler._recording.model_loss import ModelLoss, how_to_describe
 from adler._recording.randomness import RandomState
@@ -91,12 +91,14 @@ class Recorder:
         self._backward = Backward(params)
         self.clear()
         handles = [
-            model.register_forward_pre_hook(Tell(self, model, "_enter_model"), with_kwargs=True),
-            model.register_forward_hook(Tell(self, model, "_leave_model"), with_kwargs=True),
+            model.register_forward_pre_hook(
+                ForwardHook(self, model, "_enter_model"), with_kwargs=True
+            ),
+            model.register_forward_hook(ForwardHook(self, model, "_leave_model"), with_kwargs=True),
         ]
         if isinstance(criterion, nn.Module) and model_loss is None:
-            before = Tell(self, criterion, "_enter_criterion")
-            after = Tell(self, criterion, "_leave_criterion")
+            before = ForwardHook(self, criterion, "_enter_criterion")
+            after = ForwardHook(self, criterion, "_leave_criterion")
             handles.append(criterion.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(criterion.register_forward_hook(after, with_kwargs=True))
         self._remove = weakref.finalize(self, remove_all, handles)

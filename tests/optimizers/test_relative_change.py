@@ -12,7 +12,7 @@ from support.loops import train
 from torch import nn
 
 from adler import Adler, AdlerAdam, AdlerScheduleFree, Guard, Measure, wrap
-from adler._optimizers.direction import Reach
+from adler._optimizers.relative_change import RelativeChange
 
 KINDS = {
     "adler": Adler,
@@ -83,8 +83,8 @@ def test_the_bound_is_the_initial_norms_whatever_the_weights_become():
 
     @torch.no_grad()
     def factor():
-        reach = Reach([p], along, [torch.tensor(10.0)], 0.5, state)
-        return reach.factors([p], along, one)
+        bound = RelativeChange([p], along, [torch.tensor(10.0)], 0.5, state)
+        return bound.factors([p], along, one)
 
     first = factor()
     with torch.no_grad():
