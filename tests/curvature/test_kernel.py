@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import CRITERIA, NETWORKS, Square, batches, network
 from support.loops import unchanged
-from support.reference import Dense
+from support.reference import Dense, jacobian_of
 from torch import nn
 
 from adler.curvature import Objective, TangentKernel
@@ -63,26 +63,13 @@ def setting(name):
     return OTHERS[name]().double(), torch.randn(6, 4, dtype=torch.float64)
 
 
-def jacobian(model, x):
-    """Rows by autograd, one output at a time, on the model itself."""
-    state = torch.get_rng_state()
-    F = model(x).flatten()
-    torch.set_rng_state(state)
-    params = list(model.parameters())
-    rows = []
-    for output in F:
-        gradients = torch.autograd.grad(output, params, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([g.flatten() for g in gradients]))
-    return torch.stack(rows)
-
-
 every_network = pytest.mark.parametrize("name", [*NETWORKS, *OTHERS])
 
 
 @every_network
 def test_the_kernel_is_the_jacobian_times_its_transpose(name):
     model, x = setting(name)
-    J = jacobian(model, x)
+    J = jacobian_of(model, x)
     if name not in ("batchnorm", "dropout"):  # whose forward has effects
         dense = Dense(model, nn.MSELoss())
         torch.testing.assert_close(J, dense.jacobian(dense.flat(), x), rtol=1e-10, atol=1e-12)
@@ -132,7 +119,7 @@ def test_the_fast_way_is_taken_where_examples_are_independent(name, monkeypatch)
 def test_every_method_finds_the_same_ends(name):
     model, x = setting(name)
     kernel = TangentKernel(model, x)
-    exact = torch.linalg.eigvalsh(jacobian(model, x) @ jacobian(model, x).T)
+    exact = torch.linalg.eigvalsh(jacobian_of(model, x) @ jacobian_of(model, x).T)
     torch.testing.assert_close(kernel.eigenvalues(), exact, rtol=1e-8, atol=1e-10)
     for method in ("auto", "dense", "lanczos", "power"):
         assert kernel.largest_eigenvalue(method) == pytest.approx(float(exact[-1]), rel=1e-6)
@@ -173,7 +160,7 @@ def test_the_cheapest_way_is_chosen(scipy, monkeypatch):
         model, x = setting(name)
         kernel = TangentKernel(model, x)
         assert kernel._choose("auto") == way
-        exact = float(torch.linalg.eigvalsh(jacobian(model, x) @ jacobian(model, x).T)[-1])
+        exact = float(torch.linalg.eigvalsh(jacobian_of(model, x) @ jacobian_of(model, x).T)[-1])
         assert kernel.largest_eigenvalue() == pytest.approx(exact, rel=1e-6)
 
 
@@ -187,7 +174,7 @@ def test_large_kernels_are_never_made_dense():
         kernel.to_dense()
     with pytest.raises(ValueError, match="max_bytes"):
         kernel.layers()
-    J = jacobian(model, x)
+    J = jacobian_of(model, x)
     exact = float(torch.linalg.eigvalsh((J.T @ J).double())[-1])
     assert kernel.largest_eigenvalue() == pytest.approx(exact, rel=1e-4)  # float32
     assert kernel.gershgorin(columns=5).upper > 0
@@ -223,7 +210,7 @@ def test_ops_without_forward_mode_are_transposed_twice():
 
     torch.manual_seed(0)
     model, x = Squared().double(), torch.randn(6, 4, dtype=torch.float64)
-    J = jacobian(model, x)
+    J = jacobian_of(model, x)
     torch.testing.assert_close(TangentKernel(model, x).to_dense(), J @ J.T)
 
 

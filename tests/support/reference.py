@@ -289,3 +289,16 @@ def run(
         tensors = zip(search.dense.tensors(full), search.dense.tensors(step))
         out.shortened.append(sum(not a.equal(b) for a, b in tensors))
     return out
+
+
+def jacobian_of(model: nn.Module, x: Any) -> Tensor:
+    """Rows by autograd, one output at a time, on the model itself; ``[outputs, parameters]``."""
+    state = torch.get_rng_state()
+    F = model(x).flatten()
+    torch.set_rng_state(state)
+    params = list(model.parameters())
+    rows = []
+    for output in F:
+        gradients = torch.autograd.grad(output, params, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows)
