@@ -3,7 +3,8 @@ import torch
 from support.loops import unchanged
 from torch import nn
 
-from adler._recording.replay import Call, RandomState, is_replaying, replaying, unwrap
+from adler._recording.replay import Call, RandomState, is_replaying, replaying
+from adler._unwrap import unwrap
 
 
 def noisy():

@@ -38,8 +38,9 @@ from adler._optimizers.saving import SavedWeights
 from adler._options import Search
 from adler._recording.hooks import ForwardHook, Hook, remove_all
 from adler._recording.model_loss import ModelLoss
-from adler._recording.replay import is_capturing, is_replaying, unwrap
+from adler._recording.replay import is_capturing, is_replaying
 from adler._step_length import StepLength
+from adler._unwrap import unwrap
 from adler._warning import warn
 
 __all__ = ["AveragedOptimizer", "Following"]

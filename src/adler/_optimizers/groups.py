@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from adler._recording.replay import unwrap
+from adler._unwrap import unwrap
 
 __all__ = ["as_list", "has_gradient", "moves", "names_of", "taken_from"]
 

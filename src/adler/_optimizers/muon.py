@@ -19,7 +19,7 @@ from adler._optimizers.direction import Direction, State, count_, gradients_of, 
 from adler._optimizers.orthogonal import orthogonalized
 from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
-from adler._recording.replay import unwrap
+from adler._unwrap import unwrap
 
 __all__ = ["AdlerMuon", "Muon", "hidden_matrices"]
 

@@ -33,9 +33,9 @@ from adler._recording.replay import (
     autocast_states,
     put_back,
     replaying,
-    unwrap,
 )
 from adler._recording.state import CallState
+from adler._unwrap import unwrap
 from adler._warning import warn
 
 __all__ = ["RunningStatistics"]

@@ -37,8 +37,9 @@ from adler._recording.links import Place, Source, mark, sources
 from adler._recording.model_loss import ModelLoss, how_to_describe
 from adler._recording.randomness import RandomState
 from adler._recording.records import WHOLE, Placed, RecordedLoss
-from adler._recording.replay import Call, accelerators, autocast_states, not_a_tensor, unwrap
+from adler._recording.replay import Call, accelerators, autocast_states, not_a_tensor
 from adler._recording.state import CallState, Watched
+from adler._unwrap import unwrap
 
 __all__ = ["Recorder"]
 

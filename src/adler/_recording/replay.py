@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adler import _distributed as distributed
 from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, tensors_in
 from adler._recording.randomness import RandomState
 from adler._recording.rounding import NotesAutocast
 from adler._recording.state import CallState
+from adler._unwrap import unwrap
 
 __all__ = [
     "Call",
@@ -32,7 +32,6 @@ __all__ = [
     "is_capturing",
     "is_replaying",
     "replaying",
-    "unwrap",
 ]
 
 _replaying: ContextVar[bool] = ContextVar("adler_replaying", default=False)
@@ -56,20 +55,6 @@ def is_replaying() -> bool:
 def is_capturing() -> bool:
     """Whether what the caller launches goes into a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module beneath ``torch.compile`` and `DistributedDataParallel`, in any order.
-
-    Compiled code has no forward-mode derivative, and the wrapper's forward talks to other ranks.
-    """
-    while True:
-        inner = getattr(model, "_orig_mod", model)
-        if distributed.find_ddp(model) is not None:
-            inner = inner.module
-        if inner is model or not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 @dataclass(frozen=True)

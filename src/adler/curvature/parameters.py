@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from adler._recording.replay import unwrap
+from adler._unwrap import unwrap
 from adler.curvature.jacobian import Parameters
 
 __all__ = ["flattened", "named_direction", "named_parameters", "unflatten"]

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adler._recording.replay import Call, unwrap
+from adler._recording.replay import Call
+from adler._unwrap import unwrap
 from adler.diagnostics.gram import gram
 
 __all__ = ["feature_grams"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from adler._recording.replay import unwrap
+from adler._unwrap import unwrap
 from adler.losses.base import LossHessian, refuse_unreduced
 from adler.losses.classification import CrossEntropyHessian, NLLHessian
 from adler.losses.entrywise import (
