@@ -128,7 +128,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                     p.copy_(points.average(p, mine, interpolation))
                     self._note(p)
             distributed.reshard(self.model)
-            if moved:  # whoever has loaded weights has loaded the statistics that they have
+            if moved:  # loaded weights come with their own statistics
                 self._statistics.bring()
 
     def train(self) -> None:
@@ -230,7 +230,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         return True
 
     def _is_edited(self, p: Tensor) -> bool:
-        """Whether somebody else has written to a parameter since."""
+        """Whether a parameter was written to since this optimizer wrote to it."""
         noted, mine = self._noted.get(p), self.state.get(p, {})
         return noted not in (None, p._version) and "z" in mine and not distributed.is_sharded(p)
 

@@ -48,7 +48,7 @@ class Direction:
 
     Attributes:
         bound: How far each parameter may move; None: as far as the step goes.
-        scale_free: Whether ``along`` stays what it is where all gradients, of now and before, are
+        scale_free: Whether ``along`` stays what it is where all gradients, present and past, are
             multiplied by one number.
     """
 

@@ -5,7 +5,7 @@ A hook before the forward pass sees calls of the model itself. It does not see o
 All of them are put into evaluation mode by ``eval()``, which calls `torch.nn.Module.train` of the
 module and then of those within it, and PyTorch has no hook there. So the module becomes an instance
 of a subclass of its class, as `torch.distributed.fsdp.fully_shard` does it, whose ``train`` tells
-whoever follows. Its ``__class__`` is still the class itself, and so are copies and pickles.
+its followers. Its ``__class__`` is still the class itself, and so are copies and pickles.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _listen(module: nn.Module) -> _Listening | None:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__slots__": (),
-        "__class__": property(lambda self: kind),  # for pickles, slices, and whoever asks
+        "__class__": property(lambda self: kind),  # for pickles, slices, and isinstance
         "__reduce_ex__": reduced,
         "train": train,
         "_adler_listening": listening,

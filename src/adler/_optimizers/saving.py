@@ -48,7 +48,7 @@ class SavedWeights:
     def __init__(self, optimizer: Averaged) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # The last average of each parameter, for as long as somebody holds it: tied weights stay
+        # The last average of each parameter, for as long as it is held elsewhere: tied weights stay
         # one tensor in a checkpoint.
         self._made: Any = WeakTensorKeyDictionary()
         self._said = False
@@ -102,7 +102,7 @@ class SavedWeights:
         """A tensor of its own with the average of a parameter; None: the parameter has no other.
 
         Where the parameter is the average, too: training will put another point in its place, and
-        whoever keeps a ``state_dict()`` of before would find that.
+        an earlier ``state_dict()`` would then hold that.
         """
         interpolation, mine = optimizer._holds_y(p), optimizer.state.get(p, {})
         if interpolation is None and "y" not in mine:

@@ -84,7 +84,7 @@ class CriterionCalls:
         self._received.clear()
 
     def skip(self) -> None:
-        """A call begins that nobody will ask for."""
+        """A call begins that is not recorded."""
         self._received[get_ident()].append(None)
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any], nth: int) -> None:

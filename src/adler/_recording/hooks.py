@@ -1,7 +1,7 @@
 """What this library's hooks have in common: they keep nothing alive, and copies do nothing.
 
-A model that is copied or saved takes its hooks along. The copy is no part of the run: whoever
-trains it makes an optimizer, which hooks it anew.
+A model that is copied or saved takes its hooks along. The copy is no part of the run: an
+optimizer that trains it hooks it anew.
 """
 
 from __future__ import annotations

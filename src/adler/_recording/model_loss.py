@@ -124,7 +124,7 @@ class ModelLoss:
         return True
 
 
-# --- what to tell whoever gives the criterion of a model that returns its loss --------------------
+# --- the message where a model returns its loss and the criterion was given --------------------
 
 _TARGETS = ("labels", "label", "targets", "target", "y", "tgt")
 

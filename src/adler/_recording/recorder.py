@@ -301,7 +301,7 @@ class Recorder:
             self._unlinked = self._returned_loss or self._of_several(result)
 
     def _of_several(self, result: Any) -> str:
-        """What to tell whoever's model returns no tensor, and whose criterion was not seen."""
+        """The message where the model returns no tensor, and no call of the criterion was seen."""
         if isinstance(self._criterion, nn.Module):
             return not_a_tensor(result, has_output_fn=False)
         name = getattr(self._criterion, "__name__", "criterion")

@@ -73,7 +73,7 @@ class BatchAlong:
         slope: ``g·d``, 0-dim. With ``rate`` it scales the finite difference.
         memory: What earlier measurements have taught.
         expected: ``g·d`` by the gradient of this batch as ``backward`` left it; None: not known.
-        rate: Learning rate of now; None or not positive: not known.
+        rate: Current learning rate; None or not positive: not known.
         amp_scale: Scale of a `torch.amp.GradScaler` in the recorded weights; NaN: unknown, because
             the gradients are already unscaled.
     """

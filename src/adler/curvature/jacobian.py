@@ -304,7 +304,7 @@ def directional_derivative(
 
 
 def warn_of_fallback(op: str, jvp: str = "forward") -> None:
-    """Says, once an optimizer, that the finite difference takes over."""
+    """Warns once per optimizer that the finite difference takes over."""
     mode = "forward-mode AD" if jvp == "forward" else f"jvp={jvp!r}"
     warn(
         f"{mode} is not available for {op}; the Jacobian-vector product is taken by finite "

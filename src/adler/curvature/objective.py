@@ -91,7 +91,7 @@ class Objective:
         """``F(θ)``; differentiable where autograd is on.
 
         Args:
-            params: Other values of the parameters, by name. Default: those of now.
+            params: Other values of the parameters, by name. Default: the present ones.
         """
         return self.call(self.params if params is None else params)
 
@@ -211,7 +211,7 @@ class Objective:
     # --- the same matrix times several directions ------------------------------------------------
 
     def ggn_products(self, jvp: str = "forward") -> Products:
-        """Products with the GGN at the parameters of now, which share one backward graph.
+        """Products with the GGN at the present parameters, which share one backward graph.
 
         Args:
             jvp: See `jvp`.
@@ -230,7 +230,7 @@ class Objective:
         return product
 
     def hessian_products(self) -> Products:
-        """Products with the Hessian at the parameters of now, which share one backward graph.
+        """Products with the Hessian at the present parameters, which share one backward graph.
 
         Returns:
             As `ggn_products`.

@@ -65,7 +65,7 @@ class _RegressionHessian(_EntrywiseHessian):
     """Of a loss that is quadratic around the target, on a scale of its own."""
 
     def loss_per_nat(self, outputs: Tensor, targets: Any, value: Tensor) -> Tensor:
-        """``2 L``: of a Gaussian whose variance is the mean squared residual of now."""
+        """``2 L``: of a Gaussian whose variance is the present mean squared residual."""
         return 2 * value
 
 

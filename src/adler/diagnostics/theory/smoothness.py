@@ -5,7 +5,7 @@ holds, and gradient descent at rate ``1/L`` with it, but every layer loses a fac
 networks, and to see what depth and width do to it.
 
 Lemmas 16–18 of D. Balboni, *An Optimization Perspective on Deep Neural Networks*, PhD thesis, SNS
-2025, appendix B.1.1, with the constants of the losses at the outputs of now.
+2025, appendix B.1.1, with the constants of the losses at the present outputs.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def loss_bounds(
     $u^\top (\mathrm{diag}(p) - p p^\top)\, u$ is the variance of an entry of ``u`` drawn from
     ``p``, at most $(\max u - \min u)^2 / 4 \le \|u\|^2 / 2$; and
     $\|\nabla L\|^2 \le 2 \sum_i \omega_i^2$, because $\|p - t\|^2 \le 2$ for two distributions.
-    With ``radius=0``, $\beta$ is that of the outputs of now.
+    With ``radius=0``, $\beta$ is that of the present outputs.
 
     Args:
         objective: The loss of the batch: its network and inputs as for `network_bounds`, its
