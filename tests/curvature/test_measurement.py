@@ -347,7 +347,7 @@ def test_the_average_forgets_by_steps_not_by_measurements():
     weights = {}
     for every in (1, 4):
         model, criterion, optimizer = setting(beta=0.9, **measuring(every=every))
-        train(model, criterion, optimizer, batches("mlp-tanh", criterion, 200))
+        train(model, criterion, optimizer, batches("mlp-tanh", criterion, 60))
         weights[every] = float(optimizer.param_groups[0]["rate_weight"])
     assert weights[1] == pytest.approx(1 / (1 - 0.9), rel=1e-2)
     assert weights[4] == pytest.approx(1 / (1 - 0.9**4), rel=1e-2)
@@ -355,7 +355,7 @@ def test_the_average_forgets_by_steps_not_by_measurements():
 
 def test_parts_are_averaged_over_one_batch():
     model, criterion, optimizer = setting(**measuring(fraction=0.25))
-    train(model, criterion, optimizer, batches("mlp-tanh", criterion, 100, size=8))
+    train(model, criterion, optimizer, batches("mlp-tanh", criterion, 56, size=8))
     weight = float(optimizer.param_groups[0]["curvature_weight"])
     assert weight == pytest.approx(4, rel=1e-6)
 

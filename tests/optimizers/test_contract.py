@@ -75,8 +75,12 @@ def resumed(make, file, steps):
     return run.train(DATA[steps:]).state()
 
 
-@pytest.mark.parametrize("steps", [0, 4])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+# What a fresh state holds does not depend on the options.
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, 0), *((options, 4) for options in OPTIONS.values())],
+    ids=["fresh", *OPTIONS],
+)
 def test_a_loaded_state_continues_bit_for_bit(make, options, steps, tmp_path):
     run = start(make, lambda m: halves(m, lr=0.25), **options).train(DATA[:steps])
     state = run.state()
@@ -94,6 +98,7 @@ def resume_all(folder):
         torch.save(resumed(make, f"{folder}/{name}", 4), f"{folder}/{name}-resumed")
 
 
+@pytest.mark.long
 def test_another_process_continues_bit_for_bit(tmp_path):
     options = {"measure": Measure(every=3, warmup=2)}
     runs = {name: start(make, **options).train(DATA[:4]) for name, make in MAKERS.items()}

@@ -42,10 +42,15 @@ def largest_second_derivative(tensor, seed=0):
     best = 0.0
     for _ in range(5):
         d = torch.randn(tensor.shape[1], generator=generator, dtype=tensor.dtype)
+        before = -1.0
         for _ in range(30):
             d = d / d.norm()
             u = torch.einsum("npq,p,q->n", tensor, d, d)
-            best = max(best, float(u.norm()))
+            norm = float(u.norm())
+            best = max(best, norm)
+            if norm <= before * (1 + 1e-12):  # it has stopped growing
+                break
+            before = norm
             # The best d for this u is an extreme eigenvector.
             values, vectors = torch.linalg.eigh(torch.einsum("npq,n->pq", tensor, u))
             d = vectors[:, values.abs().argmax()]
