@@ -213,7 +213,7 @@ class MeasuredOptimizer(ModelOptimizer):
             slope=slope,
             memory=self._memory,
             expected=slope if gradients.unmodified and not ranks else None,
-            rate=self._rate_of_now(state),
+            rate=self._present_rate(state),
             amp_scale=gradients.scaling.scale,
         )
         measured = self._measure(one, state, ranks)
@@ -291,7 +291,7 @@ class MeasuredOptimizer(ModelOptimizer):
             self.criterion, self._hessian, substitute=guarded, needs_kl_scale=needs_kl_scale
         )
 
-    def _rate_of_now(self, state: SearchState) -> Tensor:
+    def _present_rate(self, state: SearchState) -> Tensor:
         """How far steps go, which says how far a finite difference should look."""
         rate = self._mean.read(state.rates)
         # Even a distrusted measurement tells the next one.
