@@ -13,8 +13,8 @@ from torch import nn
 
 from adler import Adler, SpectralSGD, losses
 
-# Of each measurement but the first, which takes thirty times as many: from nothing, 120 do.
-AFTER_A_FEW, MANY = {"power_iterations": 4}, 40
+# The first measurement takes thirty times as many as the others: 120 are enough to begin with.
+FEW, MANY = {"power_iterations": 4}, 40
 # The rate is that of the last minibatch.
 UNGUARDED = {"guard": None, "eps": 0.0, "beta": 0.0}
 
@@ -40,7 +40,7 @@ def dense_rate(model, criterion, x, y, mean=False):
 @pytest.mark.parametrize("criterion_name", CRITERIA)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_rate_is_that_of_the_dense_kernel(name, criterion_name):
-    options = {**UNGUARDED, **AFTER_A_FEW}
+    options = {**UNGUARDED, **FEW}
     model, criterion, optimizer, data = setting(name, criterion_name, **options)
     for x, y in data[:2]:
         expected = dense_rate(copy.deepcopy(model), criterion, x, y)
@@ -50,7 +50,7 @@ def test_the_rate_is_that_of_the_dense_kernel(name, criterion_name):
         assert float(optimizer.last_step.minibatch_lr) >= expected * (1 - 1e-9)  # from below
 
 
-@pytest.mark.parametrize("own", [AFTER_A_FEW, {"gershgorin_columns": 18}])
+@pytest.mark.parametrize("own", [FEW, {"gershgorin_columns": 18}])
 @pytest.mark.parametrize("criterion_name", CRITERIA)
 @pytest.mark.parametrize("name", ["mlp-tanh", "batchnorm", "transformer"])
 def test_the_rate_of_the_mean_curvature_is_that_of_the_dense_trace(name, criterion_name, own):
@@ -117,7 +117,7 @@ def test_a_sample_of_columns_lies_between_and_repeats_itself():
 
 def test_the_rate_is_at_most_half_of_adlers():
     for name in NETWORKS:
-        model, criterion, optimizer, data = setting(name, **AFTER_A_FEW, **UNGUARDED)
+        model, criterion, optimizer, data = setting(name, **FEW, **UNGUARDED)
         twin = copy.deepcopy(model)
         options = {"beta": 0.0, "eps": 0.0, **LAST_ITERATE, **EXACT}
         adler = Adler(twin.parameters(), twin, criterion, **options)
