@@ -224,12 +224,13 @@ def test_no_step_on_the_whole_batch_is_skipped(make):
     model, optimizer, data = setting(make)
     x, y = (torch.cat(parts) for parts in zip(*data))
     before = CRITERION(model(x), y).item()
-    for _ in range(200):
+    for number in range(200):
         train(model, CRITERION, optimizer, [(x, y)])
         assert not optimizer.last_step.skipped
-        (found, step) = ratio(optimizer, model, x, y)
-        assert 0.2 < found < 5
-        assert step > 0.1
+        if number % 5 == 0:  # it steps the base as often as a step does
+            (found, step) = ratio(optimizer, model, x, y)
+            assert 0.2 < found < 5
+            assert step > 0.1
     assert CRITERION(model(x), y).item() < 0.8 * before
 
 

@@ -117,6 +117,7 @@ NAIVE = {
 
 # A step that is normalised after averaging is as long as that of one gradient: not larger there.
 # Along an average the slope is often negative, so that there is no step.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the last .* steps were skipped")
 @pytest.mark.parametrize(("base", "factor"), NAIVE.values(), ids=NAIVE)
 def test_along_an_averaged_step_rates_are_too_large_and_training_is_worse(base, factor):
