@@ -213,8 +213,7 @@ any_base = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
 
 @any_base
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize(("bad", "at"), [(math.nan, 0), (math.inf, 4)])
 def test_a_skipped_step_leaves_the_base_as_it_was(make, bad, at):
     model, optimizer, data = setting(make)
     train(model, CRITERION, optimizer, data[:at])
@@ -300,10 +299,10 @@ def test_the_base_steps_once_and_leaves_the_gradients(make):
 
 
 @any_base
-@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("steps", [0, 3])
 def test_resuming_and_copying_continue_bit_for_bit(make, steps, tmp_path):
     # In float64 PyTorch loads NAdam's product of momenta in another dtype than it was made in.
-    model, optimizer, data = setting(make, dtype=torch.float32)
+    model, optimizer, data = setting(make, steps=6, dtype=torch.float32)
     train(model, CRITERION, optimizer, data[:steps])
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "file")
     copied, copied_optimizer = copy.deepcopy((model, optimizer))
