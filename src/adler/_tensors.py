@@ -18,6 +18,7 @@ __all__ = [
     "decay_",
     "descend_",
     "descend_each_",
+    "divide_into_",
     "dot",
     "is_on_host",
     "lengths",
@@ -276,6 +277,25 @@ def descend_each_(
 def decay_(params: Sequence[Tensor], amount: Tensor) -> None:
     r"""In place, $\theta \leftarrow (1 - \min(a, 1))\,\theta$: decay never flips a sign."""
     scale_(params, 1 - amount.clamp(max=1))
+
+
+def divide_into_(numerators: Sequence[Tensor], denominators: list[Tensor]) -> list[Tensor]:
+    """In place of each denominator, the quotient; tensors of one device.
+
+    Args:
+        numerators: Unchanged.
+        denominators: As many, of the same shapes and dtypes; overwritten.
+
+    Returns:
+        ``denominators``.
+    """
+    if is_on_host(denominators[0].device):
+        for a, b in zip(numerators, denominators, strict=True):
+            torch.div(a, b, out=b)
+    else:
+        torch._foreach_reciprocal_(denominators)
+        torch._foreach_mul_(denominators, numerators)
+    return denominators
 
 
 def scale_(params: Sequence[Tensor], factor: Tensor) -> None:

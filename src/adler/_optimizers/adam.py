@@ -120,6 +120,7 @@ class Preconditioned(Direction):
 
     moments: tuple[str, ...] = ("exp_avg_sq",)
     scale_free = True
+    made = True
 
     def __init__(
         self,
@@ -139,16 +140,12 @@ class Preconditioned(Direction):
             discount, g = group["betas"][1], local([of[p] for p in mine])
             states = [moments(state, p, *self.moments) for p in mine]
             seconds = local([state["exp_avg_sq"] for state in states])
-            squares = list(torch._foreach_mul(seconds, discount))
-            torch._foreach_addcmul_(squares, g, g, 1 - discount)
             steps = [state["step"] for state in states]
             if equal[id(group)]:
                 steps = steps[:1]
-            adam_denominators(squares, steps, discount, group["adam_eps"], ahead=1)
-            size = _tensors.squared_norm(squares)
-            # In place: a new tensor costs the host more than a pass over an old one.
-            torch._foreach_reciprocal_(squares)
-            parts = self._times(mine, squares, g)
+            roots = _denominators(seconds, g, steps, discount, group["adam_eps"])
+            size = _tensors.squared_norm(roots)
+            parts = self._times(mine, roots, g)
             # A square that overflows would stay in the moment for ever: NaN, and so no step.
             parts[0].add_((size - size).to(parts[0]))
             found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
@@ -156,11 +153,10 @@ class Preconditioned(Direction):
         self._of = found
 
     def _times(
-        self, params: list[Tensor], inverses: list[Tensor], gradients: list[Tensor]
+        self, params: list[Tensor], roots: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
-        """The preconditioned gradients of some parameters; the inverses are not needed again."""
-        torch._foreach_mul_(inverses, gradients)
-        return inverses
+        """The preconditioned gradients of some parameters; the roots are not needed again."""
+        return _tensors.divide_into_(gradients, roots)
 
     def advance(
         self, group: Mapping[str, Any], params: list[Tensor], skipped: Tensor
@@ -200,13 +196,15 @@ class Adam(Preconditioned):
         return [like(part, p) for part, p in zip(directions, params, strict=True)]
 
     def _times(
-        self, params: list[Tensor], inverses: list[Tensor], gradients: list[Tensor]
+        self, params: list[Tensor], roots: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
+        # In place: a new tensor costs the host more than a pass over an old one.
+        torch._foreach_reciprocal_(roots)
         self._inverses = {
             **getattr(self, "_inverses", {}),
-            **dict(zip(params, inverses, strict=True)),
+            **dict(zip(params, roots, strict=True)),
         }
-        return list(torch._foreach_mul(inverses, gradients))
+        return list(torch._foreach_mul(roots, gradients))
 
 
 def second_moments_(
@@ -229,6 +227,38 @@ def second_moments_(
         apart = torch._foreach_addcmul(v, g, g, value=-1)
         weight = torch.full((), 1 - discount, dtype=_tensors.widest(device), device=device)
         _tensors.descend_(v, list(apart), weight, skip)
+
+
+def _denominators(
+    seconds: list[Tensor],
+    gradients: list[Tensor],
+    steps: Sequence[Tensor],
+    discount: float,
+    offset: float,
+) -> list[Tensor]:
+    """`adam_denominators` of the moments as the gradients would leave them, in new tensors.
+
+    Args:
+        seconds: Second moments before this step; unchanged.
+        gradients: Of this step.
+        steps: Before this step, of each, or one of all; 0-dim.
+        discount: ``β₂``.
+        offset: ``ε_A``.
+    """
+    if not _tensors.is_on_host(seconds[0].device):
+        squares = list(torch._foreach_mul(seconds, discount))
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - discount)
+        adam_denominators(squares, steps, discount, offset, ahead=1)
+        return squares
+    # The correction is in the weights: there each pass over the parameters counts.
+    corrections = [1 - discount ** (float(step.numpy()) + 1) for step in steps]
+    if len(corrections) < len(seconds):
+        corrections = corrections * len(seconds)
+    squares = list(torch._foreach_mul(seconds, [discount / c for c in corrections]))
+    torch._foreach_addcmul_(squares, gradients, gradients, [(1 - discount) / c for c in corrections])
+    torch._foreach_sqrt_(squares)
+    torch._foreach_add_(squares, offset)
+    return squares
 
 
 def adam_denominators(

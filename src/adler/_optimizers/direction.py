@@ -50,10 +50,12 @@ class Direction:
         bound: How far each parameter may move; None: as far as the step goes.
         scale_free: Whether ``along`` stays what it is where all gradients, present and past, are
             multiplied by one number.
+        made: Whether what `advance` returns was made for this step and may be written to.
     """
 
     bound: RelativeChange | None = None
     scale_free: bool = False
+    made: bool = False
 
     def __init__(self, along: list[Tensor]) -> None:
         self.along = along
@@ -100,13 +102,15 @@ class Direction:
             skipped: 0-dim bool.
 
         Returns:
-            One tensor for each parameter, not to be written to.
+            One tensor for each parameter, not to be written to unless `made`.
         """
         return gradients_of(params)
 
     def bounded(self, params: list[Tensor], directions: list[Tensor], rate: Tensor) -> list[Tensor]:
         """The directions, none of which moves its parameter too far at this rate."""
-        return directions if self.bound is None else self.bound.shorten(params, directions, rate)
+        if self.bound is None:
+            return directions
+        return self.bound.shorten(params, directions, rate, in_place=self.made)
 
     def memory(self, group: Mapping[str, Any]) -> float:
         """``μ``, if each gradient acts ``1 / (1 − μ)`` times as long as one step; 0: once."""

@@ -54,7 +54,7 @@ class Interpolation(Direction):
     ) -> None:
         super().__init__(inner.along)
         self._inner, self._state, self._equal = inner, state, equal
-        self.scale_free = inner.scale_free
+        self.scale_free, self.made = inner.scale_free, inner.made
         self._interpolation = interpolation
 
     def look(

@@ -204,6 +204,7 @@ class Muon(Direction):
     """
 
     scale_free = True
+    made = True
 
     def __init__(
         self,

@@ -68,16 +68,30 @@ class RelativeChange:
         return (self._fraction * sizes / (rate * lengths)).clamp(max=1)
 
     def shorten(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor
+        self, params: Sequence[Tensor], directions: Sequence[Tensor], rate: Tensor, in_place: bool
     ) -> list[Tensor]:
-        """The directions of a group's parameters, those that would go too far shortened."""
+        """The directions of a group's parameters, those that would go too far shortened.
+
+        Args:
+            params: See `factors`.
+            directions: See `factors`.
+            rate: See `factors`.
+            in_place: Whether the directions may be written to: a new tensor costs the host more
+                than several passes over an old one.
+        """
         factors, parts = self.factors(params, directions, rate), local(directions)
         if _tensors.is_on_host(rate.device):
             known = factors.numpy().tolist()
-            rows = zip(directions, parts, known, strict=True)
-            return [d if f >= 1 else like(part * f, d) for d, part, f in rows]
-        own = [f.to(d.device) for f, d in zip(factors.unbind(), parts, strict=True)]
-        shorter = torch._foreach_mul(parts, own)
+            shorter = [
+                part if f >= 1 else torch.mul(part, f, out=part if in_place else None)
+                for part, f in zip(parts, known, strict=True)
+            ]
+        else:
+            own = [f.to(d.device) for f, d in zip(factors.unbind(), parts, strict=True)]
+            if in_place:
+                torch._foreach_mul_(parts, own)
+                return list(directions)
+            shorter = list(torch._foreach_mul(parts, own))
         return [like(part, d) for part, d in zip(shorter, directions, strict=True)]
 
 
