@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -72,23 +73,35 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
     title = max(reversed(told), key=lambda t: len(told[t]), default=None)
     if title is None or not told[title]:
         return ["It has not run."]
-    lines = head(f"After {title}", "Told", "Tasks", "Test loss over tuned AdamW's", "At most")
+    held_back = {r["task"] for r in by_horizon[title] if r["held_back"]}
+    heads = ["Test loss over tuned AdamW's", "At most"]
+    if split := bool(held_back) and not held_back >= told[title].keys():
+        counts = len(told[title].keys() - held_back), len(told[title].keys() & held_back)
+        chosen_on, held = f"{counts[0]} tasks to choose on", f"{counts[1]} held back"
+        heads = [f"{heads[0]}: {chosen_on}", held, *heads[1:]]
+    lines = head(f"After {title}", "Told", *heads)
     for name in _SHOWN:
         ratios = standings.loss_ratios(by_loss[title], name, TUNED)
-        mean = standings.loss_ratio(by_loss[title], name, TUNED)
-        if mean is None:
+        if told[title].keys() != ratios.keys():
             continue
+        parts = [ratios]
+        if split:
+            parts = [
+                {task: x for task, x in ratios.items() if (task in held_back) is held}
+                for held in (False, True)
+            ]
+        means = (f"{statistics.geometric_mean(part.values()):.3f}" for part in parts)
         chosen = method(name)
         knows = "nothing" if not chosen.needs_steps else "the horizon"
         knows = f"the horizon, best of {len(chosen.grid)} rates" if chosen.grid else knows
-        entries = (knows, len(ratios), f"{mean:.3f}", f"{max(ratios.values()):.2f}")
-        lines.append(row(chosen.label, *entries))
+        lines.append(row(chosen.label, knows, *means, f"{max(ratios.values()):.2f}"))
     rates, seeds = method(TUNED).grid or (), {r["seed"] for r in by_horizon[title]}
     return [
         *lines,
         "",
         f"AdamW with warm-up, a cosine over this horizon and the best of {len(rates)} rates by the "
-        f"test set is 1; geometric mean over tasks, {len(seeds)} seed{'s' * (len(seeds) > 1)}.",
+        f"test set is 1; geometric mean over {len(told[title])} tasks, {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}.",
     ]
 
 
@@ -96,35 +109,33 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def _ranks(by_horizon: Mapping[str, Sequence[Record]], short: Sequence[Record]) -> list[str]:
-    # The same methods in all columns: more of them would make the ranks there larger.
-    names = profile_plots.untuned(list(by_horizon.values())[-1] if by_horizon else [])
     columns = {**({SHORT: short} if short else {}), **by_horizon}
     ranks: dict[str, dict[str, float]] = {}
     heads = []
     failed: Counter[str] = Counter()
     for title, found in columns.items():
-        runs = standings.contests(found)
-        here = [name for name in profile_plots.untuned(found) if name in names]
+        runs, here = standings.contests(found), profile_plots.untuned(found)
         ranks[title], count = standings.mean_ranks(runs, here)
-        heads.append(f"{title} ({count} tasks)")
+        heads.append(f"{title}: of {len(here)}, {count} tasks")
         if title != SHORT:
             for name in here:
                 given = standings.verdicts(runs, name, TUNED).values()
                 failed[name] += sum(verdict in ("dead", "diverged") for verdict in given)
     lines = head("Untuned", *heads, "Dead or diverged")
+    names = {name for by_name in ranks.values() for name in by_name}
 
-    def mean(name: str) -> float:
+    def place(name: str) -> tuple[int, float]:
         told = [by_name[name] for by_name in ranks.values() if name in by_name]
-        return sum(told) / len(told) if told else float("inf")
+        return -len(told), sum(told)
 
-    for name in sorted(names, key=mean):
+    for name in sorted(names, key=place):
         entries = [f"{r[name]:.1f}" if name in r else "–" for r in ranks.values()]
-        lines.append(row(method(name).label, *entries, failed[name]))
+        lines.append(row(method(name).label, *entries, failed[name] if name in failed else "–"))
     told = [
-        "Mean rank, 1 the best, among the untuned methods that have run at the longest horizon, "
-        "over the tasks on which all of them have, of a task the mean over its seeds. Dead or "
-        "diverged: tasks, of all these horizons, where AdamW with a cosine and its best rate is "
-        "neither.",
+        "Mean rank, 1 the best, of the untuned methods that ran on every task that "
+        f"{method(DEFAULT).label} did, of a task the mean over its seeds: among more methods, ranks "
+        "are larger. Dead or diverged: tasks, of the long horizons, where AdamW with a cosine and "
+        "its best rate is neither.",
     ]
     if SHORT in columns:
         told.append(

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.suite import profiles, standings
 from benchmarks.suite.methods import method
 from benchmarks.suite.profiles import LARGEST, Unit
-from benchmarks.suite.standings import MODES, REFERENCE, TUNED
+from benchmarks.suite.standings import DEFAULT, MODES, REFERENCE, TUNED
 from examples.shared.plots import (
     COLOURS,
     GREY,
@@ -42,11 +42,20 @@ def draw(found: Sequence[Record], directory: Path) -> list[Path]:
 
 
 def untuned(found: Sequence[Record]) -> list[str]:
-    """What competes: all untuned methods but variants and near copies."""
+    """What competes: untuned methods, run on every task that the default was.
+
+    Variants and near copies do not compete.
+    """
+    tasks_of: dict[str, set[str]] = {}
+    for record in found:
+        tasks_of.setdefault(record["method"], set()).add(record["task"])
+    needed = tasks_of.get(DEFAULT, set())
     return [
         name
         for name in standings.names(found)
-        if standings.is_compared(name) and name not in (REFERENCE, *MODES)
+        if standings.is_compared(name)
+        and name not in (REFERENCE, *MODES)
+        and needed <= tasks_of[name]
     ]
 
 

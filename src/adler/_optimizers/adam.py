@@ -255,7 +255,9 @@ def _denominators(
     if len(corrections) < len(seconds):
         corrections = corrections * len(seconds)
     squares = list(torch._foreach_mul(seconds, [discount / c for c in corrections]))
-    torch._foreach_addcmul_(squares, gradients, gradients, [(1 - discount) / c for c in corrections])
+    torch._foreach_addcmul_(
+        squares, gradients, gradients, [(1 - discount) / c for c in corrections]
+    )
     torch._foreach_sqrt_(squares)
     torch._foreach_add_(squares, offset)
     return squares
