@@ -42,10 +42,18 @@ OWN_RATE = 1e-3  # of nanoGPT's configuration
 SEEDS = (0, 1, 2, 3, 4)
 UNTUNED = ("AdlerScheduleFree", "AdlerMuon")
 
-_SIZES = (
-    "--device=cpu --dtype=float32 --compile=False --block_size=64 --batch_size=12 --n_layer=4 "
-    "--n_head=4 --n_embd=128 --dropout=0.0 --log_interval=1000"
-).split()
+_SIZES = {
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+    "block_size": 64,
+    "batch_size": 12,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "dropout": 0.0,
+    "log_interval": 1000,
+}
 _MADE = re.compile(r"^optimizer = (?P<own>.*)$", re.MULTILINE)
 _SEEDED = re.compile(r"(?<=torch\.manual_seed\()\d+")
 _TESTED = re.compile(r"^step (\d+): train loss ([\d.]+|nan), val loss ([\d.]+|nan)", re.MULTILINE)
@@ -139,15 +147,15 @@ def train(run: Run, checkout: Path, text: str, every: int, batches: int) -> dict
         prepare(text, place / "data" / "shakespeare_char")
         program = place / "train.py"
         program.write_text(patched(program.read_text(), run))
-        options = [f"--max_iters={run.steps}", f"--lr_decay_iters={run.steps}"]
+        options = {**_SIZES, "max_iters": run.steps, "lr_decay_iters": run.steps}
+        options["eval_iters"] = batches
         if run.lr is None:
-            options += ["--decay_lr=False", "--learning_rate=1.0", f"--eval_interval={every}"]
+            options |= {"decay_lr": False, "learning_rate": 1.0, "eval_interval": every}
         else:
-            options += [f"--learning_rate={run.lr}", f"--min_lr={run.lr / 10}"]
-            options += [f"--eval_interval={run.steps}"]
+            options |= {"learning_rate": run.lr, "min_lr": run.lr / 10, "eval_interval": run.steps}
+        given = [f"--{name}={value}" for name, value in options.items()]
         said = subprocess.run(
-            [sys.executable, "train.py", "config/train_shakespeare_char.py", *_SIZES, *options]
-            + [f"--eval_iters={batches}"],
+            [sys.executable, "train.py", "config/train_shakespeare_char.py", *given],
             cwd=place,
             capture_output=True,
             text=True,
@@ -168,9 +176,14 @@ def tables(records: Sequence[Record]) -> str:
     for steps in horizons:
         cells = [f"{steps:,}"]
         for name in UNTUNED:
-            of = [r for r in records if r["optimizer"] == name and str(steps) in r["losses"]]
-            seeds |= {r["seed"] for r in of}
-            cells.append(_spread([r["losses"][str(steps)] for r in of]))
+            # A run that was made for fewer steps is the beginning of the longer one.
+            of = {
+                r["seed"]: r["losses"][str(steps)]
+                for r in records
+                if r["optimizer"] == name and str(steps) in r["losses"]
+            }
+            seeds |= of.keys()
+            cells.append(_spread(list(of.values())))
         by_rate = {
             lr: [
                 r["losses"].get(str(steps), float("nan"))

@@ -130,12 +130,12 @@ def _ranks(by_horizon: Mapping[str, Sequence[Record]], short: Sequence[Record]) 
 
     for name in sorted(names, key=place):
         entries = [f"{r[name]:.1f}" if name in r else "–" for r in ranks.values()]
-        lines.append(row(method(name).label, *entries, failed[name] if name in failed else "–"))
+        lines.append(row(method(name).label, *entries, failed.get(name, "–")))
     told = [
         "Mean rank, 1 the best, of the untuned methods that ran on every task that "
-        f"{method(DEFAULT).label} did, of a task the mean over its seeds: among more methods, ranks "
-        "are larger. Dead or diverged: tasks, of the long horizons, where AdamW with a cosine and "
-        "its best rate is neither.",
+        f"{method(DEFAULT).label} did, of a task the mean over its seeds: among more methods, "
+        "ranks are larger. Dead or diverged: tasks, of the long horizons, where AdamW with a "
+        "cosine and its best rate is neither.",
     ]
     if SHORT in columns:
         told.append(

@@ -8,7 +8,7 @@ import pytest
 from support.needs import needing
 
 from benchmarks.suite import __main__ as command
-from benchmarks.suite import data, horizon_tables, horizons, run, standings
+from benchmarks.suite import data, horizon_tables, horizons, profile_plots, run, standings
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.standings import TUNED
 from benchmarks.suite.tasks import TASKS
@@ -195,14 +195,15 @@ def test_the_tables_by_horizon():
     ranks, _, rest = text.partition("<!-- --8<-- [end:horizons] -->")
     assert "<!-- --8<-- [start:horizons] -->" in ranks
     assert (
-        "| Untuned | 200 steps (1 tasks) | 1 × the epochs (2 tasks) | 2 × the epochs (2 tasks) "
-        "| Dead or diverged |\n"
+        "| Untuned | 200 steps: of 4, 1 tasks | 1 × the epochs: of 3, 2 tasks "
+        "| 2 × the epochs: of 3, 2 tasks | Dead or diverged |\n"
     ) in ranks
-    assert "| ScheduleFree+ | 3.0 | 1.0 | 2.0 | 0 |\n" in ranks
-    assert "| Adler | 2.0 | 2.0 | 1.0 | 0 |\n" in ranks
-    assert "| MoMo | 1.0 | 3.0 | 3.0 | 2 |\n" in ranks
-    assert ranks.index("| Adler") < ranks.index("| ScheduleFree+") < ranks.index("| MoMo")
-    assert "Prodigy" not in ranks
+    assert "| ScheduleFree+ | 4.0 | 1.0 | 2.0 | 0 |\n" in ranks
+    assert "| Adler | 3.0 | 2.0 | 1.0 | 0 |\n" in ranks
+    assert "| MoMo | 2.0 | 3.0 | 3.0 | 2 |\n" in ranks
+    assert "| Prodigy | 1.0 | – | – | – |\n" in ranks
+    order = [ranks.index(f"| {name} |") for name in ("Adler", "ScheduleFree+", "MoMo", "Prodigy")]
+    assert order == sorted(order)
     assert "SGD" not in ranks
 
     ratio = math.sqrt(0.2 * 0.3) / 0.4
@@ -248,9 +249,36 @@ def test_the_short_table_is_of_the_longest_horizon_with_most_tasks():
         for r in some_records()
     ]
     text = horizon_tables.markdown(found, SMALL, "small")
-    assert "| After 2 × the epochs | Told | Tasks |" in text
+    assert "| After 2 × the epochs | Told | Test loss over tuned AdamW's | At most |" in text
     mean = math.sqrt(0.2 * 0.3) / 0.4
-    assert f"| AdlerScheduleFree | nothing | 2 | {mean:.3f} | 0.75 |" in text
+    assert f"| AdlerScheduleFree | nothing | {mean:.3f} | 0.75 |" in text
+    assert "geometric mean over 2 tasks, 1 seed." in text
+
+
+def test_the_short_table_keeps_what_was_held_back_apart():
+    found = [
+        {
+            **r,
+            "method": "adler-schedulefree" if r["method"] == "adler" else r["method"],
+            "held_back": r["task"] == WINE,
+        }
+        for r in some_records()
+    ]
+    text = horizon_tables.markdown(found, SMALL, "small")
+    assert "| Test loss over tuned AdamW's: 1 tasks to choose on | 1 held back | At most |" in text
+    assert "| AdlerScheduleFree | nothing | 0.750 | 0.500 | 0.75 |" in text
+
+
+def test_who_did_not_run_on_all_tasks_of_the_default_does_not_compete():
+    found = [
+        hand_made(name, [0.9, 0.6], task)
+        for name, task in (
+            ("adler-schedulefree", DIABETES), ("adler-schedulefree", WINE),
+            ("adler", DIABETES), ("adler", WINE), ("momo", WINE),
+            ("adler@beta=0.5", WINE), ("adler@beta=0.5", DIABETES),
+        )
+    ]  # fmt: skip
+    assert profile_plots.untuned(found) == ["adler", "adler-schedulefree"]
 
 
 def test_loss_ratios_are_those_that_the_mean_is_of():
