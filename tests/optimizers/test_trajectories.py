@@ -65,10 +65,15 @@ def follow(method, options, name, criterion_name):
     optimizer = make(model.parameters(), model, criterion, **own, **options)
     for k, batch in enumerate(data):
         train(model, criterion, optimizer, [batch])
-        torch.testing.assert_close(flat(model), expected.parameters[k], rtol=1e-9, atol=1e-11)
+        # Where no bound holds a tensor's step, two roundings part by a factor of about three a
+        # step: by 3e-9 after these sixteen, and by 1e-14 where one does.
+        loose = 10 if options.get("guard") is CLOSE else 1
+        within = {"rtol": 1e-9 * loose, "atol": 1e-11 * loose}
+        torch.testing.assert_close(flat(model), expected.parameters[k], **within)
         last = optimizer.last_step
-        assert float(last.minibatch_lr) == pytest.approx(expected.minibatch_lrs[k], rel=1e-9)
-        assert float(last.effective_lr) == pytest.approx(expected.effective_lrs[k], rel=1e-9)
+        rel = within["rtol"]
+        assert float(last.minibatch_lr) == pytest.approx(expected.minibatch_lrs[k], rel=rel)
+        assert float(last.effective_lr) == pytest.approx(expected.effective_lrs[k], rel=rel)
         assert bool(last.clipped) == expected.clipped[k]
     if hasattr(optimizer, "eval"):
         optimizer.eval()
