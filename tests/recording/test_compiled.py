@@ -97,6 +97,20 @@ def test_other_directions_and_autocast_too():
     torch.testing.assert_close(flat(compiled), flat(twin), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batches_of_several_sizes_where_the_first_layer_normalises(dynamic):
+    """With symbolic shapes older versions of PyTorch end the process there."""
+    model, criterion = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)).double(), nn.MSELoss()
+    compiled = torch.compile(model, backend=Backend(), dynamic=dynamic)
+    twin = copy.deepcopy(model)
+    optimizer = Adler(model.parameters(), compiled, criterion, **EXACT)
+    plain = Adler(twin.parameters(), twin, criterion, **EXACT)
+    data = [(torch.randn(n, 4).double(), torch.randn(n, 3).double()) for n in (5, 3, 7, 4)]
+    train(compiled, criterion, optimizer, data)
+    train(twin, criterion, plain, data)
+    torch.testing.assert_close(flat(compiled), flat(twin), rtol=1e-5, atol=1e-9)
+
+
 def test_an_explicit_batch_is_compiled_too():
     backend = Backend()
     compiled, _, criterion, optimizer, _ = setting("mlp-tanh", backend, **EXACT)

@@ -11,6 +11,8 @@ compiled: each run of a graph writes over what the last one returned, the gradie
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -18,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.torch_version import TorchVersion
 
 from adler import _distributed as distributed
 from adler._warning import warn
@@ -28,6 +31,9 @@ Found = TypeVar("Found")
 
 # Of the norm: fused kernels round otherwise, and a unit of ReLU may be on the other side of zero.
 _TOLERANCE = 0.05
+# Where shapes are symbolic and its input has no tangent, layer_norm's forward derivative ends the
+# process in PyTorch 2.6 and 2.7, with no error to catch; in 2.13 it does not.
+_NEEDS_STATIC_SHAPES = TorchVersion(torch.__version__) < (2, 13)
 
 
 class Compiled:
@@ -41,6 +47,8 @@ class Compiled:
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {
             f: compiler(_with_code_of_its_own(f)) for f in (outputs, derivative)
         }
+        if _NEEDS_STATIC_SHAPES and getattr(compiler, "_dynamic", None):  # as the user wants it
+            del self._functions[derivative]
         self._known: set[Callable[..., Any]] = set()
         self._refused = False
 
@@ -72,10 +80,11 @@ class Compiled:
             model: The module beneath the compiled one.
             *arguments: The function's.
         """
-        if self._refused:
+        if self._refused or function not in self._functions:
             return plain()
         try:
-            found: Found = self._functions[function](model, *arguments)
+            with _shapes(function):
+                found: Found = self._functions[function](model, *arguments)
         except Exception as error:  # whatever a compiler may raise
             self._refuse(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return plain()
@@ -128,6 +137,17 @@ def derivative(
         return outputs(model, at, buffers, args, kwargs, output_fn)
 
     return cast(tuple[Tensor, Tensor], torch.func.jvp(f, (params,), (direction,)))
+
+
+def _shapes(function: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """In which a function is compiled anew for other shapes, where symbolic ones are no good."""
+    if not _NEEDS_STATIC_SHAPES or function is not derivative:
+        return contextlib.nullcontext()
+    # Only where a model is compiled is the compiler loaded.
+    settings: Any = importlib.import_module("torch._dynamo.config")
+    return cast(
+        contextlib.AbstractContextManager[Any], settings.patch(automatic_dynamic_shapes=False)
+    )
 
 
 def _records_graphs(compiler: Any) -> bool:
