@@ -19,7 +19,7 @@ the device mesh of its parameters. Nothing else is guessed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ __all__ = [
     "process_groups",
     "reshard",
     "scattered",
+    "when_exchanged",
     "whole",
 ]
 
@@ -135,6 +136,20 @@ def mean(values: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:
         torch.distributed.all_reduce(vector, group=group)
         vector = vector / group.size()
     return list(vector)
+
+
+def when_exchanged(note: Callable[[], None]) -> None:
+    """Calls a function at the end of the backward pass that is running.
+
+    Gradients are then as `DistributedDataParallel` and FSDP2 leave them: the same on all ranks.
+
+    Args:
+        note: Called once; never, if the pass fails.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    # Callbacks run in the order in which they were queued, and may queue more. The means of
+    # `DistributedDataParallel` are written by one that its last gradient queues, after this call.
+    queue(lambda: queue(note))
 
 
 def moved(ddp: nn.Module | None, inputs: Any) -> Any:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from scenes import (
+    CLIPPED,
     DIFFERENCE,
     EVERY_THIRD,
     EXACT,
@@ -43,12 +44,18 @@ def found(folder):
 
 
 def one_process(
-    batches=None, kind=adler.Adler, batchnorm=False, criterion=None, tests=False, **options
+    batches=None,
+    kind=adler.Adler,
+    batchnorm=False,
+    criterion=None,
+    tests=False,
+    clip=0.0,
+    **options,
 ):
     model, criterion = network(batchnorm), criterion or nn.CrossEntropyLoss()
     optimizer = kind(model.parameters(), model, criterion, **{**EXACT, **options})
     batches = batches or [[b] for b in joint_batches()]
-    return train(model, optimizer, batches, criterion, tests=tests)
+    return train(model, optimizer, batches, criterion, tests=tests, clip=clip)
 
 
 def assert_alike(ranks):
@@ -75,6 +82,9 @@ RUNS = {
     "ddp_adam": {"kind": adler.AdlerAdam},
     "ddp_schedule_free": {"kind": adler.AdlerScheduleFree, "tests": True},
     "ddp_muon": MUON,
+    "ddp_clipped": CLIPPED,
+    "ddp_clipped_static_graph": CLIPPED,
+    "ddp_clipped_views_of_buckets": CLIPPED,
     "ddp_gauss_newton": {"kind": adler.GaussNewton},
     "ddp_every_third": EVERY_THIRD,
     "ddp_compiled": {},
@@ -89,6 +99,14 @@ def test_ddp_equals_one_process_on_the_joint_batch(found, name):
     ranks = found(name)
     assert_alike(ranks)
     assert_same_run(ranks[0], one_process(**RUNS[name]))
+
+
+@pytest.mark.row(DDP)
+def test_clipping_shortens_no_step_that_does_not_depend_on_the_scale(found):
+    """One process and several could be wrong together. Later steps weigh gradients otherwise."""
+    rate = StepRecord._fields.index("effective_lr")
+    free = one_process(**{**CLIPPED, "clip": 0.0})["steps"][0]
+    assert found("ddp_clipped")[0]["steps"][0][rate] == pytest.approx(free[rate], rel=1e-6)
 
 
 @pytest.mark.row(DDP)
@@ -148,6 +166,7 @@ FSDP_RUNS = {
         {"kind": adler.AdlerScheduleFree, "tests": True, "weight_decay": 0.1},
     ),
     "fsdp_muon": (None, MUON),
+    "fsdp_clipped": (None, CLIPPED),
     "fsdp_momentum": (None, {"momentum": 0.9}),
     "fsdp_on_a_mesh_of_two_dimensions": ("ddp_finite_difference", {}),
     "fsdp_validated_between": ("ddp_finite_difference", {}),

@@ -4,7 +4,8 @@ Clipping by norm makes $\kappa g$ of a gradient $g$. A direction that is linear 
 $\kappa$ times less far, which is what clipping is for. A direction that does not depend on the
 gradient's scale, as Adam's, is the same as without clipping: its second moment has shrunk with the
 gradient. So must its rate be, and the slope along it is $g \cdot d$, not $\kappa g \cdot d$. The
-factor is read off a few small gradients, which a hook copies when they are made.
+factor is read off a few small gradients, which are copied at the end of the backward pass. With
+several processes that is after these have exchanged them, so that all find one factor.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from adler import _distributed as distributed
 from adler._recording.hooks import remove_all
-from adler._tensors import widest
+from adler._tensors import dot, widest
 
 __all__ = ["GradientScale"]
 
@@ -28,7 +29,7 @@ _COUNT = 4
 
 
 class _Made(NamedTuple):
-    """A gradient as backpropagation left it."""
+    """A gradient as the backward pass left it."""
 
     version: tuple[int, int]
     copy: Tensor
@@ -38,7 +39,7 @@ class GradientScale:
     """Watches the smallest of some parameters.
 
     Args:
-        params: Sharded ones, whose gradients others exchange, are not looked at.
+        params: Leaves, maybe sharded; others are not looked at.
 
     Examples:
         >>> p = torch.ones(3, requires_grad=True)
@@ -52,9 +53,7 @@ class GradientScale:
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        able = [
-            p for p in params if p.requires_grad and p.is_leaf and not distributed.is_sharded(p)
-        ]
+        able = [p for p in params if p.requires_grad and p.is_leaf]
         self._watched = [weakref.ref(p) for p in sorted(able, key=Tensor.numel)[:_COUNT]]
         self._made: dict[int, _Made] = {}
         me = weakref.ref(self)
@@ -65,8 +64,11 @@ class GradientScale:
                 copy = gradient.detach().clone()
                 alive._made[id(p)] = _Made(_version_of(gradient), copy)
 
+        def made(p: Tensor) -> None:
+            distributed.when_exchanged(lambda: note(p))
+
         params = [p for p in (known() for known in self._watched) if p is not None]
-        handles = [p.register_post_accumulate_grad_hook(note) for p in params]  # type: ignore[no-untyped-call]
+        handles = [p.register_post_accumulate_grad_hook(made) for p in params]  # type: ignore[no-untyped-call]
         self.remove = weakref.finalize(self, remove_all, handles)
 
     def factor(self) -> Tensor | None:
@@ -74,29 +76,31 @@ class GradientScale:
 
         Returns:
             NaN where they are no multiple of them; None where they are as they were made, or it is
-            not known.
+            not known. Where parameters are sharded never None: all ranks ask each other, or none.
         """
-        now, then, unmodified = [], [], True
+        now, then, unmodified, sharded, eps = [], [], True, False, 0.0
         for known in self._watched:
             p = known()
-            made = None if p is None else self._made.get(id(p))
-            gradient = None if p is None else p.grad
+            if p is None:
+                continue
+            sharded = sharded or distributed.is_sharded(p)
+            made, gradient = self._made.get(id(p)), p.grad
             if made is None or gradient is None or gradient.shape != made.copy.shape:
                 continue
             unmodified = unmodified and made.version == _version_of(gradient)
-            now.append(gradient.detach())
-            then.append(made.copy)
-        if unmodified:
+            dtype = widest(gradient.device)
+            now.append(gradient.detach().to(dtype))
+            then.append(made.copy.to(dtype))
+            eps = max(eps, torch.finfo(gradient.dtype).eps)
+        if not now or (unmodified and not sharded):
             return None
-        home = now[0].device
-        a, b = (
-            torch.cat([t.reshape(-1).to(home, widest(home)) for t in tensors])
-            for tensors in (then, now)
-        )
-        factor = a.dot(b) / a.dot(a)
-        rest = (b - factor * a).norm()
-        within = 8 * max(torch.finfo(t.dtype).eps for t in now)
-        multiple = (rest <= max(within, 1e-3) * b.norm()) & (factor > 0) & (factor < math.inf)
+        # In one sum each, so that ranks that have different parts of the gradients agree.
+        then_then, then_now, now_now = (dot(then, then), dot(then, now), dot(now, now))
+        factor = then_now / then_then
+        # ‖b − κa‖², where κ makes it least; a difference of sums, with their rounding.
+        apart = now_now - factor * then_now
+        within = max((8 * eps) ** 2, 1e-6, 64 * torch.finfo(apart.dtype).eps)
+        multiple = (apart <= within * now_now) & (factor > 0) & (factor < math.inf)
         return torch.where(multiple, factor, math.nan)
 
 

@@ -33,7 +33,7 @@ Found = TypeVar("Found")
 _TOLERANCE = 0.05
 # Where shapes are symbolic and its input has no tangent, layer_norm's forward derivative ends the
 # process in PyTorch 2.6 and 2.7, with no error to catch; in 2.13 it does not.
-_NEEDS_STATIC_SHAPES = TorchVersion(torch.__version__) < (2, 13)
+_NEEDS_STATIC_SHAPES = TorchVersion(torch.__version__) < "2.13"
 
 
 class Compiled:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from scenes import (
+    CLIPPED,
     DIFFERENCE,
     EVERY_THIRD,
     EXACT,
@@ -69,11 +70,12 @@ def run(
     batches: Any = None,
     kind: Any = adler.Adler,
     tests: bool = False,
+    clip: float = 0.0,
     **options: Any,
 ) -> Any:
     criterion = nn.CrossEntropyLoss()
     optimizer = kind(model.parameters(), model, criterion, **{**EXACT, **options})
-    return train(model, optimizer, batches or mine(), criterion, tests=tests)
+    return train(model, optimizer, batches or mine(), criterion, tests=tests, clip=clip)
 
 
 @scenario
@@ -99,6 +101,23 @@ def ddp_schedule_free() -> dict[str, Any]:
 @scenario
 def ddp_muon() -> dict[str, Any]:
     return run(DistributedDataParallel(network()), **MUON)
+
+
+@scenario
+def ddp_clipped() -> dict[str, Any]:
+    """The gradients that are clipped are those that the ranks have exchanged."""
+    return run(DistributedDataParallel(network()), **CLIPPED)
+
+
+@scenario
+def ddp_clipped_static_graph() -> dict[str, Any]:
+    """Whose first backward pass exchanges all gradients later than the others do."""
+    return run(DistributedDataParallel(network(), static_graph=True), **CLIPPED)
+
+
+@scenario
+def ddp_clipped_views_of_buckets() -> dict[str, Any]:
+    return run(DistributedDataParallel(network(), gradient_as_bucket_view=True), **CLIPPED)
 
 
 @scenario
@@ -235,6 +254,11 @@ def fsdp_schedule_free() -> dict[str, Any]:
 def fsdp_muon() -> dict[str, Any]:
     """Matrices are gathered, orthogonalised and scattered again."""
     return run(sharded(network()), **MUON, **DIFFERENCE)
+
+
+@scenario
+def fsdp_clipped() -> dict[str, Any]:
+    return run(sharded(network()), **CLIPPED, **DIFFERENCE)
 
 
 @scenario

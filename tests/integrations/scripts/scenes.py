@@ -16,6 +16,8 @@ DIFFERENCE: dict[str, Any] = {"measure": adler.Measure.every_step("finite_differ
 EVERY_THIRD: dict[str, Any] = {"measure": adler.Measure(every=3, fraction=1.0, warmup=0)}
 GUARDS: dict[str, Any] = {"guard": adler.Guard(2.0, max_kl=0.1, max_relative_change=0.1)}
 MUON: dict[str, Any] = {"kind": adler.AdlerMuon, "matrices": ["*weight"], "tests": True}
+# Under a direction that does not depend on the gradient's scale, and by far.
+CLIPPED: dict[str, Any] = {"kind": adler.AdlerAdam, "clip": 0.01, "adam_eps": 1e-12}
 
 
 def network(batchnorm: bool = False) -> nn.Sequential:
@@ -77,10 +79,12 @@ def train(
     criterion: Callable[..., Tensor],
     before_step: Callable[[], None] = lambda: None,
     tests: bool = False,
+    clip: float = 0.0,
 ) -> dict[str, Any]:
     """A step for each list of batches, whose mean loss it descends; what every step did.
 
-    With ``tests`` also what the model says in a test before each step.
+    With ``tests`` also what the model says in a test before each step; with ``clip`` gradients are
+    no longer than that.
     """
     steps, tested = [], []
     for parts in batches:
@@ -90,6 +94,8 @@ def train(
         for x, y in parts:
             (criterion(model(x), y) / len(parts)).backward()
         before_step()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         assert optimizer.last_step is not None
         told = optimizer.last_step._replace(consistency=torch.zeros(()))  # unknown between ranks
