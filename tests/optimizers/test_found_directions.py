@@ -127,7 +127,7 @@ KINDS = {
     "adam": (Foreign, "linear"),
     "adam, long memory": (lambda p: Foreign(p, betas=(0.99, 0.999)), "linear"),
     "adam, equal memories": (lambda p: Foreign(p, betas=(0.95, 0.95)), "linear"),
-    "adam, decay": (lambda p: Foreign(p, weight_decay=10.0, decoupled_weight_decay=True), "linear"),
+    "adam, decay": (lambda p: type("W", (optim.AdamW,), {})(p, weight_decay=10.0), "linear"),
     "sgd, momentum": (lambda p: type("S", (optim.SGD,), {})(p, momentum=0.99), "linear"),
     "rmsprop": (type("R", (optim.RMSprop,), {}), "difference"),
     "late": (Late, "linear"),

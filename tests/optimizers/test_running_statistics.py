@@ -70,7 +70,8 @@ def test_an_unchanged_loop_tests_as_well_as_with_update_bn(kind):
     torch.manual_seed(5)
     update_bn(BATCHES, left)
     right = loss_of(left)
-    assert stale > 1.04 * right  # it matters
+    # It matters: three times what is allowed below. (1.037 to 1.064, by the version of PyTorch.)
+    assert stale > 1.03 * right
     assert found == pytest.approx(right, rel=0.01)
 
 
