@@ -18,8 +18,9 @@ the device mesh of its parameters. Nothing else is guessed.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,10 @@ __all__ = [
     "check_supported",
     "find_ddp",
     "gathered",
+    "holding",
     "is_sharded",
     "layout",
+    "least",
     "like",
     "local",
     "mean",
@@ -136,6 +139,17 @@ def mean(values: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:
         torch.distributed.all_reduce(vector, group=group)
         vector = vector / group.size()
     return list(vector)
+
+
+def least(number: int, params: Sequence[Tensor]) -> int:
+    """The least that any rank says, where parameters are sharded; elsewhere what this one says."""
+    groups = process_groups(None, params)
+    if not groups:
+        return number
+    least = torch.tensor(number, device=local([p for p in params if is_sharded(p)])[0].device)
+    for group in groups:
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
+    return int(least)
 
 
 def when_exchanged(note: Callable[[], None]) -> None:
@@ -271,3 +285,29 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if _is(module, "torch.distributed.fsdp", "FSDPModule"):
             module.reshard()  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, sharded parameters of a model hold other values; afterwards their own, bit for bit.
+
+    FSDP gathers from its own shards, whatever tensors a module has: so these are written to.
+
+    Args:
+        model: Whose forward passes see the values.
+        values: From parameters to tensors laid out as they are.
+    """
+    if not values:
+        yield
+        return
+    parts, others = local(list(values)), local(list(values.values()))
+    before = [part.detach().clone() for part in parts]
+    reshard(model)
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_(parts, others)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parts, before)
+        reshard(model)

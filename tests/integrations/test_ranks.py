@@ -213,6 +213,50 @@ def test_running_statistics_move_once_a_step(found):
     torch.testing.assert_close(sharded["buffers"], replicated["buffers"], rtol=1e-6, atol=1e-9)
 
 
+OF_THE_AVERAGE = [
+    pytest.param("ddp_statistics_of_the_average", marks=pytest.mark.row(DDP)),
+    pytest.param("ddp_statistics_of_rank_0", marks=pytest.mark.row(DDP)),
+    pytest.param("fsdp_statistics_of_the_average", marks=pytest.mark.row(FSDP)),
+]
+
+
+@pytest.mark.parametrize("name", OF_THE_AVERAGE)
+def test_running_statistics_are_those_of_the_average_on_this_ranks_batches(found, name):
+    for number, rank in enumerate(found(name)):
+        torch.testing.assert_close(rank["found"], rank["right"], rtol=1e-9, atol=1e-12)
+        if number == 0 or name != "ddp_statistics_of_rank_0":
+            assert all(a.equal(b) for a, b in zip(rank["saved"], rank["tested"], strict=True))
+        assert rank["untouched"]
+        assert rank["after"].equal(rank["without"])
+    if name == "ddp_statistics_of_rank_0":
+        first, second = found(name)
+        assert all(a.equal(b) for a, b in zip(first["tested"], second["tested"], strict=True))
+
+
+@pytest.mark.row(DDP)
+def test_one_rank_may_save_alone(found):
+    ranks = found("ddp_saved_by_one_rank")
+    assert_alike(ranks)
+    twin = found("ddp_statistics_of_rank_0")[0]
+    assert all(a.equal(b) for a, b in zip(ranks[0]["saved"].values(), twin["saved"], strict=True))
+    assert ranks[0]["params"].equal(twin["without"])
+
+
+@pytest.mark.row(DDP)
+def test_synchronised_statistics_are_found_by_one_rank_alone(found):
+    ranks = found("synchronised_statistics_of_one_rank")
+    torch.testing.assert_close(ranks[0]["found"], ranks[0]["right"], rtol=1e-9, atol=1e-12)
+    assert all(rank["synchronises"] for rank in ranks)
+
+
+@pytest.mark.row(FSDP)
+def test_ranks_that_have_kept_unequal_numbers_of_batches_do_not_wait_for_each_other(found):
+    first, second = found("fsdp_uneven_statistics_of_the_average")
+    assert first["kept"] != second["kept"]
+    weights = [a.equal(b) for a, b in zip(first["saved"], second["saved"], strict=True)]
+    assert weights.count(False) == 2  # mean and variance of each rank's own share
+
+
 @pytest.mark.row(FSDP)
 def test_a_replay_that_fails_leaves_every_bit(found):
     for rank in found("fsdp_replay_that_fails"):

@@ -9,6 +9,10 @@ the batches, and nothing else of the passes is left.
 
 With $k$ batches since the last test, of the $n$ that are wanted, what was found then weighs
 $1 - k/n$: a loop that tests after every step pays one forward pass a test, not $n$.
+
+Of several processes each looks at its own batches and waits for no other one, since a checkpoint
+may be of one alone: statistics differ between ranks, unless `DistributedDataParallel` makes those
+of rank 0 everybody's, as in training. Under FSDP forward passes are joint, and so is the search.
 """
 
 from __future__ import annotations
@@ -168,19 +172,26 @@ class RunningStatistics:
             if any(layer not in batch.evaluating for batch in self._batches)
         }
         modes = [(module, module.training) for module in self._modules]
-        state = CallState((model,))
+        own, state = dict(model.named_parameters()), CallState((model,))
+        # Where a forward pass gathers parameters, all ranks run as many.
+        batches = self._batches[: distributed.least(len(self._batches), list(own.values()))]
+        sharded: dict[Tensor, Tensor] = {
+            own[n]: x for n, x in params.items() if distributed.is_sharded(x)
+        }
+        others = {n: x for n, x in params.items() if not distributed.is_sharded(x)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaying())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.callback(put_back, RandomState.now(self._devices), self._devices)
             stack.callback(_set_modes, modes)
-            stack.enter_context(state.installed(params))  # whose buffers are copies
+            stack.enter_context(distributed.holding(model, sharded))
+            stack.enter_context(state.installed(others))  # whose buffers are copies
             for layer in moving.values():
                 layer.reset_running_stats()
                 if isinstance(layer, nn.SyncBatchNorm):  # maybe only this process tests
                     layer.forward = types.MethodType(_BatchNorm.forward, layer)  # type: ignore[method-assign]
-            for number, batch in enumerate(self._batches, 1):
+            for number, batch in enumerate(batches, 1):
                 _set_modes([(module, module not in batch.evaluating) for module in self._modules])
                 for layer in moving.values():
                     # None: cumulative, however often the layer is called; an InstanceNorm cannot.

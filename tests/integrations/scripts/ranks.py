@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 3 ranks.py resume OUT CHECKPOINT
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from scenes import (
     Barrier,
     joint_batches,
     network,
+    outputs_in_a_test,
     shares,
     train,
     uneven_shares,
@@ -37,8 +39,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
 
 import adler
+from adler._optimizers import running_statistics
+from adler._optimizers.running_statistics import RunningStatistics
 from adler._recording.replay import is_replaying
 
 Scenario = Callable[[], dict[str, Any]]
@@ -56,9 +61,9 @@ def mine(batches: list[Any] | None = None) -> list[list[Any]]:
     return [[shares(x, y, dist.get_world_size())[dist.get_rank()]] for x, y in batches]
 
 
-def sharded(model: nn.Sequential, mesh: Any = None) -> nn.Sequential:
+def sharded(model: nn.Module, mesh: Any = None) -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
-    for layer in model:
+    for layer in model.children():
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -307,6 +312,105 @@ def ddp_batchnorm() -> dict[str, Any]:
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedDataParallel(model, broadcast_buffers=False)
     return run(model, **DIFFERENCE)
+
+
+def statistics_of_the_average(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    """Running statistics as a checkpoint and a test have them, and as `update_bn` finds them."""
+    criterion, batches = nn.CrossEntropyLoss(), mine()
+
+    def made() -> tuple[nn.Module, adler.AdlerScheduleFree]:
+        model = wrap(network(batchnorm=True))
+        return model, adler.AdlerScheduleFree(model.parameters(), model, criterion, **DIFFERENCE)
+
+    model, optimizer = made()
+    train(model, optimizer, batches[:5], criterion)
+    in_training = [b.clone() for b in model.buffers()]
+    saved = {name: whole(t) for name, t in model.state_dict().items()}
+    untouched = all(a.equal(b) for a, b in zip(in_training, model.buffers(), strict=True))
+    outputs_in_a_test(model.eval())  # back in training mode
+    model.eval()
+    tested = {name: whole(t) for name, t in model.state_dict().items()}
+    right = network(batchnorm=True)
+    right.load_state_dict({name.removeprefix("module."): t for name, t in tested.items()})
+    update_bn([x for ((x, _),) in batches[:5]], right)
+    model.train()
+    after = train(model, optimizer, batches[5:], criterion)["params"]
+    model, optimizer = made()
+    return {
+        "saved": list(saved.values()),
+        "tested": list(tested.values()),
+        "right": list(right.buffers())[:2],
+        "found": [t for name, t in saved.items() if "running" in name],
+        "untouched": untouched,
+        "after": after,
+        "without": train(model, optimizer, batches, criterion)["params"],
+    }
+
+
+@scenario
+def ddp_statistics_of_the_average() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return statistics_of_the_average(
+            lambda model: DistributedDataParallel(model, broadcast_buffers=False)
+        )
+
+
+@scenario
+def ddp_statistics_of_rank_0() -> dict[str, Any]:
+    """By default those of rank 0 are everybody's."""
+    return statistics_of_the_average(DistributedDataParallel)
+
+
+@scenario
+def fsdp_statistics_of_the_average() -> dict[str, Any]:
+    return statistics_of_the_average(sharded)
+
+
+@scenario
+def fsdp_uneven_statistics_of_the_average() -> dict[str, Any]:
+    """The longer share fills the memory for batches sooner: the ranks have kept unequal numbers."""
+    model, criterion = sharded(network(batchnorm=True)), nn.CrossEntropyLoss()
+    optimizer = adler.AdlerScheduleFree(model.parameters(), model, criterion, **DIFFERENCE)
+    rank, before = dist.get_rank(), running_statistics._BUDGET
+    running_statistics._BUDGET = 800
+    try:
+        batches = [[uneven_shares(x, y)[rank]] for x, y in joint_batches()[:5]]
+        train(model, optimizer, batches, criterion)
+        kept = len(optimizer._statistics._batches)
+        return {"kept": kept, "saved": [whole(t) for t in model.state_dict().values()]}
+    finally:
+        running_statistics._BUDGET = before
+
+
+@scenario
+def ddp_saved_by_one_rank() -> dict[str, Any]:
+    """One rank saves, and waits for nobody; the other one trains on."""
+    model, criterion = DistributedDataParallel(network(batchnorm=True)), nn.CrossEntropyLoss()
+    optimizer = adler.AdlerScheduleFree(model.parameters(), model, criterion, **DIFFERENCE)
+    train(model, optimizer, mine()[:5], criterion)
+    saved = copy.deepcopy(model.state_dict()) if dist.get_rank() == 0 else {}
+    found = train(model, optimizer, mine()[5:], criterion)
+    return found | {"saved": saved}
+
+
+@scenario
+def synchronised_statistics_of_one_rank() -> dict[str, Any]:
+    """`SyncBatchNorm` trains on accelerators only; statistics are found by each rank alone."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network(batchnorm=True))
+    statistics = RunningStatistics(model, 4)
+    batches = [x for ((x, _),) in mine()[:4]]
+    for x in batches:
+        statistics.see((x,), {})
+    forward = model[1].forward
+    found = statistics.at({}) if dist.get_rank() == 0 else {}
+    right = network(batchnorm=True)
+    update_bn(batches, right)
+    return {
+        "found": list(found.values()),
+        "right": list(right.buffers())[:2],
+        "synchronises": model[1].forward == forward and "forward" not in vars(model[1]),
+    }
 
 
 @scenario
