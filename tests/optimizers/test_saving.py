@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import warnings
 
 import pytest
@@ -23,12 +24,12 @@ def normed():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def steps(model, optimizer, count, start=0):
+def steps(model, optimizer, count, start=0, criterion=ce):
     model.train()
     for k in range(start, start + count):
         rows = torch.arange(16) + k % 40
         optimizer.zero_grad()
-        ce(model(X[rows]), Y[rows]).backward()
+        criterion(model(X[rows]), Y[rows]).backward()
         optimizer.step()
 
 
@@ -229,6 +230,34 @@ def test_a_whole_model_is_saved_and_loaded_with_its_hooks(kind, tmp_path):
     steps(loaded, again, 3)
     assert not again.last_step.skipped
     assert len(loaded.state_dict()) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_is_saved_as_it_is(kind):
+    """In training what the optimizer's state belongs to, at a test the average."""
+    model = normed()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 20)
+    held = [t.clone() for t in (*model.parameters(), *model.buffers())]
+
+    def saved():
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert type(loaded) is nn.Sequential
+        return loaded
+
+    for twin in (saved(), copy.deepcopy(model)):
+        own = [*twin.parameters(), *twin.buffers()]
+        assert all(a.equal(b) for a, b in zip(own, held, strict=True))
+    average = at_the_average(model)
+    assert equal(saved().state_dict(), average)
+    assert equal(copy.deepcopy(model).state_dict(), average)
+    pair = pickle.loads(pickle.dumps((model, optimizer)))
+    for m, o in ((model, optimizer), pair):
+        steps(m, o, 3, start=20, criterion=o.criterion)
+    assert equal(dict(model.named_parameters()), dict(pair[0].named_parameters()))
 
 
 @pytest.mark.parametrize("build", [body, normed])
