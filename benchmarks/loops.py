@@ -191,20 +191,20 @@ def tables(records: dict[str, dict[str, Any]]) -> str:
     seeds = range(max(record["seeds"] for record in records.values()))
     parts = []
     for part, loops in LOOPS.items():
-        lines = [
-            "| optimizer | " + part + " | held-out nats | mean factor | last rate |",
-            "|---|---|---|---|---|",
-        ]
+        clips = part == "clipping"
+        columns = ["optimizer", part, "held-out nats", *["mean factor"] * clips, "last rate"]
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for loop in loops:
             rows = [records[name] for seed in seeds if (name := _name(loop, seed)) in records]
             if not rows:
                 continue
             of: dict[str, object] = {"clipping": loop.clip or "none", "schedule": loop.schedule}
             of |= {"weight decay": loop.decay, "batch size": loop.batch}
-            lines.append(
-                f"| {loop.optimizer} | {of[part]} | {_mean(rows, 'loss'):.3f} | "
-                f"{_mean(rows, 'factor'):.2f} | {_mean(rows, 'rate'):.1e} |"
-            )
+            rate = _mean(rows, "rate")
+            cells = [loop.optimizer, str(of[part]), f"{_mean(rows, 'loss'):.3f}"]
+            cells += [f"{_mean(rows, 'factor'):.2f}"] * clips
+            cells.append(f"{rate:.1e}" if rate else "0")  # AdamW's schedule has ended
+            lines.append(f"| {' | '.join(cells)} |")
         parts.append((part.replace(" ", "_"), "\n".join(lines)))
     lines = ["| steps | `bn_batches=0` | as it is | after `update_bn` |", "|---|---|---|---|"]
     for count in (10, 40, 150):

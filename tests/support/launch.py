@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tests/integrations/scripts"
 
 
-def torchrun(script: Path, *arguments: object, ranks: int = 2, timeout: float = 300) -> str:
+def torchrun(script: Path, *arguments: object, ranks: int = 2, timeout: float = 900) -> str:
     """Runs a script in real processes; what they print."""
     paths = [ROOT / "src", ROOT, SCRIPTS]
     env = {
