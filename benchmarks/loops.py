@@ -192,8 +192,8 @@ def tables(records: dict[str, dict[str, Any]]) -> str:
     parts = []
     for part, loops in LOOPS.items():
         clips = part == "clipping"
-        columns = ["optimizer", part, "held-out nats", *["mean factor"] * clips, "last rate"]
-        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        names = ["optimizer", part, "held-out nats", *["mean factor"] * clips, "last rate"]
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for loop in loops:
             rows = [records[name] for seed in seeds if (name := _name(loop, seed)) in records]
             if not rows:
@@ -201,10 +201,10 @@ def tables(records: dict[str, dict[str, Any]]) -> str:
             of: dict[str, object] = {"clipping": loop.clip or "none", "schedule": loop.schedule}
             of |= {"weight decay": loop.decay, "batch size": loop.batch}
             rate = _mean(rows, "rate")
-            cells = [loop.optimizer, str(of[part]), f"{_mean(rows, 'loss'):.3f}"]
-            cells += [f"{_mean(rows, 'factor'):.2f}"] * clips
-            cells.append(f"{rate:.1e}" if rate else "0")  # AdamW's schedule has ended
-            lines.append(f"| {' | '.join(cells)} |")
+            row = [loop.optimizer, str(of[part]), f"{_mean(rows, 'loss'):.3f}"]
+            row += [f"{_mean(rows, 'factor'):.2f}"] * clips
+            row.append(f"{rate:.1e}" if rate else "0")  # AdamW's schedule has ended
+            lines.append(f"| {' | '.join(row)} |")
         parts.append((part.replace(" ", "_"), "\n".join(lines)))
     lines = ["| steps | `bn_batches=0` | as it is | after `update_bn` |", "|---|---|---|---|"]
     for count in (10, 40, 150):
