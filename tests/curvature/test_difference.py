@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import batches, network
-from support.loops import NoSynchronisation
+from support.loops import NoSynchronisation, train
 from support.options import measuring
 from torch import nn
 
-from adler import Adler
+from adler import Adler, Measure
 from adler._recording.records import RecordedLoss
 from adler._recording.replay import Call
 from adler.curvature import measurement
@@ -172,3 +172,17 @@ def test_where_forward_mode_falls_back_the_first_step_is_a_finite_differences(au
         optimizer.step()
         found.append(float(optimizer.last_step.curvature))
     assert found[0] == found[1]
+
+
+def test_a_difference_that_is_lost_in_rounding_is_said_to_be():
+    """A batch that is learnt by heart: large outputs, and hardly a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5))
+    x, y, criterion = torch.randn(16, 16), torch.randint(5, (16,)), nn.CrossEntropyLoss()
+    measure = Measure.every_step("finite_difference")
+    optimizer = Adler(model.parameters(), model, criterion, measure=measure)
+    with pytest.warns(RuntimeWarning, match=r"lost in the rounding.*jvp='forward' agrees"):
+        train(model, criterion, optimizer, [(x, y)] * 100)
+    assert float(criterion(model(x), y).detach()) < 1e-5
+    assert bool(optimizer.last_step.trusted)
+    assert int(optimizer.last_step.skipped_total) == 0

@@ -194,6 +194,18 @@ def test_the_benchmarks_of_cost_run(name, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def test_what_is_timed_as_a_finite_difference_stays_one():
+    """The forward engine would take over, with a warning, on a batch that is learnt by heart."""
+    from benchmarks.networks import QUICK
+    from benchmarks.step_cost import measure
+    from benchmarks.steppers import OURS
+
+    steppers = {name: OURS[name] for name in ("SGD", "finite_difference")}
+    times, failures = measure(QUICK["MLP, small"], steppers, 100)
+    assert not failures
+    assert [len(found) for found in times.values()] == [100, 100]
+
+
 def test_the_peers_that_need_no_package_find_the_curvature():
     from benchmarks.networks import QUICK
     from benchmarks.steppers import line_search, pearlmutter

@@ -134,6 +134,12 @@ def _announce(jvp: str, name: str, error: Exception | None) -> None:
         return
     if error is not None:
         why = f"raises an error on this model ({type(error).__name__}: {str(error)[:200]})"
+    elif jvp == "finite_difference":
+        why = (
+            "contradicts the gradient (its step is lost in the rounding of the outputs, as where "
+            "the loss on a batch is almost zero, or crosses a kink; or a no_grad block, hook or "
+            "custom autograd.Function stops or changes gradients, which a difference does not see)"
+        )
     else:
         why = (
             "contradicts the gradient (an operation whose forward derivative is missing or zero, "
