@@ -15,6 +15,7 @@ from torch import Tensor
 from adler._distributed import Layout, all_whole, layout, local, whole
 
 __all__ = [
+    "at_least_float32",
     "decay_",
     "descend_",
     "descend_each_",
@@ -90,8 +91,11 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = No
 
 def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Of each pair, without temporaries where the dtype is wide."""
-    flat = [(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
-    return torch.stack([torch.dot(a.to(_wide(a)), b.to(_wide(b))) for a, b in flat])
+    flat = [
+        (a.reshape(-1).to(at_least_float32(a)), b.reshape(-1).to(at_least_float32(b)))
+        for a, b in zip(left, right, strict=True)
+    ]
+    return torch.stack([torch.dot(a, b) for a, b in flat])
 
 
 def _dots_by_few_kernels(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -100,7 +104,7 @@ def _dots_by_few_kernels(left: Sequence[Tensor], right: Sequence[Tensor]) -> Ten
     PyTorch sums a list of tensors by their absolute values only, so negative products are counted
     first with the wrong sign, and taken off twice.
     """
-    wide = _wide(left[0])
+    wide = at_least_float32(left[0])
     if wide != left[0].dtype:
         left, right = ([t.to(wide) for t in tensors] for tensors in (left, right))
     products = torch._foreach_mul(list(left), list(right))
@@ -301,10 +305,11 @@ def divide_into_(numerators: Sequence[Tensor], denominators: list[Tensor]) -> li
 def scale_(params: Sequence[Tensor], factor: Tensor) -> None:
     r"""In place, $\theta \leftarrow s\,\theta$; the factor is 0-dim, of any dtype and device."""
     for (device, _, _), (members,) in local_alike(params).items():
-        torch._foreach_mul_(members, factor.to(device, _wide(members[0])))
+        torch._foreach_mul_(members, factor.to(device, at_least_float32(members[0])))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """The tensor's dtype, or float32 where that is of half precision."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adler import Adler, AdlerScheduleFree
+from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree
 
 KINDS = {"schedule-free": AdlerScheduleFree, "adler": Adler}
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -127,3 +127,62 @@ def test_full_precision_keeps_no_more():
     step(model, optimizer, 0)
     kept = {name for mine in optimizer.state.values() for name in mine}
     assert kept == {"step", "exp_avg_sq", "initial_size", "z"}
+
+
+# --- second moments -------------------------------------------------------------------------------
+
+with_moments = pytest.mark.parametrize("kind", [AdlerScheduleFree, AdlerAdam, AdlerMuon])
+
+
+@with_moments
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision_is_that_in_float32(kind, dtype):
+    """Squares of small gradients are below what float16 has: all steps were skipped."""
+
+    def trained(dtype):
+        model, optimizer = made(kind, dtype)
+        for k in range(100):
+            step(model, optimizer, k)
+        assert int(optimizer.last_step.skipped_total) == 0
+        model.eval()
+        with torch.no_grad():
+            return float(ce(model(X.to(dtype)).float(), Y))
+
+    assert trained(dtype) == pytest.approx(trained(torch.float32), rel=0.1)
+
+
+@with_moments
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_second_moments_forget(kind, dtype):
+    """In bfloat16, 0.999 v is v."""
+    model, optimizer = made(kind, dtype)
+    step(model, optimizer, 0)
+    first = {
+        p: optimizer.state[p] for p in model.parameters() if "exp_avg_sq" in optimizer.state[p]
+    }
+    before = {p: mine["exp_avg_sq"].clone() for p, mine in first.items()}
+    for _ in range(50):
+        optimizer.zero_grad()
+        (1e-3 * ce(model(X[:32].to(dtype)).float(), Y[:32])).backward()
+        optimizer.step()
+    assert first
+    for p, mine in first.items():
+        assert mine["exp_avg_sq"].dtype == torch.float32
+        torch.testing.assert_close(mine["exp_avg_sq"], before[p] * 0.999**50, rtol=1e-2, atol=1e-9)
+
+
+@with_moments
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_second_moments_are_loaded_as_they_were(kind, dtype):
+    model, optimizer = made(kind, dtype)
+    for k in range(3):
+        step(model, optimizer, k)
+    _, other = made(kind, dtype)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    held = [mine["exp_avg_sq"] for mine in optimizer.state.values() if "exp_avg_sq" in mine]
+    loaded = [mine["exp_avg_sq"] for mine in other.state.values() if "exp_avg_sq" in mine]
+    assert held
+    for a, b in zip(held, loaded):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()

@@ -137,9 +137,10 @@ class Preconditioned(Direction):
             mine = [p for p in group["params"] if p in of]
             if not mine:
                 continue
-            discount, g = group["betas"][1], local([of[p] for p in mine])
+            discount = group["betas"][1]
             states = [moments(state, p, *self.moments) for p in mine]
             seconds = local([state["exp_avg_sq"] for state in states])
+            g = _as(local([of[p] for p in mine]), seconds)
             steps = [state["step"] for state in states]
             if equal[id(group)]:
                 steps = steps[:1]
@@ -148,6 +149,7 @@ class Preconditioned(Direction):
             parts = self._times(mine, roots, g)
             # A square that overflows would stay in the moment for ever: NaN, and so no step.
             parts[0].add_((size - size).to(parts[0]))
+            parts = _as(parts, mine)
             found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
         super().__init__([found[p] for p in params])
         self._of = found
@@ -190,9 +192,11 @@ class Adam(Preconditioned):
         steps = [mine["step"] for mine in states]
         if self._equal[id(group)]:
             steps = steps[:1]
-        directions = list(torch._foreach_mul(local(firsts), [self._inverses[p] for p in params]))
+        inverses = [self._inverses[p] for p in params]
+        directions = list(torch._foreach_mul(_as(local(firsts), inverses), inverses))
         corrections = 1 - discount ** torch.stack([t.to(steps[0].device) for t in steps]).double()
         _divide_(directions, torch.where(corrections == 0, 1.0, corrections))
+        directions = _as(directions, params)
         return [like(part, p) for part, p in zip(directions, params, strict=True)]
 
     def _times(
@@ -214,11 +218,12 @@ def second_moments_(
 
     Args:
         squares: ``v``; updated.
-        gradients: As many, of the same shapes, dtypes and devices; may be non-finite when skipped.
+        gradients: As many, of the same shapes and devices; may be non-finite when skipped.
         discount: ``β₂``.
         skip: 0-dim bool: leave every bit alone.
     """
-    for (device, _, _), (v, g) in _tensors.local_alike(squares, gradients).items():
+    for (device, _, _), (v, narrow) in _tensors.local_alike(squares, gradients).items():
+        g = _as(narrow, v)
         if _tensors.is_on_host(device) and _tensors.is_on_host(skip.device):
             if not skip.numpy():
                 torch._foreach_mul_(v, discount)
@@ -285,6 +290,11 @@ def adam_denominators(
     _divide_(squares, corrections)
     torch._foreach_sqrt_(squares)
     torch._foreach_add_(squares, offset)
+
+
+def _as(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the dtypes of others; each itself where that is its own."""
+    return [t.to(other.dtype) for t, other in zip(tensors, like, strict=True)]
 
 
 def _divide_(tensors: list[Tensor], by: Tensor) -> None:

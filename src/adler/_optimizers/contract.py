@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from adler import _distributed as distributed
 from adler import _options
 from adler._optimizers.cycled_momentum import OwnMomenta
+from adler._optimizers.direction import load_moments
 from adler._optimizers.groups import as_list, names_of, taken_from
 from adler._optimizers.step_counts import StepCounts
 from adler._options import Guard, Measure, Search
@@ -197,6 +198,9 @@ class ModelOptimizer(Optimizer):
             if name in shared:
                 shared[name] = _options.from_plain(kind, shared[name])
         super().load_state_dict(own)
+        numbers = [number for group in own["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        load_moments(self.state, params, [own["state"].get(number) for number in numbers])
         self._momenta.note(self.param_groups)
         for name, value in shared.items():
             setattr(self, name, value)

@@ -35,9 +35,14 @@ __all__ = [
     "count_",
     "decay_",
     "gradients_of",
+    "load_moments",
     "moments",
     "shares",
 ]
+
+# Squares of gradients fall below what float16 has, and in bfloat16 they would never decay: 0.999 of
+# a number rounds to the number itself.
+_PRECISE = ("exp_avg_sq",)
 
 
 class Direction:
@@ -135,16 +140,35 @@ def gradients_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def moments(state: State, p: Tensor, *names: str) -> dict[str, Tensor]:
-    """A parameter's state, made at its first step: the count, and zeros under each name."""
+    """A parameter's state, made at its first step: the count, and zeros under each name.
+
+    Of parameters in half precision, second moments are in float32.
+    """
     mine: dict[str, Tensor] = state[p]
     if "step" not in mine:
         mine["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
     for name in names:
         if name not in mine:  # a momentum may be set in the middle of training
-            mine[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            dtype = _tensors.at_least_float32(p) if name in _PRECISE else p.dtype
+            mine[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     if mine["step"].device != p.device:  # PyTorch loads it to where it was saved
         mine["step"] = mine["step"].to(p.device)
     return mine
+
+
+def load_moments(state: State, params: Sequence[Tensor], saved: Sequence[Any]) -> None:
+    """Puts saved second moments into a state, rounded by PyTorch to the parameters' dtypes.
+
+    Args:
+        state: The optimizer's; changed.
+        params: Its parameters.
+        saved: What was saved of each; None: nothing.
+    """
+    for p, kept in zip(params, saved, strict=True):
+        dtype = _tensors.at_least_float32(p)
+        for name in _PRECISE:
+            if dtype != p.dtype and kept is not None and name in kept and name in state[p]:
+                state[p][name] = kept[name].to(state[p][name].device, dtype, copy=True)
 
 
 def count_(steps: Sequence[Tensor], skipped: Tensor) -> None:

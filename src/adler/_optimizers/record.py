@@ -15,12 +15,12 @@ from adler.curvature.trust import CAUSES
 
 __all__ = ["Log", "StepRecord"]
 
-_SKIPPED = (
-    "steps were skipped: gradient, loss or curvature were zero or not finite, and the parameters "
-    "have not moved"
-)
+_SKIPPED = "steps were skipped, and the parameters have not moved: "
 # Steps that a run may begin with, none of which could be measured.
 _PATIENCE = 10
+# Steps that a run may begin with, none of which moved anything. A GradScaler that looks for its
+# scale vetoes fewer.
+_LONG = 100
 
 
 class StepRecord(NamedTuple):
@@ -61,7 +61,7 @@ class Log:
         self.last: StepRecord | None = None
         self._skipped = Watch(_SKIPPED)
         self._failed = {name: Watch(_failure(cause), 1) for name, cause in CAUSES.items()}
-        self._unmeasured = Watch("", _PATIENCE)
+        self._unmeasured, self._unmoved = Watch(""), Watch("")
         self._moved = False
         self._true: Tensor | None = None
 
@@ -81,9 +81,11 @@ class Log:
             checks: Whether each check of the measurement holds.
 
         Raises:
-            RuntimeError: If none of the first steps moved, because none could be measured.
+            RuntimeError: If none of the first 10 steps could be measured, or none of the first 100
+                moved for whatever reason; says which.
         """
         last, curvature = self.last, seen.curvature
+        sure = self._sure(found.skipped) if seen.trusted is None else seen.trusted
         self.last = StepRecord(
             found.minibatch_lr,
             found.rate,
@@ -94,24 +96,28 @@ class Log:
             found.clipped.long() if last is None else last.clipped_total + found.clipped,
             found.skipped.long() if last is None else last.skipped_total + found.skipped,
             consistency,
-            self._sure(found.skipped) if seen.trusted is None else seen.trusted,
+            sure,
         )
         for name, check in checks.items():
             self._failed[name].observe(torch.logical_not(check))
-        if seen.trusted is None:
-            self._skipped.observe(found.skipped)
+
+        def why() -> str:
+            return _why_skipped(seen)
+
+        self._skipped.observe(found.skipped & sure, why)
+        if self._moved:
             return
-        self._skipped.observe(found.skipped & seen.trusted)
-        if not self._moved:
-            lost = found.skipped & ~seen.trusted
-            count = self._unmeasured.count(lost)
-            self._moved = count == 0
-            if count is not None and count >= _PATIENCE:
-                raise RuntimeError(
-                    f"step(): none of the first {count} steps could be measured, and the "
-                    f"parameters have not moved: {self._cause(checks)}. What a measurement may "
-                    "rely on is said in the documentation of training loops"
-                )
+        lost = self._unmeasured.count(found.skipped & ~sure)
+        still = self._unmoved.count(found.skipped)
+        self._moved = still == 0
+        if lost is not None and lost >= _PATIENCE:
+            raise RuntimeError(
+                f"step(): none of the first {lost} steps could be measured, and the "
+                f"parameters have not moved: {self._cause(checks)}. What a measurement may "
+                "rely on is said in the documentation of training loops"
+            )
+        if still is not None and still >= _LONG:
+            raise RuntimeError(f"step(): none of the first {still} steps moved: {why()}")
 
     def _sure(self, like: Tensor) -> Tensor:
         """A 0-dim True, made once."""
@@ -121,6 +127,41 @@ class Log:
 
     def _cause(self, checks: Mapping[str, Tensor]) -> str:
         return "; ".join(CAUSES[name] for name, check in checks.items() if not bool(check))
+
+
+def _why_skipped(seen: Measurement) -> str:
+    """What of a step that was skipped is zero or not finite, and what to do; waits."""
+    slope = float(seen.slope)
+    if not math.isfinite(slope):
+        return (
+            "the loss, its gradient or the direction made of it is not finite. Look for NaN in the "
+            "data, for logarithms, roots and divisions of zero, and, where anything is float16, "
+            "keep the parameters in float32 and compute under torch.autocast with a "
+            "torch.amp.GradScaler, or in bfloat16"
+        )
+    if slope == 0:
+        return (
+            "the gradient is zero. Either the loss does not depend on the parameters (all frozen, "
+            "detached, units that are all off), or it is float16's least number that the gradient "
+            "is below: multiply the loss by a torch.amp.GradScaler, or compute in bfloat16"
+        )
+    if slope < 0:
+        return (
+            "the step that the base optimizer proposes leads uphill. Its averages may be of "
+            "another loss, or its options of another sign (maximize=True)"
+        )
+    if seen.finite is not None and not bool(seen.finite):
+        return "the loss is not finite, though its gradient is. Look at what is added to it"
+    if seen.curvature is not None and not math.isfinite(float(seen.curvature)):
+        return (
+            "the curvature is not finite, though the gradient is. Look for the root of zero in the "
+            "loss, and for outputs or losses too large for their dtype: scale them down, or reduce "
+            "the loss by its mean"
+        )
+    return (
+        "the loss does not curve along the gradient, so no length can be measured: it is linear in "
+        "outputs that are linear in the parameters, or the outputs hardly depend on these"
+    )
 
 
 def _failure(cause: str) -> str:

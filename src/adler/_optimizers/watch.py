@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,15 +30,20 @@ class Watch:
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         self._warned = False
 
-    def observe(self, bad: Tensor) -> None:
-        """Takes note of one step; ``bad`` is 0-dim bool."""
+    def observe(self, bad: Tensor, why: Callable[[], str] = str) -> None:
+        """Takes note of one step.
+
+        Args:
+            bad: 0-dim bool.
+            why: Called where the warning is given, and added to it; it may wait for the device.
+        """
         if self._warned:
             return
         seen = self.count(bad)
         if seen is not None and seen >= self._patience:
             self._warned = True
             many = f"the last {seen} {self._message}" if self._patience > 1 else self._message
-            warn(f"{many}. optimizer.last_step holds the numbers; this is said once")
+            warn(f"{many}{why()}. optimizer.last_step holds the numbers; this is said once")
 
     def count(self, bad: Tensor) -> int | None:
         """How many steps in a row were bad, with this one; None: not known to the host yet."""

@@ -42,7 +42,8 @@ CAUSES = {
     "slope": (
         "the gradient is not that of the recorded losses alone, or it is changed on its way: a "
         "penalty on the weights (use weight_decay=, or compute it inside the model), a loss that "
-        "the criterion does not see, or a gradient edited after backward()"
+        "the criterion does not see, a gradient edited after backward(), or, in float16 without a "
+        "torch.amp.GradScaler, one that is rounded to zero on its way"
     ),
     "loss": (
         "the outputs receive a gradient that is not the criterion's: a second loss of the same "
