@@ -1,5 +1,8 @@
-"""Modules and loops built at random out of what people write: right or flagged, and untouched."""
+"""Modules, criteria and loops built at random out of what people write: right or flagged, and
+untouched.
+"""
 
+import collections
 import copy
 import random
 import warnings
@@ -104,11 +107,64 @@ class Habits(nn.Module):
         return x + force
 
 
-HABITS = [
-    name
-    for name, value in vars(Habits).items()
-    if callable(value) and name[0] != "_" and name != "forward"
-]
+class Judging(nn.Module):
+    """Cross-entropy of scaled and shifted scores; scales and shifts are state that calls move."""
+
+    def __init__(self, names, seed):
+        super().__init__()
+        self.names = tuple(names)
+        self.register_buffer("centre", torch.zeros(3, dtype=DOUBLE))
+        self.calls, self.queue = 0, collections.deque([1.0], maxlen=3)
+        self.cache = {"scores": torch.full((3,), 0.5, dtype=DOUBLE), "seen": [0]}
+        self.target = torch.ones(3, dtype=DOUBLE)
+        self.own = torch.Generator().manual_seed(seed)
+
+    def forward(self, f, y):
+        for name in self.names:
+            f = getattr(self, name)(f)
+        return ce(f, y)
+
+    def counter(self, f):
+        self.calls += 1
+        return f * (1 + 0.2 * self.calls)
+
+    def centred(self, f):
+        out = f - self.centre
+        with torch.no_grad():
+            self.centre.lerp_(f.mean(0), 0.5)
+        return out
+
+    def rebound(self, f):
+        out = f * self.target
+        self.target = 0.5 * self.target + f.detach().abs().mean(0)
+        return out
+
+    def queued(self, f):
+        out = f * sum(self.queue)
+        self.queue.append(float(f.detach().std()))
+        return out
+
+    def cached(self, f):
+        out = f + self.cache["scores"].clone()
+        self.cache["scores"].mul_(0.5).add_(f.detach().mean(0))
+        self.cache["seen"].append(len(f))
+        return out * len(self.cache["seen"])
+
+    def generator(self, f):
+        return f * (torch.rand(3, generator=self.own, dtype=DOUBLE) + 0.5)
+
+    def drawn(self, f):
+        return f * (torch.rand(3, dtype=DOUBLE) + 0.5) + random.random()
+
+
+def habits(kind):
+    return [
+        name
+        for name, value in vars(kind).items()
+        if callable(value) and name[0] != "_" and name != "forward"
+    ]
+
+
 # What the loop makes of the outputs, as a function of the two heads and the parameters.
 LOOPS = {
     "plain": lambda c, a, b, y, ps: c(a, y),
@@ -120,68 +176,131 @@ LOOPS = {
     "penalty": lambda c, a, b, y, ps: c(a, y) + 0.1 * sum(p.square().sum() for p in ps),
 }
 WRONG = {"functional beside", "penalty"}
-profile = settings(deadline=None, max_examples=25, derandomize=True)
 
 
-@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
-@profile
-@given(
-    st.lists(st.sampled_from(HABITS), min_size=1, max_size=5),
-    st.sampled_from(sorted(LOOPS)),
-    st.integers(0, 1000),
-    st.integers(1, 2),
-)
-def test_a_step_measures_right_or_says_so_and_changes_nothing(jvp, names, loop, seed, parts):
-    model = Habits(names, seed)
+def gradients(of, at):
+    return torch.autograd.grad(of, at, retain_graph=True, allow_unused=True)
+
+
+def attack(m, c, x, y, loss, params):
+    """Inputs by another pass of the same model and criterion, which moves their state too."""
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(c, *m(x), y, params), x, materialize_grads=True)
+    return x.detach() + 0.1 * g.sign()
+
+
+def look(m, c, x, y, loss, params):
+    with torch.no_grad():
+        loss(c, *m(x.clone()), y, params)
+    return x
+
+
+# What the loop does with gradients beside `backward`: before the pass, and after it.
+BESIDE = {
+    "nothing": (None, None),
+    "a look without gradients": (look, None),
+    "an attack on the inputs": (attack, None),
+    "the loss's gradient": (None, lambda loss, heads, params: gradients(loss, params)),
+    "a part's gradient": (None, lambda loss, heads, params: gradients(loss, params[:1])),
+    "at the outputs": (None, lambda loss, heads, params: gradients(loss, heads)),
+    "of the outputs": (None, lambda loss, heads, params: gradients(heads[0].sum(), params)),
+    "twice": (None, lambda loss, heads, params: [gradients(loss, params) for _ in range(2)]),
+}
+
+
+def training_passes(model, criterion, loop, beside, inputs, labels, params):
+    """Of each part: heads, loss, and all that the loss depends on besides, from before it."""
+    before, after = BESIDE[beside]
+    for x, y in zip(inputs, labels):
+        if before is not None:
+            x = before(model, criterion, x, y, LOOPS[loop], params)
+        heads = model(x)
+        held = copy.deepcopy(criterion), torch.get_rng_state(), random.getstate()
+        kept = [h * 1 for h in heads]  # the loop may write to what the model returned
+        loss = LOOPS[loop](criterion, *heads, y, params)
+        if after is not None:
+            after(loss, heads, params)
+        yield kept, loss, held
+
+
+def right_or_said(jvp, names, judging, loop, beside, seed, parts):
+    """One step of one loop: what is measured is right or flagged, and nothing has changed."""
+    model, criterion = Habits(names, seed), Judging(judging, seed)
     torch.manual_seed(seed)
     random.seed(seed)
     x, y = torch.randn(8, 6, dtype=DOUBLE), torch.randint(3, (8,))
-    twin, again = copy.deepcopy(model), x.clone()
+    labels = y.chunk(parts)
+    twin, other = copy.deepcopy((model, criterion))
     start = torch.get_rng_state(), random.getstate()
 
+    def trained(m):
+        return [p for p in m.parameters() if p.requires_grad]
+
     # The training passes on their own graph.
-    passes = [twin(part.clone()) for part in again.chunk(parts)]
-    heads = [h for pair in passes for h in pair]
-    params = list(twin.parameters())
-    held, after = untouched(twin), (torch.get_rng_state(), random.getstate())
+    inputs, heads, states = [part.clone() for part in x.chunk(parts)], [], []
+    for pair, _, held in training_passes(twin, other, loop, beside, inputs, labels, trained(twin)):
+        heads.extend(pair)
+        states.append(held)
+    held, after = untouched(twin, other), (torch.get_rng_state(), random.getstate())
 
     def total(*outputs):
-        pairs = zip(outputs[::2], outputs[1::2])
-        losses = [
-            LOOPS[loop](ce, a * 1, b * 1, labels, [])
-            for (a, b), labels in zip(pairs, y.chunk(parts))
-        ]
+        losses = []
+        for a, b, y, (before, *generators) in zip(outputs[::2], outputs[1::2], labels, states):
+            torch.set_rng_state(generators[0])
+            random.setstate(generators[1])
+            losses.append(LOOPS[loop](copy.deepcopy(before), a * 1, b * 1, y, []))
         return sum(losses) / parts
 
-    trained = [p for p in params if p.requires_grad]
-    expected = right(heads, total, trained)
+    expected = right(heads, total, trained(twin))
 
     torch.set_rng_state(start[0])
     random.setstate(start[1])
-    optimizer = Adler(
-        [p for p in model.parameters() if p.requires_grad],
-        model,
-        ce,
-        lr=0.0,
-        measure=Measure.every_step(jvp),
-    )
-    mine = [p for p in model.parameters() if p.requires_grad]
+    measure = Measure.every_step(jvp)
+    optimizer = Adler(trained(model), model, criterion, lr=0.0, measure=measure)
     inputs = [part.clone() for part in x.chunk(parts)]
-    for part, labels in zip(inputs, y.chunk(parts)):
-        (LOOPS[loop](ce, *model(part), labels, mine) / parts).backward()
+    for _, loss, _ in training_passes(
+        model, criterion, loop, beside, inputs, labels, trained(model)
+    ):
+        (loss / parts).backward()
     given = [part.clone() for part in inputs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         optimizer.step()
     last = optimizer.last_step
-    assert untouched(model) == held
+    assert untouched(model, criterion) == held
     assert torch.get_rng_state().equal(after[0])
     assert random.getstate() == after[1]
     assert all(a.equal(b) for a, b in zip(inputs, given))
-    copy.deepcopy(model)
+    copy.deepcopy((model, criterion))
     if loop in WRONG:
         assert not bool(last.trusted)
     else:
         assert bool(last.trusted)
         tolerance = 1e-3 if optimizer.measure.jvp == "finite_difference" else 1e-6
         assert float(last.curvature) == pytest.approx(expected, rel=tolerance, abs=1e-12)
+
+
+every_engine = pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+drawn = given(
+    names=st.lists(st.sampled_from(habits(Habits)), min_size=1, max_size=5),
+    judging=st.lists(st.sampled_from(habits(Judging)), max_size=3, unique=True),
+    loop=st.sampled_from(sorted(LOOPS)),
+    beside=st.sampled_from(sorted(BESIDE)),
+    seed=st.integers(0, 1000),
+    parts=st.integers(1, 2),
+)
+
+
+@every_engine
+@settings(deadline=None, max_examples=15, derandomize=True)
+@drawn
+def test_a_step_measures_right_or_says_so_and_changes_nothing(jvp, **example):
+    right_or_said(jvp, **example)
+
+
+@pytest.mark.long
+@every_engine
+@settings(deadline=None, max_examples=300)
+@drawn
+def test_many_steps_measure_right_or_say_so_and_change_nothing(jvp, **example):
+    right_or_said(jvp, **example)
