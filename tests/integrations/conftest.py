@@ -21,6 +21,7 @@ sys.path.append(str(SCRIPTS))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, help="merge the rows that ran into this JSON file")
+    parser.addoption("--soak-steps", type=int, default=3000, help="steps of each soak of habits")
 
 
 def pytest_configure(config: pytest.Config) -> None:

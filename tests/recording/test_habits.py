@@ -2,7 +2,6 @@
 untouched.
 """
 
-import collections
 import copy
 import random
 import warnings
@@ -11,216 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.right import DOUBLE, right, untouched
-from torch import nn
+from support.habits import BESIDE, LOOPS, WRONG, Habits, Judging, expected, habits, training_passes
+from support.right import DOUBLE, untouched
 
 from adler import Adler, Measure
-
-ce = nn.CrossEntropyLoss()
-
-
-class Habits(nn.Module):
-    """Each habit reads and writes in forward; outputs depend on what is read."""
-
-    def __init__(self, names, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.names = tuple(names)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.head, self.aux = nn.Linear(6, 3), nn.Linear(6, 3)
-        self.key = nn.Linear(6, 6).requires_grad_(False)
-        self.register_buffer("scale", torch.ones(6))
-        self.h, self.calls, self.queue, self.cache = torch.zeros(6), 0, [1.0], {"x": torch.ones(6)}
-        self.own = torch.Generator().manual_seed(seed)
-        self.rng = random.Random(seed)
-        self.drop = nn.Dropout(0.3)
-        self.to(DOUBLE)
-        self.h, self.cache = self.h.double(), {"x": self.cache["x"].double()}
-
-    def forward(self, x):
-        for habit in self.names:
-            x = getattr(self, habit)(x)
-        return self.head(torch.tanh(x)), self.aux(x)
-
-    def hidden(self, x):
-        y = self.layers[0](x) + self.h
-        self.h = y.detach().mean(0)
-        return y
-
-    def buffer(self, x):
-        y = self.layers[1](x) * self.scale.clone()
-        with torch.no_grad():
-            self.scale.mul_(0.9).add_(y.std(0), alpha=0.1)
-        return y
-
-    def counter(self, x):
-        self.calls += 1
-        return x * (1 + 0.1 * self.calls)
-
-    def listed(self, x):
-        y = x * len(self.queue)
-        self.queue.append(float(x.detach().mean()))
-        return y
-
-    def cached(self, x):
-        y = x + self.cache["x"].clone()
-        self.cache["x"].add_(1.0)
-        self.cache = {**self.cache, "y": x.detach()}
-        return y
-
-    def generator(self, x):
-        return x * (torch.rand(6, generator=self.own, dtype=DOUBLE) + 0.5)
-
-    def branch(self, x):
-        return self.layers[2](x).tanh() if self.rng.random() < 0.5 else x * 1.5
-
-    def global_branch(self, x):
-        return x + self.layers[2](x) if random.random() < 0.5 else x
-
-    def dropout(self, x):
-        return self.drop(x)
-
-    def in_place(self, x):
-        return x.clone().mul_(0.5).add_(1)
-
-    def writes_input(self, x):
-        with torch.no_grad():
-            return x if x.requires_grad else x.sub_(0.25)
-
-    def momentum(self, x):
-        with torch.no_grad():
-            for k, q in zip(self.key.parameters(), self.layers[0].parameters()):
-                k.data = k.data * 0.9 + q.data * 0.1
-            keys = self.key(x)
-        return x + keys
-
-    def stopped(self, x):
-        with torch.no_grad():
-            scale = self.layers[0](x).abs().mean()
-        return x / (scale + 1)
-
-    def differentiates(self, x):
-        with torch.enable_grad():
-            t = x.detach().requires_grad_()
-            e = self.layers[1](t).tanh().sum()
-            (force,) = torch.autograd.grad(e, t, create_graph=True)
-        return x + force
-
-
-class Judging(nn.Module):
-    """Cross-entropy of scaled and shifted scores; scales and shifts are state that calls move."""
-
-    def __init__(self, names, seed):
-        super().__init__()
-        self.names = tuple(names)
-        self.register_buffer("centre", torch.zeros(3, dtype=DOUBLE))
-        self.calls, self.queue = 0, collections.deque([1.0], maxlen=3)
-        self.cache = {"scores": torch.full((3,), 0.5, dtype=DOUBLE), "seen": [0]}
-        self.target = torch.ones(3, dtype=DOUBLE)
-        self.own = torch.Generator().manual_seed(seed)
-
-    def forward(self, f, y):
-        for name in self.names:
-            f = getattr(self, name)(f)
-        return ce(f, y)
-
-    def counter(self, f):
-        self.calls += 1
-        return f * (1 + 0.2 * self.calls)
-
-    def centred(self, f):
-        out = f - self.centre
-        with torch.no_grad():
-            self.centre.lerp_(f.mean(0), 0.5)
-        return out
-
-    def rebound(self, f):
-        out = f * self.target
-        self.target = 0.5 * self.target + f.detach().abs().mean(0)
-        return out
-
-    def queued(self, f):
-        out = f * sum(self.queue)
-        self.queue.append(float(f.detach().std()))
-        return out
-
-    def cached(self, f):
-        out = f + self.cache["scores"].clone()
-        self.cache["scores"].mul_(0.5).add_(f.detach().mean(0))
-        self.cache["seen"].append(len(f))
-        return out * len(self.cache["seen"])
-
-    def generator(self, f):
-        return f * (torch.rand(3, generator=self.own, dtype=DOUBLE) + 0.5)
-
-    def drawn(self, f):
-        return f * (torch.rand(3, dtype=DOUBLE) + 0.5) + random.random()
-
-
-def habits(kind):
-    return [
-        name
-        for name, value in vars(kind).items()
-        if callable(value) and name[0] != "_" and name != "forward"
-    ]
-
-
-# What the loop makes of the outputs, as a function of the two heads and the parameters.
-LOOPS = {
-    "plain": lambda c, a, b, y, ps: c(a, y),
-    "temperature in place": lambda c, a, b, y, ps: c(a.div_(0.5), y),
-    "two heads": lambda c, a, b, y, ps: c(a, y) + 0.3 * c(b, y),
-    "divided": lambda c, a, b, y, ps: c(a, y).div_(4),
-    "concatenated": lambda c, a, b, y, ps: c(torch.cat([a, b]), torch.cat([y, y])),
-    "functional beside": lambda c, a, b, y, ps: c(a, y) + a.square().mean(),
-    "penalty": lambda c, a, b, y, ps: c(a, y) + 0.1 * sum(p.square().sum() for p in ps),
-}
-WRONG = {"functional beside", "penalty"}
-
-
-def gradients(of, at):
-    return torch.autograd.grad(of, at, retain_graph=True, allow_unused=True)
-
-
-def attack(m, c, x, y, loss, params):
-    """Inputs by another pass of the same model and criterion, which moves their state too."""
-    x = x.clone().requires_grad_()
-    (g,) = torch.autograd.grad(loss(c, *m(x), y, params), x, materialize_grads=True)
-    return x.detach() + 0.1 * g.sign()
-
-
-def look(m, c, x, y, loss, params):
-    with torch.no_grad():
-        loss(c, *m(x.clone()), y, params)
-    return x
-
-
-# What the loop does with gradients beside `backward`: before the pass, and after it.
-BESIDE = {
-    "nothing": (None, None),
-    "a look without gradients": (look, None),
-    "an attack on the inputs": (attack, None),
-    "the loss's gradient": (None, lambda loss, heads, params: gradients(loss, params)),
-    "a part's gradient": (None, lambda loss, heads, params: gradients(loss, params[:1])),
-    "at the outputs": (None, lambda loss, heads, params: gradients(loss, heads)),
-    "of the outputs": (None, lambda loss, heads, params: gradients(heads[0].sum(), params)),
-    "twice": (None, lambda loss, heads, params: [gradients(loss, params) for _ in range(2)]),
-}
-
-
-def training_passes(model, criterion, loop, beside, inputs, labels, params):
-    """Of each part: heads, loss, and all that the loss depends on besides, from before it."""
-    before, after = BESIDE[beside]
-    for x, y in zip(inputs, labels):
-        if before is not None:
-            x = before(model, criterion, x, y, LOOPS[loop], params)
-        heads = model(x)
-        held = copy.deepcopy(criterion), torch.get_rng_state(), random.getstate()
-        kept = [h * 1 for h in heads]  # the loop may write to what the model returned
-        loss = LOOPS[loop](criterion, *heads, y, params)
-        if after is not None:
-            after(loss, heads, params)
-        yield kept, loss, held
 
 
 def right_or_said(jvp, names, judging, loop, beside, seed, parts):
@@ -233,34 +26,17 @@ def right_or_said(jvp, names, judging, loop, beside, seed, parts):
     twin, other = copy.deepcopy((model, criterion))
     start = torch.get_rng_state(), random.getstate()
 
-    def trained(m):
-        return [p for p in m.parameters() if p.requires_grad]
-
-    # The training passes on their own graph.
-    inputs, heads, states = [part.clone() for part in x.chunk(parts)], [], []
-    for pair, _, held in training_passes(twin, other, loop, beside, inputs, labels, trained(twin)):
-        heads.extend(pair)
-        states.append(held)
+    inputs = [part.clone() for part in x.chunk(parts)]
+    wanted = expected(twin, other, loop, beside, inputs, labels)
     held, after = untouched(twin, other), (torch.get_rng_state(), random.getstate())
-
-    def total(*outputs):
-        losses = []
-        for a, b, y, (before, *generators) in zip(outputs[::2], outputs[1::2], labels, states):
-            torch.set_rng_state(generators[0])
-            random.setstate(generators[1])
-            losses.append(LOOPS[loop](copy.deepcopy(before), a * 1, b * 1, y, []))
-        return sum(losses) / parts
-
-    expected = right(heads, total, trained(twin))
 
     torch.set_rng_state(start[0])
     random.setstate(start[1])
     measure = Measure.every_step(jvp)
-    optimizer = Adler(trained(model), model, criterion, lr=0.0, measure=measure)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Adler(trained, model, criterion, lr=0.0, measure=measure)
     inputs = [part.clone() for part in x.chunk(parts)]
-    for _, loss, _ in training_passes(
-        model, criterion, loop, beside, inputs, labels, trained(model)
-    ):
+    for _, loss, _ in training_passes(model, criterion, loop, beside, inputs, labels, trained):
         (loss / parts).backward()
     given = [part.clone() for part in inputs]
     with warnings.catch_warnings():
@@ -277,7 +53,7 @@ def right_or_said(jvp, names, judging, loop, beside, seed, parts):
     else:
         assert bool(last.trusted)
         tolerance = 1e-3 if optimizer.measure.jvp == "finite_difference" else 1e-6
-        assert float(last.curvature) == pytest.approx(expected, rel=tolerance, abs=1e-12)
+        assert float(last.curvature) == pytest.approx(wanted, rel=tolerance, abs=1e-12)
 
 
 every_engine = pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
