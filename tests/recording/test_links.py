@@ -10,7 +10,7 @@ from support.right import DOUBLE, body, check, measured, right
 from torch import nn
 from torch.nn import functional as F
 
-from adler import Adler, AdlerAdam, Measure
+from adler import Adler, AdlerAdam, Guard, Measure
 
 ce, mse = nn.CrossEntropyLoss(), nn.MSELoss()
 
@@ -82,6 +82,37 @@ def test_a_loss_divided_in_place():
         return optimizer.scalars()
 
     assert run(lambda h: h / 4) == run(lambda h: in_place(h, lambda g: g.div_(4)))
+
+
+def test_a_loss_divided_in_place_is_known_undivided():
+    """The scale of the bound on predictions is read off the value that the criterion returned."""
+
+    def run(divide):
+        torch.manual_seed(0)
+        model, guard = body(), Guard(max_kl=1e-4)
+        optimizer = Adler(model.parameters(), model, mse, guard=guard, measure=Measure.every_step())
+        divide(mse(model(X), T)).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.clipped)
+        return float(optimizer.last_step.effective_lr)
+
+    assert run(lambda h: in_place(h, lambda g: g.div_(4))) == run(lambda h: h / 4)
+
+
+@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+def test_outputs_overwritten_after_the_loss(jvp):
+    """As for a log of probabilities: the loss was computed from what was there before."""
+    model = body()
+    twin = copy.deepcopy(model)
+
+    def loop(m, c):
+        f = m(X)
+        loss = c(f, Y)
+        f.detach().mul_(5)
+        return loss
+
+    optimizer = measured(model, ce, loop, jvp=jvp)
+    check(optimizer, right([twin(X)], lambda f: ce(f, Y), twin.parameters()), 1e-5)
 
 
 # --- backward, and what is not --------------------------------------------------------------------
@@ -164,6 +195,26 @@ def test_zero_grad_in_place_forgets_the_batch():
     ce(model(X[:5]), Y[:5]).backward()
     optimizer.step()
     check(optimizer, right([twin(X[:5])], lambda f: ce(f, Y[:5]), twin.parameters()))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_forward_pass_between_a_clipped_gradient_and_the_step(before):
+    """It looks whether the gradients were zeroed, and they were only changed."""
+    model = body()
+    twin = copy.deepcopy(model)
+
+    def loop(m, c):
+        c(m(X), Y).backward()
+        g = torch.nn.utils.clip_grad_norm_(m.parameters(), 1e-2)
+        assert g > 1e-2
+        (m[2] if before else m)(torch.randn(3, 8 if before else 6, dtype=DOUBLE))
+
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    loop(model, ce)
+    d = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    expected = right([twin(X)], lambda f: ce(f, Y), twin.parameters(), d)
+    assert float(optimizer.last_step.curvature) == pytest.approx(expected)
 
 
 # --- several heads, calls, arguments --------------------------------------------------------------

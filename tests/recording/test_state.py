@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adler import Adler, Measure
+from adler._recording import state
 
 ENGINES = ("forward", "finite_difference", "double_backward")
 ce, mse = nn.CrossEntropyLoss(), nn.MSELoss()
@@ -144,6 +145,109 @@ def test_weights_that_a_forward_pass_projects_stay_projected():
     agrees(Projected)
 
 
+WRITES = {
+    "in place": lambda w: w.mul_(0.9).add_(0.1),
+    "data in place": lambda w: w.data.mul_(0.9).add_(0.1),
+    "data =": lambda w: setattr(w, "data", w.data * 0.9 + 0.1),
+}
+
+
+@every_engine
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_trained_weights_that_a_forward_pass_writes_to_are_written_once(write, jvp):
+    """The replay begins where the call did: a second write would make other outputs."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.a(x).tanh()
+            with torch.no_grad():
+                write(self.b.weight)  # before it is read
+            return self.b(h)
+
+    x, y = data()
+    model = Writes().to(DOUBLE)
+    options = {"lr": 0.0, "interpolation": None, "measure": Measure.every_step(jvp)}
+    optimizer = Adler(model.parameters(), model, ce, **options)
+    for _ in range(5):  # the first calls alone keep a copy of everything
+        optimizer.zero_grad()
+        twin = copy.deepcopy(model)
+        ce(model(x), y).backward()
+        held, out = untouched(model), twin(x)
+        optimizer.step()
+        assert untouched(model) == held
+        check(optimizer, right([out], lambda f: ce(f, y), twin.parameters()), 1e-5)
+
+
+@every_engine
+def test_writes_to_weights_too_large_to_be_copied_are_undone(jvp, monkeypatch):
+    """Past their versions, so that nothing but the weights themselves tells."""
+    monkeypatch.setattr(state, "_BUDGET", 0)
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.b.weight.data.mul_(0.9)
+            return self.b(self.a(x).tanh())
+
+    x, y = data()
+    model = Writes().to(DOUBLE)
+    options = {"lr": 0.0, "interpolation": None, "measure": Measure.every_step(jvp)}
+    optimizer = Adler(model.parameters(), model, ce, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ce(model(x), y).backward()
+        held = untouched(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it was not used, or another was
+            optimizer.step()
+        assert untouched(model) == held
+
+
+@every_engine
+@pytest.mark.parametrize("update", [assign, UPDATES["in place"], UPDATES["copy_"]])
+def test_a_momentum_encoder_that_begins_to_move_late(update, jvp):
+    """When nothing is copied any more: one measurement is not used, and the next are right."""
+
+    class Late(Momentum):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        update = staticmethod(lambda q, k: None)
+
+        def forward(self, x):
+            self.calls += 1
+            type(self).update = staticmethod(update if self.calls > 6 else lambda q, k: None)
+            return super().forward(x)
+
+    x, y = data()
+    model = Late().to(DOUBLE)
+    measure = Measure.every_step(jvp)
+    optimizer = Adler(list(model.q.parameters()), model, ce, lr=0.0, measure=measure)
+    for number in range(1, 12):
+        optimizer.zero_grad()
+        twin = copy.deepcopy(model)
+        ce(model(x), y).backward()
+        expected = right([twin(x)], lambda f: ce(f, y), twin.q.parameters())
+        held = untouched(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step()
+        assert untouched(model) == held
+        # A difference sees through no_grad. Another engine takes over, not at once.
+        if number < 7 or number > (9 if jvp == "finite_difference" else 7):
+            check(optimizer, expected, 1e-5)
+        else:
+            assert not bool(optimizer.last_step.trusted)
+
+
 # --- attributes -----------------------------------------------------------------------------------
 
 
@@ -252,6 +356,30 @@ def test_what_a_model_holds_is_read_as_it_was_and_not_written(start, read, write
 
 
 @every_engine
+@pytest.mark.parametrize("calls", [1, 2])
+def test_an_attribute_that_the_first_call_makes(calls, jvp):
+    class Makes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 3)
+
+        def forward(self, x):
+            out = self.a(x) * getattr(self, "scale", 1.0)
+            self.scale = getattr(self, "scale", 1.0) + 1.0
+            return out
+
+    x, y = data()
+    model = Makes().to(DOUBLE)
+    with torch.no_grad():
+        for _ in range(calls - 1):
+            model(x)
+    twin = copy.deepcopy(model)
+    optimizer = measured(model, ce, lambda m, c: c(m(x), y), jvp=jvp)
+    check(optimizer, right([twin(x)], lambda f: ce(f, y), twin.parameters()), 1e-5)
+    assert model.scale == twin.scale == calls + 1.0
+
+
+@every_engine
 def test_buffers_advanced_in_forward(jvp):
     class Running(nn.Module):
         def __init__(self):
@@ -312,6 +440,36 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
 def test_branches_are_those_of_the_training_pass(draw, jvp):
     agrees(type("Kind", (Branches,), {"draw": staticmethod(draw)}), jvp)
+
+
+@every_engine
+@pytest.mark.parametrize(
+    ("start", "draw"),
+    [
+        (lambda: torch.Generator().manual_seed(3), lambda g: torch.rand(1, generator=g).item()),
+        (lambda: random.Random(3), lambda g: g.random()),
+        (lambda: np.random.default_rng(3), lambda g: g.random()),
+        (lambda: np.random.RandomState(3), lambda g: g.rand()),
+    ],
+    ids=["torch", "python", "numpy", "numpy's legacy"],
+)
+def test_a_generator_that_the_loop_draws_from_before_the_step(start, draw, jvp):
+    """The replay ends where the training pass did, which is not where the generator is by now."""
+    own = {
+        "start": staticmethod(start),
+        "read": staticmethod(lambda self: 0.5 + draw(self.held)),
+        "write": staticmethod(lambda self, out: None),
+    }
+    x, y = data()
+    model = type("Kind", (Stateful,), own)().to(DOUBLE)
+    twin = copy.deepcopy(model)
+    optimizer = Adler(model.parameters(), model, ce, lr=0.0, measure=Measure.every_step(jvp))
+    ce(model(x), y).backward()
+    expected = right([twin(x)], lambda f: ce(f, y), twin.parameters())
+    assert draw(model.held) == draw(twin.held)
+    optimizer.step()
+    check(optimizer, expected, 1e-5)
+    assert draw(model.held) == draw(twin.held)
 
 
 # --- arguments ------------------------------------------------------------------------------------

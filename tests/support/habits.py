@@ -19,7 +19,10 @@ ce = nn.CrossEntropyLoss()
 
 
 class Habits(nn.Module):
-    """Each habit reads and writes in forward; outputs depend on what is read."""
+    """Each habit reads and writes in forward; outputs depend on what is read.
+
+    What is held stays within bounds, so that thousands of calls do.
+    """
 
     def __init__(self, names, seed):
         super().__init__()
@@ -43,13 +46,13 @@ class Habits(nn.Module):
 
     def hidden(self, x):
         y = self.layers[0](x) + self.h
-        self.h = y.detach().mean(0)
+        self.h = y.detach().mean(0).tanh()
         return y
 
     def buffer(self, x):
         y = self.layers[1](x) * self.scale.clone()
         with torch.no_grad():
-            self.scale.mul_(0.9).add_(y.std(0), alpha=0.1)
+            self.scale.mul_(0.9).add_(y.std(0).clamp(max=2), alpha=0.1)
         return y
 
     def counter(self, x):
@@ -132,7 +135,7 @@ class Judging(nn.Module):
     def centred(self, f):
         out = f - self.centre
         with torch.no_grad():
-            self.centre.lerp_(f.mean(0), 0.5)
+            self.centre.lerp_(f.mean(0).clamp(-3, 3), 0.5)
         return out
 
     def rebound(self, f):
@@ -147,7 +150,7 @@ class Judging(nn.Module):
 
     def cached(self, f):
         out = f + self.cache["scores"].clone()
-        self.cache["scores"].mul_(0.5).add_(f.detach().mean(0))
+        self.cache["scores"].mul_(0.5).add_(f.detach().mean(0).tanh())
         self.cache["seen"].append(len(f))
         if len(self.cache["seen"]) > 6:
             del self.cache["seen"][1:]

@@ -199,7 +199,7 @@ class CallState:
         role = "trained" if id(p) in self._trained else "parameter"
         made = None
         watched = self._watched
-        if role == "parameter" and watched is not None:
+        if watched is not None and not is_sharded(p):
             twin = watched.closely and self._spent + p.numel() * p.element_size() <= _BUDGET
             if twin or id(p) in watched.moving:
                 made = self._within_budget(p, always=id(p) in watched.moving)
@@ -227,7 +227,7 @@ class CallState:
             elif (
                 self._watched is not None
                 and self._watched.closely
-                and seen.role == "parameter"
+                and seen.role in ("trained", "parameter")
                 and seen.copy is not None
                 and not _same_bits(seen.copy, seen.tensor)
             ):
@@ -302,8 +302,14 @@ class CallState:
             self._watched.moving.update(key for key, seen in others if seen.changed())
 
     def _given(self, p: Tensor, key: int) -> Tensor:
-        """A parameter of the replay's own; a copy where the forward pass writes to it."""
-        return p.clone() if key in self._moving else p
+        """A parameter of the replay's own; a copy where the forward pass writes to it.
+
+        There it begins where the training pass did, and as far from it as it is given.
+        """
+        if key not in self._moving:
+            return p
+        seen = self._seen[key]
+        return p.clone() if seen.copy is None else p + (seen.copy - seen.tensor.detach())
 
     def _backup(self, given: Collection[int]) -> tuple[list[Tensor], list[Tensor]] | None:
         """Copies of the parameters that a replay is given, while calls are watched closely."""

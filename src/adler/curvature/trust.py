@@ -32,7 +32,8 @@ CAUSES = {
         "the forward pass does not repeat itself: run once more from the same state, it returns "
         "other outputs than in training. Something that it reads is no tensor, list or number held "
         "by the model or its modules: a global or class attribute, a file, the time, a generator "
-        "kept elsewhere. Keep it as an attribute of the model"
+        "kept elsewhere. Keep it as an attribute of the model. Or it writes to weights that are "
+        "trained: do that between the steps"
     ),
     "inputs": (
         "what the model was called with depends on the trained parameters: outputs of one call are "
