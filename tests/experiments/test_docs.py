@@ -171,7 +171,15 @@ def test_the_committed_digits_table_is_that_of_the_committed_results():
 
 @pytest.mark.parametrize(
     "name",
-    ["step_cost", "step_cost-cuda", "memory", "memory-cuda", "scaling", "tangent_kernel"],
+    [
+        "step_cost",
+        "step_cost-cuda",
+        "memory",
+        "memory-cuda",
+        "scaling",
+        "tangent_kernel",
+        "check_cost",
+    ],
 )
 def test_the_committed_benchmarks_are_those_of_the_committed_results(name):
     table = importlib.import_module(f"benchmarks.{name.removesuffix('-cuda')}").table
@@ -192,6 +200,19 @@ def test_the_benchmarks_of_cost_run(name, tmp_path):
     assert "| `low_cost` |" in text
     assert "fails" not in text
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_the_cost_of_the_checks_runs_and_keeps_what_is_there(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.check_cost", "--quick", "--out", str(tmp_path)]
+    for network in ("MLP", "GPT"):
+        subprocess.run([*command, "--networks", network], cwd=ROOT, check=True)
+    results = json.loads((tmp_path / "check_cost.json").read_text())
+    assert list(results["shares"]) == ["MLP, small", "GPT-style decoder, 0.8 M"]
+    assert (
+        importlib.import_module("benchmarks.check_cost").table(results)
+        == (tmp_path / "check_cost.md").read_text()
+    )
 
 
 def test_what_is_timed_as_a_finite_difference_stays_one():

@@ -3,6 +3,7 @@
 import collections
 import copy
 import io
+import itertools
 import random
 import types
 import warnings
@@ -335,6 +336,8 @@ HABITS = {
         lambda s: torch.rand(3, generator=s.held, dtype=DOUBLE) + 0.5,
         lambda s, o: None,
     ),
+    "iterator": (lambda: iter([2.0, 3.0, 4.0, 5.0]), lambda s: next(s.held), lambda s, o: None),
+    "count": (lambda: itertools.count(2), lambda s: next(s.held), lambda s, o: None),
     "python generator": (
         lambda: random.Random(3),
         lambda s: s.held.random() + 0.5,
@@ -353,6 +356,31 @@ HABITS = {
 def test_what_a_model_holds_is_read_as_it_was_and_not_written(start, read, write, jvp):
     own = {"start": staticmethod(start), "read": staticmethod(read), "write": staticmethod(write)}
     agrees(type("Kind", (Stateful,), own), jvp)
+
+
+@every_engine
+def test_what_a_function_that_a_model_holds_closes_over(jvp):
+    calls = [1.0]
+
+    def scale():
+        calls[0] += 1
+        return calls[0]
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.scale = nn.Linear(6, 3), scale
+
+        def forward(self, x):
+            return self.a(x) * self.scale()
+
+    x, y = data()
+    model = Calls().to(DOUBLE)
+    expected = right([model(x)], lambda f: ce(f, y), model.parameters())
+    calls[0] = 1.0
+    optimizer = measured(model, ce, lambda m, c: c(m(x), y), jvp=jvp)
+    check(optimizer, expected, 1e-5)
+    assert calls == [2.0]
 
 
 @every_engine

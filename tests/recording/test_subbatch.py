@@ -1,10 +1,12 @@
 """Curvature on a part of the batch: of the same function, on its first examples."""
 
+import copy
+
 import pytest
 import torch
 from support.cases import CRITERIA, NETWORKS, batches, network
 from support.loops import train, unchanged
-from support.options import measuring
+from support.options import EXACT, measuring
 from torch import nn
 
 from adler import Adler, AdlerAdam, GaussNewton, curvature
@@ -203,3 +205,33 @@ def test_parts_lead_to_the_rates_of_the_whole(kind):
         return float(optimizer.last_step.effective_lr)
 
     assert rate(0.25) == pytest.approx(rate(1.0), rel=0.15)
+
+
+def test_a_criterion_that_holds_tensors_of_the_batch_is_measured_whole():
+    """As a ratio loss holds the probabilities of before: no part of the outputs fits."""
+
+    class Ratio(nn.Module):
+        def forward(self, outputs):
+            now = outputs.log_softmax(-1).gather(1, self.actions).squeeze(1)
+            ratio = (now - self.before).exp()
+            clipped = torch.min(ratio * self.gain, ratio.clamp(0.8, 1.2) * self.gain)
+            return -clipped.mean()
+
+    torch.manual_seed(0)
+    model, criterion = network("mlp-tanh"), Ratio()
+    x = torch.randn(12, 4, dtype=torch.float64)
+    criterion.actions = torch.randint(3, (12, 1))
+    with torch.no_grad():
+        criterion.before = model(x).log_softmax(-1).gather(1, criterion.actions).squeeze(1)
+    criterion.gain = torch.randn(12, dtype=torch.float64)
+    twins = copy.deepcopy((model, criterion))
+    found = []
+    for (m, c), options in (((model, criterion), measuring(fraction=0.25)), (twins, EXACT)):
+        optimizer = Adler(m.parameters(), m, c, **options)
+        for _ in range(5):
+            optimizer.zero_grad()
+            c(m(x)).backward()
+            optimizer.step()
+        assert int(optimizer.last_step.skipped_total) == 0
+        found.append(float(optimizer.last_step.slope))
+    assert found[0] == pytest.approx(found[1], rel=0.05)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,8 @@ _ATOMS = frozenset(
         torch.memory_format, torch.layout,
     )
 )  # fmt: skip
+# Of their kinds alone a copy goes on by itself: a zip's would draw from the same iterators.
+_ITERATORS = frozenset(map(type, (iter([]), iter(()), iter(range(0)), itertools.count())))
 # What `nn.Module` itself keeps in an instance, beside the mode. Parameters and buffers are
 # replaced by name, not here.
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -67,6 +71,8 @@ class Copier:
             return self._container(value)
         elif _is_array(value):
             made = value.copy()
+        elif kind in _ITERATORS:
+            made = _copied_iterator(value)
         elif _holds_state(value, _FOREIGN if self._visit is None else _MACHINERY):
             return self._object(value)
         else:
@@ -198,6 +204,15 @@ def _holds_state(value: Any, machinery: frozenset[str]) -> bool:
     if package in machinery:
         return False
     return hasattr(value, "__dict__") or hasattr(kind, "__slots__")
+
+
+def _copied_iterator(value: Any) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # itertools', from Python 3.12 on
+            return copy.copy(value)
+    except TypeError:
+        return value
 
 
 def _is_array(value: Any) -> bool:

@@ -180,6 +180,9 @@ class CallState:
         if state_of(value) is not None:
             self._add_holder(value)
             return value
+        if isinstance(value, types.FunctionType) and value.__closure__:
+            self._add_function(value)
+            return value
         return self._copied(value)
 
     def _visit(self, value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from adler._recording.records import TargetsError
 from adler._recording.replay import ExplainedError, replaying
 from adler._warning import warn
 from adler.curvature import trust
@@ -55,11 +56,13 @@ def _of_a_part(one: BatchAlong, jvp: str, alone: bool) -> BatchCurvature:
         memory.full = 0 if alone and memory.distrusts(sure.trusted) else _PARTS
     try:
         found = part.run(jvp) if sure is not None else _best(part, jvp, alone)
-    except ExplainedError:
-        raise
-    except CriterionError as caught:
-        raise (caught.__cause__ or caught) from None
-    except Exception:  # a hidden state or another attribute is of the whole batch's size
+    except ExplainedError as error:
+        if not isinstance(error, TargetsError):
+            raise
+        memory.full = 0  # (where these are wrong, they are so for the whole batch)
+        return _best(whole, jvp, alone) if sure is None else sure
+    except Exception:
+        # A hidden state, or what the criterion holds of the batch, is of the whole batch's size.
         memory.full = 0
         return _best(whole, jvp, alone) if sure is None else sure
     if alone and memory.distrusts(found.trusted):
