@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adler import Adler, AdlerAdam, AdlerScheduleFree, Measure
+from adler.curvature import trust
 
 ce, mse = nn.CrossEntropyLoss(), nn.MSELoss()
 ENGINES = ("forward", "finite_difference", "double_backward")
@@ -362,3 +363,77 @@ def test_connectionist_temporal_classification_trains():
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     assert int(optimizer.last_step.skipped_total) == 0
+
+
+# --- when it looks, and at what -------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:measurement contradicts")
+def test_a_second_loss_that_begins_late_is_noticed_and_forgiven():
+    """The loss's own gradient is compared now and then."""
+    model = body()
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+
+    def trusted(loop, steps):
+        found = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loop(model, ce).backward()
+            optimizer.step()
+            found.append(bool(optimizer.last_step.trusted))
+        return found
+
+    assert all(trusted(lambda m, c: c(m(X), Y), 5))
+    late = trusted(second_loss, 20)
+    assert not any(late[16:])
+    assert trusted(lambda m, c: c(m(X), Y), 20)[16:] == [True] * 4
+
+
+def test_after_all_engines_have_failed_they_rest_for_longer_and_longer():
+    memory, checks = trust.Memory(), {"slope": torch.tensor(False)}
+    rested = []
+    for _ in range(8):
+        memory.give_up()
+        rested.append(0)
+        while not memory.tries_others(checks):
+            rested[-1] += 1
+    assert rested == [2, 4, 8, 16, 32, 64, 64, 64]
+
+
+@pytest.mark.filterwarnings("ignore:measurement contradicts")
+def test_a_penalty_is_noticed_under_a_scaler():
+    """What cancellation may leave is in units of the unscaled gradient."""
+    model, scaler = body(), torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    optimizer.zero_grad()
+    scaler.scale(penalised(model, ce)).backward()
+    scaler.step(optimizer)
+    assert not bool(optimizer.last_step.trusted)
+
+
+def test_losses_of_both_signs_add_their_outer_products():
+    torch.manual_seed(0)
+    model = body()
+    x, y = torch.randn(8, 6, dtype=DOUBLE), torch.randint(3, (8,))
+    twin = copy.deepcopy(model)
+    parts = [(twin(a), b) for a, b in zip(x.chunk(2), y.chunk(2))]
+    losses = [ce(f, b) for f, b in parts]
+    weights = (1.0, -2.0)
+    params = list(twin.parameters())
+    total = sum(w * h for w, h in zip(weights, losses))
+    d = torch.autograd.grad(total, params, retain_graph=True)
+    expected = 0.0
+    for w, (f, b) in zip(weights, parts):
+        for i in range(len(b)):  # of each example alone, the gradient at its outputs and along d
+            g = torch.autograd.grad(F.cross_entropy(f[i], b[i]), params, retain_graph=True)
+            slope = sum(float((a * e).sum()) for a, e in zip(g, d))
+            expected += abs(w) / len(b) * slope**2
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    for w, a, b in zip(weights, x.chunk(2), y.chunk(2)):
+        (w * ce(model(a), b)).backward()
+    optimizer.step()
+    form = sum(
+        w * right([f], lambda g, b=b: ce(g, b), params, d) for w, (f, b) in zip(weights, parts)
+    )
+    assert form < 0
+    assert float(optimizer.last_step.curvature) == pytest.approx(expected)
