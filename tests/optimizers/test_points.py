@@ -129,6 +129,22 @@ def test_full_precision_keeps_no_more():
     assert kept == {"step", "exp_avg_sq", "initial_size", "z"}
 
 
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_after_an_edit_begins_where_the_edit_left(kind, dtype):
+    model, optimizer = made(kind, dtype)
+    for k in range(8):
+        step(model, optimizer, k)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.05, 0.05)
+    edited = weights(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(model, optimizer, 8)
+    assert torch.equal(weights(model), edited)
+    assert torch.equal(fast(optimizer, model), edited.double())
+
+
 # --- second moments -------------------------------------------------------------------------------
 
 with_moments = pytest.mark.parametrize("kind", [AdlerScheduleFree, AdlerAdam, AdlerMuon])
