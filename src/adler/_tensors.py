@@ -298,7 +298,7 @@ def divide_into_(numerators: Sequence[Tensor], denominators: list[Tensor]) -> li
             torch.div(a, b, out=b)
     else:
         torch._foreach_reciprocal_(denominators)
-        torch._foreach_mul_(denominators, numerators)
+        torch._foreach_mul_(denominators, list(numerators))
     return denominators
 
 

@@ -52,7 +52,7 @@ def test_the_readme_shows_the_measured_tables():
     from readme import BLOCK, render
 
     text = (ROOT / "README.md").read_text()
-    assert len(BLOCK.findall(text)) == 2
+    assert BLOCK.findall(text)
     assert render(text) == text, "run make readme"
 
 

@@ -78,7 +78,7 @@ class GradientScale:
             NaN where they are no multiple of them; None where they are as they were made, or it is
             not known. Where parameters are sharded never None: all ranks ask each other, or none.
         """
-        now, then, unmodified, sharded, eps = [], [], True, False, 0.0
+        now, then, unmodified, sharded = [], [], True, False
         for known in self._watched:
             p = known()
             if p is None:
@@ -88,12 +88,12 @@ class GradientScale:
             if made is None or gradient is None or gradient.shape != made.copy.shape:
                 continue
             unmodified = unmodified and made.version == _version_of(gradient)
-            dtype = widest(gradient.device)
-            now.append(gradient.detach().to(dtype))
-            then.append(made.copy.to(dtype))
-            eps = max(eps, torch.finfo(gradient.dtype).eps)
+            now.append(gradient.detach())
+            then.append(made.copy)
         if not now or (unmodified and not sharded):
             return None
+        eps = max(torch.finfo(gradient.dtype).eps for gradient in now)
+        then, now = ([t.to(widest(t.device)) for t in tensors] for tensors in (then, now))
         # In one sum each, so that ranks that have different parts of the gradients agree.
         then_then, then_now, now_now = (dot(then, then), dot(then, now), dot(now, now))
         factor = then_now / then_then
