@@ -16,7 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import data, horizon_tables, horizons, plots, profile_plots, tables, trials
+from benchmarks.suite import (
+    data,
+    headlines,
+    horizon_tables,
+    horizons,
+    plots,
+    profile_plots,
+    tables,
+    trials,
+)
 from benchmarks.suite.methods import METHODS, method
 from benchmarks.suite.run import work
 from benchmarks.suite.tasks import TASKS
@@ -144,7 +153,9 @@ def _write(preset: Preset, options: argparse.Namespace, results: Path, found: li
     if len(preset.horizons) > 1:
         short = trials.read([results.parent / part for part in preset.short])
         text = horizon_tables.markdown(found, preset, options.preset, short)
-        drawn = horizons.at(found, preset, max(horizons.found_horizons(found, preset), default=1))
+        there = horizons.found_horizons(found, preset)
+        by_title = {horizons.title(h, preset): horizons.at(found, preset, h) for h in there}
+        drawn = by_title.get(headlines.fullest(by_title) or "", [])
     else:
         drawn = horizons.at(found, preset, preset.horizons[0])
         text = tables.markdown(drawn, options.preset)

@@ -11,7 +11,7 @@ from benchmarks.suite.methods import method
 from benchmarks.suite.standings import DEFAULT, REFERENCE, TUNED, Runs
 from examples.shared.records import Record
 
-__all__ = ["long", "short"]
+__all__ = ["fullest", "long", "short"]
 
 
 def short(found: Sequence[Record], runs: Runs) -> list[str]:
@@ -74,6 +74,23 @@ def long(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
     if missing:
         lines.append(f"Not yet run beside a tuned AdamW: {', '.join(missing)}.")
     return [" ".join(lines)] if lines else [f"{name} has not run."]
+
+
+def fullest(by_horizon: Mapping[str, Sequence[Record]]) -> str | None:
+    """The longest of the horizons where most tasks have been run beside tuned AdamW.
+
+    Args:
+        by_horizon: Records by the horizon's title, from the shortest.
+
+    Returns:
+        Its title; None where there is no such task.
+    """
+    counts = {
+        title: len(standings.loss_ratios(standings.contests(found, "test_loss"), DEFAULT, TUNED))
+        for title, found in by_horizon.items()
+    }
+    title = max(reversed(counts), key=lambda t: counts[t], default=None)
+    return title if title is not None and counts[title] else None
 
 
 def _tasks(count: int) -> str:

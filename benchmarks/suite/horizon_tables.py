@@ -25,6 +25,7 @@ __all__ = ["SHORT", "markdown"]
 
 # The suite's short tasks, beside the horizons of others.
 SHORT = "200 steps"
+MUON = "muon-cosine-tuned"
 
 
 def markdown(
@@ -47,7 +48,8 @@ def markdown(
         "horizons": ("Rank by horizon", _ranks(by_horizon, short)),
         "profiles": ("Time and steps to where tuned AdamW ends", _profiles(by_horizon)),
         "significance": ("How sure it is", _significance(by_horizon)),
-        "ratios": ("Beside AdamW with a cosine and its best rate", _ratios(by_horizon)),
+        "ratios": ("Beside AdamW with a cosine and its best rate", _ratios(by_horizon, TUNED)),
+        "muon": ("Beside Muon + AdamW with a cosine and its best rate", _ratios(by_horizon, MUON)),
         "tuned": ("Horizon by horizon", _details(by_horizon)),
         "failures": ("Runs that failed", _failures(by_horizon)),
         "scores": ("Task by task", _scores(by_horizon)),
@@ -67,22 +69,22 @@ _SHOWN = (
 
 
 def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
-    """At the longest of the horizons where most tasks have been run beside tuned AdamW."""
-    by_loss = {t: standings.contests(f, "test_loss") for t, f in by_horizon.items()}
-    told = {t: standings.loss_ratios(runs, DEFAULT, TUNED) for t, runs in by_loss.items()}
-    title = max(reversed(told), key=lambda t: len(told[t]), default=None)
-    if title is None or not told[title]:
+    """At the horizon that most is known of: `headlines.fullest`."""
+    title = headlines.fullest(by_horizon)
+    if title is None:
         return ["It has not run."]
+    by_loss = standings.contests(by_horizon[title], "test_loss")
+    told = standings.loss_ratios(by_loss, DEFAULT, TUNED)
     held_back = {r["task"] for r in by_horizon[title] if r["held_back"]}
     heads = ["Test loss over tuned AdamW's", "At most"]
-    if split := bool(held_back) and not held_back >= told[title].keys():
-        counts = len(told[title].keys() - held_back), len(told[title].keys() & held_back)
+    if split := bool(held_back) and not held_back >= told.keys():
+        counts = len(told.keys() - held_back), len(told.keys() & held_back)
         chosen_on, held = f"{counts[0]} tasks to choose on", f"{counts[1]} held back"
         heads = [f"{heads[0]}: {chosen_on}", held, *heads[1:]]
     lines = head(f"After {title}", "Told", *heads)
     for name in _SHOWN:
-        ratios = standings.loss_ratios(by_loss[title], name, TUNED)
-        if told[title].keys() != ratios.keys():
+        ratios = standings.loss_ratios(by_loss, name, TUNED)
+        if told.keys() != ratios.keys():
             continue
         parts = [ratios]
         if split:
@@ -100,7 +102,7 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
         *lines,
         "",
         f"AdamW with warm-up, a cosine over this horizon and the best of {len(rates)} rates by the "
-        f"test set is 1; geometric mean over {len(told[title])} tasks, {len(seeds)} "
+        f"test set is 1; geometric mean over {len(told)} tasks, {len(seeds)} "
         f"seed{'s' * (len(seeds) > 1)}.",
     ]
 
@@ -219,34 +221,37 @@ def _significance(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
 # --- against tuned AdamW -------------------------------------------------------------------------
 
 
-def _ratios(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
+def _ratios(by_horizon: Mapping[str, Sequence[Record]], reference: str) -> list[str]:
     everything = [r for found in by_horizon.values() for r in found]
     by_loss = {t: standings.contests(f, "test_loss") for t, f in by_horizon.items()}
-    heads = [entry for title in by_horizon for entry in (title, "at most", "on")]
+    by_loss = {t: r for t, r in by_loss.items() if any(reference in told for told in r.values())}
+    heads = [entry for title in by_loss for entry in (title, "at most", "on")]
     lines = head("Method", *heads)
     for name in standings.names(everything):
-        if name == TUNED:
+        if name == reference:
             continue
         entries = []
         for runs in by_loss.values():
-            ratios = standings.loss_ratios(runs, name, TUNED)
-            mean = standings.loss_ratio(runs, name, TUNED)
+            ratios = standings.loss_ratios(runs, name, reference)
+            mean = standings.loss_ratio(runs, name, reference)
             if mean is None:
                 entries += ["–", "", ""]
             else:
                 worst = max(ratios, key=lambda task: ratios[task])
-                entries += [f"{mean:.3f}", f"{ratios[worst]:.2f}", worst]
+                on = f"{worst}, of {len(ratios)}" if len(ratios) > 1 else worst
+                entries += [f"{mean:.3f}", f"{ratios[worst]:.2f}", on]
         if any(entry not in ("–", "") for entry in entries):
             lines.append(row(_label(name), *entries))
     if len(lines) == 2:
         return ["It has not run."]
-    rates = ", ".join(f"{rate:g}" for rate in method(TUNED).grid or ())
+    rates = ", ".join(f"{rate:g}" for rate in method(reference).grid or ())
     return [
         *lines,
         "",
-        "Test loss at the end over that of AdamW with 5 % of warm-up, a cosine to zero over this "
-        f"very horizon, and the best of the rates {rates} by the test set: geometric mean over "
-        "tasks, the largest ratio, and the task that has it. Of another grid too the best rate.",
+        f"Test loss at the end over that of {method(reference).label} (5 % of warm-up, a cosine to "
+        f"zero over this very horizon, the best of the rates {rates} by the test set): geometric "
+        "mean over tasks, the largest ratio, the task that has it, and of how many tasks. Of "
+        "another grid too the best rate.",
     ]
 
 

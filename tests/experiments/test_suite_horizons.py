@@ -207,9 +207,15 @@ def test_the_tables_by_horizon():
     assert "SGD" not in ranks
 
     ratio = math.sqrt(0.2 * 0.3) / 0.4
-    assert f"| Adler | 1.200 | 1.20 | {DIABETES} | {ratio:.3f} | 0.75 | {DIABETES} |" in rest
-    assert f"| ScheduleFree+ | 0.800 | 0.80 | {DIABETES} | 2.000 | 2.00 | {DIABETES} |" in rest
-    assert f"| MoMo | 1.400 | 1.40 | {DIABETES} | 10.000 | 10.00 | {DIABETES} |" in rest
+    assert (
+        f"| Adler | 1.200 | 1.20 | {DIABETES}, of 2 | {ratio:.3f} | 0.75 | {DIABETES}, of 2 |"
+        in rest
+    )
+    assert (
+        f"| ScheduleFree+ | 0.800 | 0.80 | {DIABETES}, of 2 | 2.000 | 2.00 | {DIABETES}, of 2 |"
+        in rest
+    )
+    assert f"| MoMo | 1.400 | 1.40 | {DIABETES}, of 2 | 10.000 | 10.00 | {DIABETES}, of 2 |" in rest
 
     # Tasks, wins, ties, losses, accuracy, test loss, training loss, time.
     beside = rest.partition("[start:tuned]")[2]
@@ -223,7 +229,7 @@ def test_the_tables_by_horizon():
 
 def test_a_horizon_that_nobody_has_finished():
     text = horizon_tables.markdown([hand_made("adler", [0.9, 0.6])], SMALL, "small")
-    assert text.count("It has not run.") == 4
+    assert text.count("It has not run.") == 5
     assert "No task has a target" in text
     assert "| Adler | 1.0 | 0 |" in text
     assert "Not yet run beside a tuned AdamW: 1 × the epochs.\n" in text
