@@ -633,6 +633,7 @@ def test_the_table_of_fixed_records(tmp_path):
     assert table.markdown(fixed_records()[::-1], "laptop") == TABLE
 
 
+@pytest.mark.long
 def test_minibatches_of_two_sizes_have_tables_and_figures_of_their_own(tmp_path):
     found = [r for r in fixed_records() if r["dataset"] == "cifar100"]
     larger = [{**r, "batch_size": 128, "test_accuracy": r["test_accuracy"] + 0.5} for r in found]

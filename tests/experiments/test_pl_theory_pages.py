@@ -189,6 +189,7 @@ def test_the_first_line_counts_the_verdicts():
     assert "2 hold on our networks, 1 in at least half of the cases, 1 do not.**" in line
 
 
+@pytest.mark.long
 def test_a_figure_without_records_says_so(smoke):
     few = [r for r in smoke if r["kind"] != "training" or r["loss"] == "mse"]
     text = claims.markdown(few, "smoke")
@@ -347,6 +348,7 @@ def test_verdicts_follow_the_records(smoke):
     assert second(altered(smoke, "perturbation", split(2.0))).count("does not hold (0") == 3
 
 
+@pytest.mark.long
 def test_runs_that_did_not_learn_are_left_out(smoke):
     def unlearned(results, r):
         results["measured"]["accuracy"][-1] = 0.12

@@ -357,6 +357,7 @@ def test_sweeps_vary_one_option():
     }
 
 
+@pytest.mark.long
 def test_figures_are_drawn_and_do_not_change(tmp_path):
     made = []
     for name in ("a", "b"):

@@ -516,7 +516,7 @@ def test_a_scheduler_made_in_mid_training_finds_its_initial_rates(make):
     assert scheduler.base_lrs == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("given", ["compiled", "plain"])
+@pytest.mark.parametrize("given", [pytest.param("compiled", marks=pytest.mark.long), "plain"])
 def test_a_compiled_model_takes_the_same_steps(make, given):
     torch.compiler.reset()
     model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss()

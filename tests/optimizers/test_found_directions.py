@@ -218,6 +218,7 @@ if hasattr(optim, "Muon"):
     INVARIANT |= {"muon": muon, "foreign muon": foreign_muon}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", INVARIANT.values(), ids=INVARIANT)
 def test_no_step_on_the_whole_batch_is_skipped(make):
     """Where all gradients are nearly alike, the difference of two normalised steps is nothing."""

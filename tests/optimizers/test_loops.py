@@ -411,6 +411,7 @@ def test_inputs_go_where_the_wrapper_moves_them():
     assert distributed.moved(None, "anything") == "anything"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=fsdp_on_cpu)])
 def test_the_distributed_example_gives_both_ranks_the_same_rate(mode, tmp_path):
     options = ["--epochs", "2", "--mode", mode]
