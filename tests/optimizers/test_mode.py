@@ -113,6 +113,7 @@ def test_a_module_around_the_model_and_one_within_it_bring_the_average(kind):
 
 
 @every_kind
+@pytest.mark.filterwarnings("ignore:the model was called in evaluation mode with gradients")
 def test_training_on_frozen_statistics_is_training(kind):
     model = Coder()
     optimizer = trained(model, kind, steps=3)
@@ -127,6 +128,25 @@ def test_training_on_frozen_statistics_is_training(kind):
     assert equal(weights(model), y)
     with torch.no_grad():
         model(X)
+    assert equal(weights(model), x)
+
+
+@every_kind
+def test_a_test_with_gradients_is_at_the_training_weights_and_says_so_once(kind):
+    model = Coder()
+    optimizer = trained(model, kind)
+    x, y = points(optimizer, model)
+    model.eval()
+    with pytest.warns(RuntimeWarning, match=r"optimizer\.eval\(\) after model\.eval\(\)"):
+        model(X)
+    assert equal(weights(model), y)
+    model.train()
+    model.eval()
+    model(X)  # a second warning would be an error
+    model.train()
+    model.eval()
+    optimizer.eval()  # as the warning says
+    model(X)
     assert equal(weights(model), x)
 
 

@@ -288,6 +288,7 @@ def test_a_test_in_eval_mode_is_at_the_average_and_training_never_notices(withou
 
 
 @every_kind
+@pytest.mark.filterwarnings("ignore:the model was called in evaluation mode with gradients")
 def test_what_is_neither_training_nor_a_test_changes_nothing(kind):
     model, criterion, optimizer, data = setting(kind=kind)
     train(model, criterion, optimizer, data[:4])

@@ -221,6 +221,43 @@ def test_gradients_that_are_not_the_functions_own(function):
     assert optimizer.measure.jvp == "double_backward"
 
 
+def dropped_attention(self, h):
+    q = h.view(3, 4, 2, 4).transpose(1, 2)
+    attended = F.dropout(F.scaled_dot_product_attention(q, q, q), 0.3)
+    return attended.transpose(1, 2).reshape(12, 8)
+
+
+FALLBACKS = {  # what is between the layers, and what is wrong with the engine that measured last
+    "custom op": (lambda self, h: square(h), "jvp='forward' contradicts the gradient"),
+    "straight through": (
+        lambda self, h: Sign.apply(h),
+        "jvp='finite_difference' contradicts the gradient",
+    ),
+    "hook": (
+        lambda self, h: (h.register_hook(lambda g: g * 0.5), h)[1],
+        "jvp='forward' raises an error on this model (RuntimeError: cannot register a hook",
+    ),
+    "another order of random numbers": (
+        dropped_attention,
+        "jvp='forward' does not make the outputs of the training pass once more",
+    ),
+}
+
+
+@pytest.mark.parametrize(("something", "cause"), FALLBACKS.values(), ids=FALLBACKS)
+def test_a_fallback_says_what_was_wrong_with_the_engine_it_replaces(something, cause):
+    torch.manual_seed(0)
+    model = between(something)()
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ce(model(X), Y).backward()
+        optimizer.step()
+    assert optimizer.last_step.trusted
+    (said,) = [str(w.message) for w in caught if "agrees with it" in str(w.message)]
+    assert said.startswith(cause)
+
+
 def no_grad_block(self, h):
     with torch.no_grad():
         k = h * 3

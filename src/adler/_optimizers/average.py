@@ -92,6 +92,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     _group_of: dict[int, int]
     _trains_in_eval: bool
     _only_by_mode: bool
+    _said_of_gradients: bool
 
     def __init__(
         self,
@@ -173,7 +174,11 @@ class AveragedOptimizer(MeasuredOptimizer):
             # Evaluation mode with gradients is training on frozen statistics, unless the averages
             # were asked for by more than the mode.
             if training or self._only_by_mode:
+                tested = not training and any("y" in mine for mine in self.state.values())
                 self.train()
+                if tested and not self._said_of_gradients:
+                    self._said_of_gradients = True
+                    warn(_WITH_GRADIENTS)
         elif not training:
             self.eval()
 
@@ -381,7 +386,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     def _attach(self) -> None:
         super()._attach()
         self._noted, self._unreconciled = WeakTensorKeyDictionary(), False
-        self._trains_in_eval = self._only_by_mode = False
+        self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
         others = register_optimizer_step_pre_hook(_Retire(self))
@@ -399,6 +404,14 @@ class AveragedOptimizer(MeasuredOptimizer):
         """As for the other optimizers."""
         own = {"follow_mode": self.follow_mode, "bn_batches": self.bn_batches}
         return {**super().__getstate__(), **own}
+
+
+_WITH_GRADIENTS = (
+    "the model was called in evaluation mode with gradients enabled, which is taken for training "
+    "on frozen statistics: the weights are those of training, not their average. To test the "
+    "average, call it under torch.no_grad(); for gradients at the average (an attack, a saliency "
+    "map), call optimizer.eval() after model.eval(). This is said once"
+)
 
 
 def _equal(p: Tensor, other: Tensor) -> bool:

@@ -102,6 +102,7 @@ def _best(one: BatchAlong, jvp: str, alone: bool) -> BatchCurvature:
             return found
         if not memory.tries_others(found.checks):
             return found
+    first = found
     for name, graph in _others(jvp, memory.with_graph):
         try:
             other = one.run(name, graph=graph, known=False)
@@ -110,7 +111,7 @@ def _best(one: BatchAlong, jvp: str, alone: bool) -> BatchCurvature:
             continue
         if other.trusted is None or trust.on_host(other.trusted, wait=True):
             memory.with_graph = graph
-            _announce(jvp, name, error)
+            _announce(jvp, name, first, error)
             memory.failed = 0
             return other
         # What failed here says more: a difference of known outputs does not see them.
@@ -132,11 +133,25 @@ def _others(jvp: str, graph: bool) -> list[tuple[str, bool]]:
     return [way for way in dict.fromkeys(ways) if way not in tried]
 
 
-def _announce(jvp: str, name: str, error: Exception | None) -> None:
+def _announce(jvp: str, name: str, found: BatchCurvature | None, error: Exception | None) -> None:
+    """Says why another engine measures from now on.
+
+    Args:
+        jvp: The engine that failed.
+        name: The one that agrees with the training pass.
+        found: What the first has measured; None: it raised an error.
+        error: The first error of any engine: of this one's only where it has measured nothing.
+    """
     if name == jvp:
         return
-    if error is not None:
+    if found is None:
         why = f"raises an error on this model ({type(error).__name__}: {str(error)[:200]})"
+    elif "outputs" in found.checks and not trust.on_host(found.checks["outputs"], wait=True):
+        why = (
+            "does not make the outputs of the training pass once more (as where random numbers are "
+            "drawn for what attention returns, which its differentiable kernel lays out in memory "
+            "in another order)"
+        )
     elif jvp == "finite_difference":
         why = (
             "contradicts the gradient (its step is lost in the rounding of the outputs, as where "
