@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-LOOPS  := -m "row or not long" tests/integrations tests/optimizers/test_loops.py tests/optimizers/test_wrapped.py
+LOOPS  := -m "row or not long" tests/integrations tests/optimizers/test_loops.py tests/optimizers/test_wrapped.py tests/optimizers/test_found_directions.py
 # Neighbouring tests, which share a module's fixtures, go to one process; the one that ends first helps.
 TWO    := -n 2 --dist worksteal
 CONSTRAINTS ?= .ci/constraints.txt
