@@ -104,7 +104,9 @@ class Log:
         def why() -> str:
             return _why_skipped(seen)
 
-        self._skipped.observe(found.skipped & sure, why)
+        # (Between measurements nothing is doubted, and a kernel is saved.)
+        doubtless = found.skipped if seen.trusted is None else found.skipped & sure
+        self._skipped.observe(doubtless, why)
         if self._moved:
             return
         lost = self._unmeasured.count(found.skipped & ~sure)
