@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from examples.shared.records import Record, append, read, repair
+from examples.shared.records import Record, append, finite, read, repair
 
 __all__ = ["Run", "main", "tables"]
 
@@ -182,11 +182,12 @@ def tables(records: Sequence[Record]) -> str:
                 for r in records
                 if r["optimizer"] == name and str(steps) in r["losses"]
             }
+            of = {seed: _number(loss) for seed, loss in of.items()}
             seeds |= of.keys()
             cells.append(_spread(list(of.values())))
         by_rate = {
             lr: [
-                r["losses"].get(str(steps), float("nan"))
+                _number(r["losses"].get(str(steps)))
                 for r in records
                 if (r["optimizer"], r["lr"], r["steps"]) == ("AdamW", lr, steps)
             ]
@@ -206,6 +207,11 @@ def tables(records: Sequence[Record]) -> str:
         f"{first['torch']}, {first['machine']}, one CPU thread. Written by `python -m "
         "benchmarks.nanogpt`.\n"
     )
+
+
+def _number(loss: float | None) -> float:
+    """A loss of a record, which holds None where it was not finite."""
+    return float("nan") if loss is None else loss
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -238,7 +244,7 @@ def main() -> None:
                 continue
             losses = train(run, options.checkout, text, every, options.batches)
             about = {"torch": torch.__version__, "machine": platform.machine()}
-            append(file, {"name": run.name, **run._asdict(), "losses": losses, **about})
+            append(file, {"name": run.name, **run._asdict(), "losses": finite(losses), **about})
             print(run.name, losses, flush=True)
     records = read([file], lambda record: str(record["name"]))
     if records:

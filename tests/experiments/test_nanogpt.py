@@ -88,3 +88,14 @@ def test_the_rate_of_adamw_is_the_best_in_the_mean_over_seeds():
     )
     assert "over 2 seeds" in text
     assert not re.findall(r"^\| 20 ", text, re.MULTILINE)
+
+
+def test_a_rate_that_diverges_is_not_the_best():
+    records = [
+        {**Run("AdamW", lr, 10, 0)._asdict(), "losses": {"10": None if lr < 1e-3 else 2.0 + lr}}
+        for lr in nanogpt.RATES
+    ]
+    for record in records:
+        record.update(torch="2.13", machine="x")
+    (line,) = re.findall(r"^\| 10 .*$", nanogpt.tables(records), re.MULTILINE)
+    assert "| 2.001 (2.001 to 2.001) | 0.001 |" in line
