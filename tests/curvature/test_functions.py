@@ -1,5 +1,6 @@
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -7,10 +8,12 @@ from support.cases import CRITERIA, NETWORKS, Square, drawn_direction, problem
 from support.loops import unchanged
 from support.reference import Dense
 from torch import nn
+from torch.backends import cuda as kernels
 
 from adler import curvature
-from adler._recording.replay import Call
+from adler._recording.replay import Call, _without_attention_fastpath
 from adler.curvature import ENGINES, ForwardModeUnsupportedError
+from adler.curvature.jacobian import differentiable_attention
 
 EXACT = ["forward", "double_backward"]
 
@@ -307,3 +310,63 @@ def test_learning_rate_minimises_the_model():
     grid = torch.linspace(0, 2, 2001)
     model = -slope * grid + c * grid**2 / 2
     assert float(rate) == pytest.approx(float(grid[model.argmin()]), abs=1e-3)
+
+
+# --- what is set for the whole process -----------------------------------------------------------
+
+
+def attention_kernels():
+    return [
+        kernels.flash_sdp_enabled(),
+        kernels.math_sdp_enabled(),
+        kernels.mem_efficient_sdp_enabled(),
+    ]
+
+
+def fastpath():
+    return [torch.backends.mha.get_fastpath_enabled()]
+
+
+SETTINGS = {
+    "attention kernels": (differentiable_attention, attention_kernels, [False, True, False]),
+    "fast path": (_without_attention_fastpath.wanted, fastpath, [False]),
+}
+
+
+@pytest.mark.parametrize(("changed", "now", "wanted"), SETTINGS.values(), ids=SETTINGS)
+def test_threads_that_measure_at_once_leave_pytorch_as_it_was(changed, now, wanted):
+    before = now()
+    assert before != wanted
+    second_is_in, first_is_out = threading.Event(), threading.Event()
+    seen = []
+
+    def second():
+        with changed():
+            second_is_in.set()
+            first_is_out.wait(10)
+            seen.append(now())  # still needed here
+        seen.append(now())
+
+    other = threading.Thread(target=second)
+    with changed():
+        other.start()
+        assert second_is_in.wait(10)
+    first_is_out.set()
+    other.join()
+    assert seen == [wanted, before]
+    assert now() == before
+
+
+@pytest.mark.parametrize(("changed", "now", "wanted"), SETTINGS.values(), ids=SETTINGS)
+def test_an_error_leaves_pytorch_as_it_was(changed, now, wanted):
+    before, inside = now(), []
+
+    def fails():
+        with changed():
+            inside.append(now())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert inside == [wanted]
+    assert now() == before

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adler import _distributed as distributed
+from adler._recording.beyond_loss import Marks, not_linear
 from adler._recording.hooks import on_backward
 from adler._recording.links import Place, Source, accumulates
 from adler._recording.records import WHOLE, Placed, RecordedLoss
@@ -40,6 +41,8 @@ class Backward:
     def __init__(self, params: Callable[[], Iterable[Tensor]]) -> None:
         self._params = params
         self._reached: list[RecordedLoss] = []
+        self._marks = Marks()
+        self._looked = False  # whether this backward pass was asked what it is of
         self.arrived: dict[Place, Tensor] = {}
         self.refused: str | None = None
         self._followed: weakref.WeakSet[Place] = weakref.WeakSet()
@@ -52,12 +55,19 @@ class Backward:
         self._reached.clear()
         self.arrived.clear()
         self.refused = None
+        self._looked = False
         self._versions = None
+
+    def clear(self) -> None:
+        """Forgets everything: a step was made."""
+        self.forget()
+        self._marks.clear()
 
     # --- what it waits for -----------------------------------------------------------------------
 
     def watch(self, value: Tensor, loss: RecordedLoss) -> None:
         """Waits for the backward pass to reach a loss."""
+        self._marks.add(value)
         value.register_hook(on_backward(self, "_arrive", loss))  # type: ignore[no-untyped-call]
 
     def watch_refused(self, value: Tensor, reason: str) -> None:
@@ -77,6 +87,11 @@ class Backward:
         if not accumulates(list(self._params())):
             return
         self._when_finished()
+        if not self._looked:
+            self._looked = True
+            operation = not_linear(self._marks)
+            if operation is not None:
+                self.refused = _NOT_LINEAR.format(operation.removesuffix("0"))
         weight = gradient.detach()
         if loss.weight is None:
             loss.weight = weight.clone()
@@ -103,6 +118,7 @@ class Backward:
             alive = me()
             if alive is not None:
                 alive._versions = alive._gradient_versions()
+                alive._looked = False
 
         torch.autograd.Variable._execution_engine.queue_callback(finished)
 
@@ -169,3 +185,13 @@ class Backward:
         """Which tensor each gradient is, and how often it was written."""
         gradients = (p.grad for p in self._params())
         return [(id(g), g._version) for g in gradients if g is not None]
+
+
+_NOT_LINEAR = (
+    "what backward() was called on is not a weighted sum of the recorded losses: {} is applied to "
+    "them, and its curvature would be missing. Compute it inside the criterion, which then returns "
+    "what is backpropagated:\n\n"
+    "    class Criterion(torch.nn.Module):\n"
+    "        def forward(self, outputs, targets):\n"
+    "            return torch.nn.functional.mse_loss(outputs, targets).sqrt()  # for example"
+)

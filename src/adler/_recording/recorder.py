@@ -119,7 +119,7 @@ class Recorder:
         self._returned_loss: str | None = None
         self._entered.clear()
         self._criterion_calls.clear()
-        self.forget_backpropagated()
+        self._backward.clear()
 
     def forget_backpropagated(self) -> None:
         """Forgets the losses whose gradients were just zeroed."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adler._process_setting import ProcessSetting
 from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, tensors_in
 from adler._recording.randomness import RandomState
@@ -84,14 +85,17 @@ class AutocastState:
 
 
 @contextlib.contextmanager
-def _without_attention_fastpath() -> Iterator[None]:
-    # Taken only without autograd, so the training forward did not take it.
+def _no_fastpath() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+# Taken only without autograd, so the training forward did not take it.
+_without_attention_fastpath = ProcessSetting(_no_fastpath)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +227,7 @@ class Call:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaying())
-            stack.enter_context(_without_attention_fastpath())
+            stack.enter_context(_without_attention_fastpath.wanted())
             if self.draws:
                 stack.callback(put_back, RandomState.now(self.devices), self.devices)
                 if self.random_state is not None:

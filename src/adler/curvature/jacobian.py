@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adler import _tensors as update
 from adler._distributed import local, reshard
+from adler._process_setting import ProcessSetting
 from adler._recording.compiled import derivative
 from adler._recording.compiled import outputs as compiled_outputs
 from adler._recording.lazy_parameters import Lazy
@@ -347,7 +348,10 @@ def _runs(f: Function, params: Parameters) -> bool:
 
 def differentiable_attention() -> AbstractContextManager[None]:
     """Of the attention kernels only MATH has a forward derivative and a second backward one."""
-    return sdpa_kernel(SDPBackend.MATH)
+    return _math_kernel.wanted()
+
+
+_math_kernel = ProcessSetting(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 def _compiled(
