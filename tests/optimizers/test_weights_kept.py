@@ -113,6 +113,108 @@ def test_weights_edited_between_steps_are_those_that_move(kind):
     assert all(float(p.abs().max()) <= 0.05 for p in at_the_average(model))
 
 
+# --- written through .data, of which PyTorch keeps no trace ---------------------------------------
+
+WRITTEN = r"of 4 parameters were written to through \.data"
+
+
+def clamp(model):
+    for p in model.parameters():
+        p.data.clamp_(-0.05, 0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [0, 70])
+def test_a_loop_that_clamps_through_data_is_noticed(kind, before):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, before)
+
+    def clamped():
+        for _ in range(64):
+            steps(model, optimizer, 1)
+            clamp(model)
+
+    with pytest.warns(RuntimeWarning, match=WRITTEN) as said:
+        clamped()
+    assert len(said) == 1
+    assert all(float(p.abs().max()) <= 0.05 for p in at_the_average(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_loaded_through_data_while_tested_are_those_that_stay(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 10)
+    best = at_the_average(model)
+    steps(model, optimizer, 20)
+    at_the_average(model)
+    for p, kept in zip(model.parameters(), best, strict=True):
+        p.data.copy_(kept)
+    assert equal(at_the_average(model), best)
+    model.train()
+    model(X)
+    assert equal(weights(model), best)
+    optimizer.zero_grad()
+    steps(model, optimizer, 1)
+    assert not equal(weights(model), best)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_weight_of_what_was_tested(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 10)
+    y = weights(model)
+    at_the_average(model)
+    next(model.parameters()).data[0, 0] += 1e-9
+    edited = weights(model)
+    model.train()
+    model(X)
+    assert equal(weights(model), [edited[0], *y[1:]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
+def test_weights_that_nobody_wrote_to_are_put_back(kind, dtype):
+    """However many, and in whatever order in memory they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 37, 3), nn.ReLU(), nn.Flatten(), nn.Linear(37 * 36, 3))
+    model.to(dtype, memory_format=torch.channels_last)
+    model[3].weight = nn.Parameter(torch.randn(37 * 36, 3, dtype=dtype).mul_(0.03).T)
+    optimizer = kind(model.parameters(), model, ce)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ce(model(torch.randn(8, 3, 8, 8, dtype=dtype)), Y[:8]).backward()
+        optimizer.step()
+    y = weights(model)
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 8, 8, dtype=dtype))
+    assert not equal(weights(model), y)
+    model.train()
+    model(torch.randn(8, 3, 8, 8, dtype=dtype))
+    assert equal(weights(model), y)
+
+
+def test_a_model_that_is_tested_in_half_precision_trains_on_from_where_it_was():
+    model = body().float()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ce(model(X.float()), Y).backward()
+        optimizer.step()
+    y = weights(model)
+    model.eval()
+    model.half().float()
+    model.train()
+    model(X.float())
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(weights(model), y))
+
+
+# --- who comes after ------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_old_optimizer_leaves_the_next_phase_alone(kind):
     model = body()

@@ -288,3 +288,23 @@ def test_the_marks_keep_no_loss_alive():
     gc.collect()
     assert alive() is None
     assert optimizer.last_step is None
+
+
+def test_a_backward_pass_keeps_no_frame_alive():
+    class Token:
+        pass
+
+    def train():
+        token = Token()  # in the frame that calls backward()
+        model, criterion, (x, y) = body(), nn.MSELoss(), data()
+        optimizer = Adler(model.parameters(), model, criterion, measure=Measure.every_step())
+        (criterion(model(x), y) / 2).backward()
+        optimizer.step()
+        return weakref.ref(token), weakref.ref(optimizer)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert [alive() for alive in train()] == [None, None]
+    finally:
+        gc.enable()

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import _distributed as distributed
 from adler import _options
 from adler._optimizers import mode, points
 from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction
+from adler._optimizers.edits import Edits, close, equal
 from adler._optimizers.interpolation import Interpolation, fast_state
 from adler._optimizers.running_statistics import RunningStatistics
 from adler._optimizers.saving import SavedWeights
@@ -84,7 +84,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         bn_batches: See `Following`.
     """
 
-    _noted: Any
+    _edits: Edits
     _unreconciled: bool
     _statistics: RunningStatistics
     _weights: SavedWeights
@@ -121,13 +121,14 @@ class AveragedOptimizer(MeasuredOptimizer):
         # A tensor made under inference_mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
             moved = False
+            self._edits.look([p for p, _ in self._averaged() if "y" not in self.state[p]])
             for p, interpolation in self._averaged():
                 mine = self.state[p]
                 if "y" not in mine:
                     moved = not self._take_edits(p) or moved
                     mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                     p.copy_(points.average(p, mine, interpolation))
-                    self._note(p)
+                    self._edits.note(p)
             distributed.reshard(self.model)
             if moved:  # loaded weights come with their own statistics
                 self._statistics.bring()
@@ -138,13 +139,17 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._only_by_mode = False
         with torch.inference_mode(False), torch.no_grad():
             moved = False
-            for p, _ in self._averaged():
-                if "y" in self.state[p]:
-                    y = self.state[p].pop("y")
-                    if not self._take_edits(p):
-                        p.copy_(y)
+            for p, interpolation in self._averaged():
+                mine = self.state[p]
+                if "y" in mine:
+                    sharded = distributed.is_sharded(p)
+                    if not sharded and self._edits.of_average(p, mine, interpolation):
+                        mine.update(points.begin(p))
+                    else:
+                        p.copy_(mine["y"])
                         moved = True
-                    self._note(p)
+                    del mine["y"]
+                    self._edits.note(p)
             distributed.reshard(self.model)
             self._statistics.leave(back=moved)
 
@@ -204,7 +209,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._unreconciled = False
         held = [(p, i) for p, i in self._averaged() if "y" in self.state[p]]
         with torch.no_grad():
-            if held and all(_equal(p, self.state[p]["y"]) for p, _ in held):
+            if held and all(equal(p, self.state[p]["y"]) for p, _ in held):
                 for p, _ in held:
                     del self.state[p]["y"]
                 self._statistics.set_aside = None
@@ -212,7 +217,7 @@ class AveragedOptimizer(MeasuredOptimizer):
             others = 0
             for p, interpolation in held:
                 mine = self.state[p]
-                if not _close(p, points.average(mine["y"], mine, interpolation)):
+                if not close(p, points.average(mine["y"], mine, interpolation)):
                     mine.update(points.begin(p))
                     del mine["y"]
                     others += 1
@@ -223,10 +228,6 @@ class AveragedOptimizer(MeasuredOptimizer):
                 "before the optimizer is used"
             )
 
-    def _note(self, p: Tensor) -> None:
-        """Remembers a parameter as this optimizer leaves it."""
-        self._noted[p] = p._version
-
     def _take_edits(self, p: Tensor) -> bool:
         """Begins the average anew at a parameter that was written to since this optimizer did."""
         if not self._is_edited(p):
@@ -236,21 +237,20 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _is_edited(self, p: Tensor) -> bool:
         """Whether a parameter was written to since this optimizer wrote to it."""
-        noted, mine = self._noted.get(p), self.state.get(p, {})
-        return noted not in (None, p._version) and "z" in mine and not distributed.is_sharded(p)
+        return self._edits.of(p) and "z" in self.state.get(p, {}) and not distributed.is_sharded(p)
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
         self._trains_in_eval = not self.model.training
         params = [p for group in self.param_groups for p in group["params"]]
+        self._edits.look(params)
         if found.skipped.device.type == "cpu" and bool(found.skipped.numpy()):
             # Edits are taken by the next step.
-            params = [p for p in params if self._noted.get(p) == p._version]
+            params = [p for p in params if self._edits.known(p)]
         else:
             for p in params:
                 self._take_edits(p)
         super()._descend(found, direction)
-        for p in params:  # a kernel that leaves every bit may count as a write
-            self._note(p)
+        self._edits.note_step(params)
 
     def _retire(self, move: bool = True) -> None:
         """Leaves the average in the parameters and forgets the iterates: the run has ended.
@@ -358,7 +358,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         numbers = [number for group in own["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         points.load(self.state, params, [own["state"].get(number) for number in numbers])
-        self._noted, self._unreconciled = WeakTensorKeyDictionary(), True
+        self._edits, self._unreconciled = Edits(), True
         self._statistics.set_aside = None if statistics is None else dict(statistics)
 
     def _holds_y(self, p: Tensor) -> float | None:
@@ -385,7 +385,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._noted, self._unreconciled = WeakTensorKeyDictionary(), False
+        self._edits, self._unreconciled = Edits(), False
         self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
@@ -412,18 +412,6 @@ _WITH_GRADIENTS = (
     "average, call it under torch.no_grad(); for gradients at the average (an attack, a saliency "
     "map), call optimizer.eval() after model.eval(). This is said once"
 )
-
-
-def _equal(p: Tensor, other: Tensor) -> bool:
-    """Bit for bit, of what this process holds."""
-    (a,), (b,) = distributed.local([p]), distributed.local([other])
-    return torch.equal(a.detach(), b.to(a.device))
-
-
-def _close(p: Tensor, other: Tensor) -> bool:
-    """As near as another device, or weights that were saved in half precision, may be."""
-    (a,), (b,) = distributed.local([p]), distributed.local([other])
-    return float((a.detach() - b.to(a)).norm()) <= 0.01 * float(b.norm())
 
 
 class _Follow(Hook):

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "average", "begin", "load", "of_steps", "round_"]
+__all__ = ["HALF", "NAMES", "average", "begin", "load", "of_steps", "round_"]
 
 # What is kept of each parameter from step to step; ``y`` is kept while the average is in its place.
 NAMES = ("z", "precise_y")
-_HALF = (torch.bfloat16, torch.float16)
+# Of these dtypes, points are kept in float32.
+HALF = (torch.bfloat16, torch.float16)
 
 
 def begin(p: Tensor) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def begin(p: Tensor) -> dict[str, Tensor]:
         >>> list(begin(torch.ones(2)))
         ['z']
     """
-    names = NAMES if p.dtype in _HALF else ("z",)
+    names = NAMES if p.dtype in HALF else ("z",)
     return {name: _precise(p.detach()).clone() for name in names}
 
 
@@ -70,7 +71,7 @@ def load(state: Mapping[Tensor, Any], params: Sequence[Tensor], saved: Sequence[
         saved: What was saved of each; None: nothing.
     """
     for p, kept in zip(params, saved, strict=True):
-        if p.dtype in _HALF and kept is not None and "z" in kept:
+        if p.dtype in HALF and kept is not None and "z" in kept:
             mine = state[p]
             for name in NAMES:
                 # (Of a checkpoint without it, ``y`` is the parameter.)
@@ -79,4 +80,4 @@ def load(state: Mapping[Tensor, Any], params: Sequence[Tensor], saved: Sequence[
 
 
 def _precise(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator
+import types
+from collections.abc import Collection, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -85,26 +86,27 @@ def not_linear(marks: Marks) -> str | None:
         The name of its node in the graph (``SqrtBackward0``); None: there is none, or what
         ``backward()`` was called on is not known (compiled autograd).
     """
-    for roots in _differentiated():
-        found, reached = _walk(roots, marks)
+    here = get_ident()
+    passes = _passes(sys._getframe())
+    if not passes:  # of a loss on an accelerator, the hook runs in a thread of the engine
+        others = [frame for thread, frame in sys._current_frames().items() if thread != here]
+        passes = [roots for frame in others for roots in _passes(frame)]
+        others.clear()  # (frames keep alive what is in them)
+    for roots in passes:
+        found, reached = _walk([edge for t in roots if (edge := _edge(t)) is not None], marks)
         if reached:
             return found
     return None
 
 
-def _differentiated() -> Iterator[list[tuple[Any, int]]]:
-    """What ``backward()`` was called on, by the frames that are in it: this thread's first.
-
-    Of a loss on an accelerator, the hook runs in a thread of the engine.
-    """
-    here = get_ident()
-    frames = sorted(sys._current_frames().items(), key=lambda known: known[0] != here)
-    for _, frame in frames:
-        at = frame
-        while at is not None:
-            if at.f_code is torch.autograd.graph._engine_run_backward.__code__:
-                yield [edge for t in at.f_locals["t_outputs"] if (edge := _edge(t)) is not None]
-            at = at.f_back  # type: ignore[assignment]
+def _passes(frame: types.FrameType | None) -> list[Sequence[Any]]:
+    """What each backward pass that a frame is inside of was called on, innermost first."""
+    found = []
+    while frame is not None:
+        if frame.f_code is torch.autograd.graph._engine_run_backward.__code__:
+            found.append(frame.f_locals["t_outputs"])
+        frame = frame.f_back
+    return found
 
 
 def _edge(output: Any) -> tuple[Any, int] | None:

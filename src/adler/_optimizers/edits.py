@@ -1,0 +1,119 @@
+"""Which parameters were written to by others since the optimizer left them.
+
+Weights that are loaded, clamped or averaged by the loop begin their own average anew. What is
+written under ``torch.no_grad()`` counts up the tensor's version. What is written through ``.data``
+does not, so there are two more looks. An average that was tested is compared with what it is made
+of. And between steps, norms are compared: after the first steps and then now and then, which finds
+a habit of the loop (clamped weights); once one was found, at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from adler import _distributed as distributed
+from adler._optimizers import points
+from adler._recording.replay import is_capturing
+from adler._warning import warn
+
+__all__ = ["Edits", "close", "equal"]
+
+
+class Edits:
+    """What is known of how an optimizer left its parameters; nothing here is saved."""
+
+    _CLOSELY = 3
+    _EVERY = 64
+
+    def __init__(self) -> None:
+        self._versions: Any = WeakTensorKeyDictionary()
+        self._norms: Any = WeakTensorKeyDictionary()
+        self._found: Any = WeakTensorKeyDictionary()
+        self._steps = 0
+        self._always = False
+
+    def note(self, p: Tensor) -> None:
+        """Remembers a parameter as the optimizer leaves it."""
+        self._versions[p] = p._version
+        self._norms.pop(p, None)
+        self._found.pop(p, None)
+
+    def note_step(self, params: Sequence[Tensor]) -> None:
+        """The same after a step; now and then with norms."""
+        for p in params:  # a kernel that leaves every bit may count as a write
+            self.note(p)
+        self._steps += 1
+        due = self._always or self._steps <= self._CLOSELY or self._steps % self._EVERY == 0
+        held = [p for p in params if not distributed.is_sharded(p)]
+        if due and held and not is_capturing():
+            self._norms.update(zip(held, _norms(held), strict=True))
+
+    def look(self, params: Sequence[Tensor]) -> None:
+        """Compares norms, where they were taken; waits for the device then."""
+        known = [p for p in params if p in self._norms and p._version == self._versions[p]]
+        if not known or is_capturing():
+            return
+        then, now = [self._norms.pop(p) for p in known], _norms(known)
+        home = now[0].device
+        a, b = (torch.stack([n.to(home, torch.float64) for n in each]) for each in (then, now))
+        apart = ~((a == b) | (a.isnan() & b.isnan()))
+        found = [p for p, differs in zip(known, apart.tolist(), strict=True) if differs]
+        for p in found:
+            self._found[p] = True
+        if found and not self._always:
+            self._always = True
+            warn(
+                f"{len(found)} of {len(params)} parameters were written to through .data, of which "
+                "PyTorch keeps no trace. The average begins anew where they are, and from now on "
+                "norms are compared at every step; write to them under torch.no_grad() instead"
+            )
+
+    def known(self, p: Tensor) -> bool:
+        """Whether a parameter was noted, and not written to since."""
+        return self._versions.get(p) == p._version and p not in self._found
+
+    def of(self, p: Tensor) -> bool:
+        """Whether a parameter was noted, and written to since."""
+        return p in self._versions and not self.known(p)
+
+    def of_average(self, p: Tensor, mine: Mapping[str, Tensor], interpolation: float) -> bool:
+        """The same of one that holds its average, which is compared with what it is made of.
+
+        Args:
+            p: The parameter.
+            mine: Its state, with ``"y"``.
+            interpolation: ``β``.
+        """
+        if p not in self._versions:
+            return False
+        made = points.average(mine["y"], mine, interpolation)
+        return self.of(p) or not _is_still(p, made)
+
+
+def _is_still(p: Tensor, made: Tensor) -> bool:
+    """Whether a parameter holds what was put there, if the model was converted and back, too."""
+    if (made.dtype, made.device) != (p.dtype, p.device):  # model.half(), model.cuda()
+        return close(p, made)
+    return equal(p, made) or any(equal(p, made.to(half).to(p)) for half in points.HALF)
+
+
+def equal(p: Tensor, other: Tensor) -> bool:
+    """Bit for bit, NaN included, of what this process holds."""
+    (a,), (b,) = distributed.local([p]), distributed.local([other])
+    a, b = a.detach(), b.to(a.device)
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def close(p: Tensor, other: Tensor) -> bool:
+    """As near as another device, or weights that were saved in half precision, may be."""
+    (a,), (b,) = distributed.local([p]), distributed.local([other])
+    return float((a.detach() - b.to(a)).norm()) <= 0.01 * float(b.norm())
+
+
+def _norms(params: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_norm([p.detach() for p in params]))
