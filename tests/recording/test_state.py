@@ -212,6 +212,41 @@ def test_writes_to_weights_too_large_to_be_copied_are_undone(jvp, monkeypatch):
 
 
 @every_engine
+@pytest.mark.parametrize("used", [True, False])
+def test_an_encoder_that_begins_late_to_move_past_its_versions(used, jvp):
+    """It moves twice until it is noticed: in one step where its outputs are used."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(6, 3), nn.Linear(6, 3).requires_grad_(False)
+            self.calls, self.late = 0, 9
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > self.late:
+                for k in self.k.parameters():
+                    k.data.mul_(0.9)
+            return self.q(x) * self.k(x) if used else self.q(x)
+
+    x, y = data()
+    model = Late().to(DOUBLE)
+    options = {"lr": 0.0, "measure": Measure.every_step(jvp)}
+    optimizer = Adler(list(model.q.parameters()), model, ce, **options)
+    unnoticed = []
+    for number in range(80):
+        optimizer.zero_grad()
+        ce(model(x), y).backward()
+        held = untouched(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it was not used, or another was
+            optimizer.step()
+        if untouched(model) != held:
+            unnoticed.append(number)
+    assert unnoticed == ([9] if used else list(range(9, 64)))
+
+
+@every_engine
 @pytest.mark.parametrize("update", [assign, UPDATES["in place"], UPDATES["copy_"]])
 def test_a_momentum_encoder_that_begins_to_move_late(update, jvp):
     """When nothing is copied any more: one measurement is not used, and the next are right."""

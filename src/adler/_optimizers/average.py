@@ -250,7 +250,7 @@ class AveragedOptimizer(MeasuredOptimizer):
             for p in params:
                 self._take_edits(p)
         super()._descend(found, direction)
-        self._edits.note_step(params)
+        self._edits.note_step(params, self.state)
 
     def _retire(self, move: bool = True) -> None:
         """Leaves the average in the parameters and forgets the iterates: the run has ended.

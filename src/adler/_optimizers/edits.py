@@ -32,39 +32,39 @@ class Edits:
 
     def __init__(self) -> None:
         self._versions: Any = WeakTensorKeyDictionary()
-        self._norms: Any = WeakTensorKeyDictionary()
         self._found: Any = WeakTensorKeyDictionary()
+        self._norms: list[tuple[list[Tensor], Tensor]] = []
         self._steps = 0
         self._always = False
 
     def note(self, p: Tensor) -> None:
         """Remembers a parameter as the optimizer leaves it."""
         self._versions[p] = p._version
-        self._norms.pop(p, None)
         self._found.pop(p, None)
 
-    def note_step(self, params: Sequence[Tensor]) -> None:
-        """The same after a step; now and then with norms."""
+    def note_step(self, params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> None:
+        """The same after a step; now and then with norms of what has an average."""
         for p in params:  # a kernel that leaves every bit may count as a write
             self.note(p)
         self._steps += 1
         due = self._always or self._steps <= self._CLOSELY or self._steps % self._EVERY == 0
-        held = [p for p in params if not distributed.is_sharded(p)]
-        if due and held and not is_capturing():
-            self._norms.update(zip(held, _norms(held), strict=True))
+        if due and not is_capturing():
+            self._norms = _norms([p for p in params if "z" in state.get(p, ())])
 
     def look(self, params: Sequence[Tensor]) -> None:
         """Compares norms, where they were taken; waits for the device then."""
-        known = [p for p in params if p in self._norms and p._version == self._versions[p]]
-        if not known or is_capturing():
-            return
-        then, now = [self._norms.pop(p) for p in known], _norms(known)
-        home = now[0].device
-        a, b = (torch.stack([n.to(home, torch.float64) for n in each]) for each in (then, now))
-        apart = ~((a == b) | (a.isnan() & b.isnan()))
-        found = [p for p, differs in zip(known, apart.tolist(), strict=True) if differs]
+        before, self._norms = self._norms, []
+        found = []
+        for held, then in [] if is_capturing() else before:
+            now = _norms(held)
+            if len(now) > 1 or (then.dtype, then.device) != (now[0][1].dtype, now[0][1].device):
+                continue  # model.half(), model.cuda()
+            apart = ~((then == now[0][1]) | (then.isnan() & now[0][1].isnan()))
+            found += [p for p, differs in zip(held, apart.tolist(), strict=True) if differs]
         for p in found:
-            self._found[p] = True
+            if p._version == self._versions.get(p):
+                self._found[p] = True
+        found = [p for p in found if p in self._found]
         if found and not self._always:
             self._always = True
             warn(
@@ -115,5 +115,13 @@ def close(p: Tensor, other: Tensor) -> bool:
     return float((a.detach() - b.to(a)).norm()) <= 0.01 * float(b.norm())
 
 
-def _norms(params: Sequence[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_norm([p.detach() for p in params]))
+def _norms(params: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """Of each device and dtype: tensors that this process holds as a whole, and their norms."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        if not distributed.is_sharded(p):
+            groups.setdefault((p.device, p.dtype), []).append(p)
+    return [
+        (held, torch.stack(list(torch._foreach_norm([p.detach() for p in held]))))
+        for held in groups.values()
+    ]

@@ -38,21 +38,38 @@ _STATISTICS = (
 class Watched:
     """What the calls of one model have been seen to write to.
 
+    The first calls are watched closely, and then one now and then: a loop may begin late to move
+    what it moves past the versions (an encoder that follows another after a warm-up).
+
     Attributes:
-        calls: How many were watched closely.
+        calls: How many there were.
         moving: Parameters that are written to between a call and its replay, by `id`.
     """
 
-    CLOSELY = 3
+    _CLOSELY = 3
+    _EVERY = 64
 
     def __init__(self) -> None:
         self.calls = 0
         self.moving: set[int] = set()
+        self._until = self._CLOSELY
+
+    def again(self) -> None:
+        """Watches the next calls closely too: a replay has not repeated the training pass."""
+        self._until = self.calls + self._CLOSELY
 
     @property
     def closely(self) -> bool:
-        """Whether parameters that do not change their versions are compared too."""
-        return self.calls < self.CLOSELY
+        """Whether parameters that do not change their versions are compared too in this call."""
+        return self._is_watched(self.calls)
+
+    @property
+    def replayed_closely(self) -> bool:
+        """Whether they were compared in the last call, which is replayed now."""
+        return self._is_watched(self.calls - 1)
+
+    def _is_watched(self, call: int) -> bool:
+        return call < self._until or call % self._EVERY == 0
 
 
 class _Seen(NamedTuple):
@@ -304,6 +321,11 @@ class CallState:
             others = ((k, seen) for k, seen in self._seen.items() if seen.role == "parameter")
             self._watched.moving.update(key for key, seen in others if seen.changed())
 
+    def not_repeated(self) -> None:
+        """The replay has made other outputs: the next calls are watched closely."""
+        if self._watched is not None:
+            self._watched.again()
+
     def _given(self, p: Tensor, key: int) -> Tensor:
         """A parameter of the replay's own; a copy where the forward pass writes to it.
 
@@ -317,7 +339,7 @@ class CallState:
     def _backup(self, given: Collection[int]) -> tuple[list[Tensor], list[Tensor]] | None:
         """Copies of the parameters that a replay is given, while calls are watched closely."""
         watched = self._watched
-        if watched is None or watched.calls > Watched.CLOSELY or self._checked:
+        if watched is None or not watched.replayed_closely or self._checked:
             return None
         own = [
             s.tensor.detach() for k, s in self._seen.items() if k in given and k not in self._moving

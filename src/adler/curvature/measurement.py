@@ -100,6 +100,9 @@ def _best(one: BatchAlong, jvp: str, alone: bool) -> BatchCurvature:
     if found is not None:
         if not alone or one.sharded or not memory.distrusts(found.trusted):
             return found
+        for call in {loss.call for loss in one.batch}:
+            if call.state is not None:
+                call.state.not_repeated()
         if not memory.tries_others(found.checks):
             return found
     first = found
