@@ -150,6 +150,11 @@ def outputs_agree(found: Tensor, recorded: Tensor, within: float) -> Tensor:
     if a.dtype in (torch.float16, torch.bfloat16):
         a = a.float()
     b = b.to(a)
+    if a.device.type == "cpu":  # where the host need not wait to know that one look will do
+        error, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
+        if error.isfinite() and size.isfinite():
+            near: Tensor = ~(error > within * size)
+            return near
     # (Equal infinities have no difference.)
     error = torch.linalg.vector_norm(torch.where(a == b, torch.zeros_like(a), a - b))
     size = torch.linalg.vector_norm(torch.where(b.isinf(), torch.zeros_like(b), b))
