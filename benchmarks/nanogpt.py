@@ -166,43 +166,50 @@ def train(run: Run, checkout: Path, text: str, every: int, batches: int) -> dict
 
 
 def tables(records: Sequence[Record]) -> str:
-    """Markdown: validation losses by number of steps; the rate of AdamW is the best in the mean."""
-    horizons = sorted({r["steps"] for r in records if r["optimizer"] == "AdamW"})
+    """Markdown: validation losses by number of steps; the rate of AdamW is the best in the mean.
+
+    Of each number of steps, the seeds count of which there are all runs.
+    """
     lines = [
-        "| steps | " + " | ".join(UNTUNED) + " | AdamW, best rate | its rate | AdamW at 1e-3 |",
-        "|" + "---|" * (len(UNTUNED) + 4),
+        "| steps | "
+        + " | ".join(UNTUNED)
+        + " | AdamW, best rate | its rate | AdamW at 1e-3 | seeds |",
+        "|" + "---|" * (len(UNTUNED) + 5),
     ]
-    seeds: set[int] = set()
-    for steps in horizons:
-        cells = [f"{steps:,}"]
-        for name in UNTUNED:
-            # A run that was made for fewer steps is the beginning of the longer one.
-            of = {
-                r["seed"]: r["losses"][str(steps)]
+    for steps in sorted({r["steps"] for r in records if r["optimizer"] == "AdamW"}):
+        by_rate = {
+            lr: {
+                r["seed"]: _number(r["losses"].get(str(steps)))
+                for r in records
+                if (r["optimizer"], r["lr"], r["steps"]) == ("AdamW", lr, steps)
+            }
+            for lr in RATES
+        }
+        # A run that was made for fewer steps is the beginning of the longer one.
+        untuned = {
+            name: {
+                r["seed"]: _number(r["losses"][str(steps)])
                 for r in records
                 if r["optimizer"] == name and str(steps) in r["losses"]
             }
-            of = {seed: _number(loss) for seed, loss in of.items()}
-            seeds |= of.keys()
-            cells.append(_spread(list(of.values())))
-        by_rate = {
-            lr: [
-                _number(r["losses"].get(str(steps)))
-                for r in records
-                if (r["optimizer"], r["lr"], r["steps"]) == ("AdamW", lr, steps)
-            ]
-            for lr in RATES
+            for name in UNTUNED
         }
-        whole = max(map(len, by_rate.values()))
-        means = {lr: sum(v) / whole for lr, v in by_rate.items() if len(v) == whole}
+        columns = [*by_rate.values(), *untuned.values()]
+        seeds = sorted(set.intersection(*map(set, columns)))
+        if not seeds:
+            continue
+        means = {lr: statistics.fmean(losses[s] for s in seeds) for lr, losses in by_rate.items()}
         best = min(means, key=lambda lr: means[lr] if means[lr] == means[lr] else float("inf"))
-        cells += [_spread(by_rate[best]), f"{best:g}", _spread(by_rate[OWN_RATE])]
+        cells = [f"{steps:,}"]
+        cells += [_spread([untuned[name][s] for s in seeds]) for name in UNTUNED]
+        cells += [_spread([by_rate[best][s] for s in seeds]), f"{best:g}"]
+        cells += [_spread([by_rate[OWN_RATE][s] for s in seeds]), f"{len(seeds)}"]
         lines.append("| " + " | ".join(cells) + " |")
     first = records[0]
     table = "\n".join(lines)
     return (
         f"<!-- --8<-- [start:losses] -->\n{table}\n<!-- --8<-- [end:losses] -->\n\n"
-        f"Validation loss in nats a character, mean (smallest to largest) over {len(seeds)} seeds; "
+        "Validation loss in nats a character, mean (smallest to largest) over the seeds; "
         f"rates {', '.join(f'{lr:g}' for lr in RATES)}, chosen by this very loss. torch "
         f"{first['torch']}, {first['machine']}, one CPU thread. Written by `python -m "
         "benchmarks.nanogpt`.\n"
@@ -215,8 +222,6 @@ def _number(loss: float | None) -> float:
 
 
 def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
     mean = statistics.fmean(values)
     return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
 
