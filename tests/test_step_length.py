@@ -27,6 +27,7 @@ def search(slope, curvature=None, state=None, *, guard=TRUST_REGION, squared_nor
     seen = {"loss_per_nat": scalar(more.pop("loss_per_nat"))} if "loss_per_nat" in more else {}
     for key in ("finite", "trusted"):
         seen[key] = torch.tensor(more.pop(key)) if key in more else None
+    seen["spread"] = more.pop("spread", None)
     measurement = Measurement(
         scalar(slope),
         scalar(slope if squared_norm is None else squared_norm),
@@ -34,7 +35,7 @@ def search(slope, curvature=None, state=None, *, guard=TRUST_REGION, squared_nor
         **seen,
     )
     state = SearchState.empty() if state is None else state
-    rule = Rule(geometric, guard=guard, **{"eps": 0.0, **more})
+    rule = Rule(more.pop("mean", geometric), guard=guard, **{"eps": 0.0, **more})
     return step_length(measurement, state, rule)
 
 
@@ -344,22 +345,73 @@ def test_a_trusted_measurement_is_as_any_other():
         assert float(found.rate) == pytest.approx(3.0)
 
 
-def test_parts_are_averaged_before_they_are_inverted():
+def test_the_bounds_see_the_mean_of_the_parts():
     state = SearchState.empty()
     for number, curvature in enumerate((1.0, 9.0, 2.0)):
-        found, state = search(2.0, curvature, state, smoothing=0.75)
+        state = state._replace(rates=averaged(1e9).rates)
+        found, state = search(2.0, curvature, state, guard=TRUST_REGION, smoothing=0.75)
         weights = [0.75**k for k in range(number, -1, -1)]
         mean = sum(w * c for w, c in zip(weights, (1.0, 9.0, 2.0))) / sum(weights)
-        assert float(found.minibatch_lr) == pytest.approx(2 / mean)
+        assert float(found.minibatch_lr) == pytest.approx(2 / curvature)
+        assert float(found.rate) == pytest.approx(TRUST_REGION.trust_region * 2 / mean)
+        assert found.clipped
 
 
-def test_a_flat_part_counts_and_an_infinite_one_does_not():
+def test_a_flat_part_is_as_the_mean_of_the_parts_and_an_infinite_one_does_not_count():
     _, past = search(1.0, 4.0, smoothing=0.5)
-    found, _ = search(1.0, 0.0, past, smoothing=0.5)
+    found, after = search(1.0, 0.0, past, smoothing=0.5)
     assert float(found.minibatch_lr) == pytest.approx((0.5 + 1) / (0.5 * 4.0))
+    assert float(after.rates.weight) == pytest.approx(0.99 + 1)
     found, after = search(1.0, math.inf, past, smoothing=0.5)
     assert found.skipped
     assert float(after.curvature(scalar(1.0))) == 4.0
+
+
+@pytest.mark.parametrize(("mean", "third_order"), [(geometric, 0.015), (arithmetic, 0.03)])
+def test_rates_of_parts_are_on_average_those_of_the_whole(mean, third_order):
+    """Of 32 examples, the first eight, in two halves; an average over many batches."""
+    torch.manual_seed(0)
+    count, n, m = 4000, 32, 8
+    each = torch.distributions.Gamma(1.0, 1.0).sample((count, n)).double()  # vᵀQv of each example
+    each += 0.5 * torch.rand(count, 1).double()  # what a batch has in common
+    whole, part, half = each.mean(1), each[:, :m].mean(1), each[:, : m // 2].mean(1)
+    spread = (1 - m / n) ** 0.5 * (half - part)
+    rates = {"whole": 1 / whole, "uncorrected": 1 / part}
+    found = [
+        search(1.0, c, spread=scalar(s), smoothing=0.75, mean=mean)[0].minibatch_lr
+        for c, s in zip(part.tolist(), spread.tolist(), strict=True)
+    ]
+    rates["corrected"] = torch.stack(found)
+    middle = {name: float(mean.inverse(mean.transform(v).mean())) for name, v in rates.items()}
+    assert middle["uncorrected"] / middle["whole"] > 1.03
+    assert middle["corrected"] / middle["whole"] == pytest.approx(1, abs=third_order)
+
+
+def test_a_part_with_a_flat_half_is_corrected_by_no_more_than_its_own_variance():
+    found, _ = search(1.0, 2.0, spread=scalar(1e6), smoothing=0.75)
+    assert float(found.minibatch_lr) == pytest.approx(0.5 / math.exp(0.5))
+    found, _ = search(1.0, 0.0, spread=scalar(1.0), smoothing=0.0)
+    assert found.skipped
+
+
+def test_a_measurement_counts_as_the_steps_that_it_stands_for():
+    """As if each of the steps had measured the same."""
+    once, often = SearchState.empty(), SearchState.empty()
+    for curvature in (1.0, 4.0, 2.0):
+        _, once = search(1.0, curvature, once, beta=0.9**8, times=8)
+    for curvature in (1.0, 4.0, 2.0):
+        for _ in range(8):
+            _, often = search(1.0, curvature, often, beta=1.0)
+    exact = [0.9 ** (8 * k) for k in (2, 1, 0)]
+    wanted = sum(w * math.log(1 / c) for w, c in zip(exact, (1.0, 4.0, 2.0))) / sum(exact)
+    assert float(geometric.read(once.rates)) == pytest.approx(math.exp(wanted))
+    _, forgets_nothing = search(1.0, 1.0, beta=1.0, times=8)
+    for curvature in (4.0, 2.0):
+        _, forgets_nothing = search(1.0, curvature, forgets_nothing, beta=1.0, times=8)
+    assert float(geometric.read(forgets_nothing.rates)) == pytest.approx(
+        float(geometric.read(often.rates))
+    )
+    assert float(forgets_nothing.rates.weight) == float(often.rates.weight) == 24
 
 
 @pytest.mark.parametrize("slope", [1e-30, 1.0, 1e30])

@@ -1,13 +1,13 @@
 r"""Means of a sequence of numbers, with exponential discount: a total and its weight.
 
 $$
-s \leftarrow \beta s + T(\eta_k), \qquad n \leftarrow \beta n + 1, \qquad
+s \leftarrow \beta s + m\, T(\eta_k), \qquad n \leftarrow \beta n + m, \qquad
 \hat\eta_k = T^{-1}(s / n).
 $$
 
 ``T = log`` gives the geometric mean of learning rates (ADLER, Algorithm 1), ``T = identity`` the
 arithmetic mean (the Gauss-Newton baseline). The weight makes the mean unbiased from the first value
-on. ``β = 1`` forgets nothing.
+on. ``β = 1`` forgets nothing. A value counts $m$ times: as the steps that it stands for.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class DiscountedMean(NamedTuple):
     Attributes:
         transform: ``T``, applied to each value.
         inverse: Its inverse.
+        excess: By what factor the mean of ``1 / x`` exceeds ``1 / mean(x)``, for an ``x`` of small
+            relative variance, of which it is a function.
 
     Examples:
         >>> average = Average.empty()
@@ -59,16 +61,18 @@ class DiscountedMean(NamedTuple):
 
     transform: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+    excess: Callable[[Tensor], Tensor]
 
-    def push(self, average: Average, value: Tensor, beta: float) -> Average:
-        """The average after one more value."""
+    def push(self, average: Average, value: Tensor, beta: float, times: float = 1.0) -> Average:
+        """The average after one more value, which counts so many times."""
         total, weight = average
-        return Average(beta * total + self.transform(value.to(total)), beta * weight + 1)
+        transformed = times * self.transform(value.to(total))
+        return Average(beta * total + transformed, beta * weight + times)
 
     def read(self, average: Average) -> Tensor:
         """The mean; NaN while there are no values."""
         return self.inverse(average.total / average.weight)
 
 
-geometric = DiscountedMean(torch.log, torch.exp)
-arithmetic = DiscountedMean(torch.clone, torch.clone)
+geometric = DiscountedMean(torch.log, torch.exp, lambda variance: (variance / 2).exp())
+arithmetic = DiscountedMean(torch.clone, torch.clone, lambda variance: 1 + variance)

@@ -64,8 +64,8 @@ class Measure:
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
             ``"double_backward"``.
         every: Measure every so many steps.
-        fraction: Measure on this fraction of the batch, its first examples. The parts' curvatures
-            are averaged over as many as make one batch; see `adler._recording.subbatch`.
+        fraction: Measure on this fraction of the batch, its first examples. What a part's
+            logarithm is off by, its halves tell; see `adler._step_length`.
         warmup: Number of first steps that all measure, whatever ``every``: on the plateau where a
             network starts, a ratio that is a few steps old says nothing of what comes next.
 

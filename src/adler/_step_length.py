@@ -29,9 +29,14 @@ takes it from the last ratio $c / d^\top d$ that was admitted: $c \approx \mathr
 d^\top d$ with the present slope and direction, under the same bounds. So an average that lags is
 held back between measurements too.
 
-**Parts of a batch** are averaged before they are inverted: $1/c$ of a part is biased, $c$ is not.
-With ``smoothing`` $\gamma$, the ratio is a discounted arithmetic mean over the measurements, and
-its product with $d^\top d$ takes the place of $c$.
+**Parts of a batch** say $c$ without bias, but not its inverse: of a part whose $c$ varies about the
+whole batch's with relative variance $\rho$, the mean of $\log 1/c$ is too large by $\rho / 2$ (that
+of $1/c$ by a factor $1 + \rho$), and rates too long by a tenth would train another network.
+So what enters the average is divided by that excess; ``spread`` says $\rho$. The bounds take the
+ratio from a discounted arithmetic mean over the measurements, with ``smoothing`` $\gamma$.
+
+A measurement stands for the steps until the next one, and counts so many times in the average:
+the first steps, which all measure, weigh no more than others.
 """
 
 from __future__ import annotations
@@ -64,6 +69,8 @@ class Measurement(NamedTuple):
         loss_per_nat: What one nat an example is worth in units of the loss; infinite: not asked.
         finite: Whether the loss, where known, is finite; None: not known.
         trusted: Whether the measurement fits the gradient; None: not known.
+        spread: Its square is an estimate of the variance of ``curvature``, of a part of the batch,
+            about that of the whole; None: of the whole.
     """
 
     slope: Tensor
@@ -72,6 +79,7 @@ class Measurement(NamedTuple):
     loss_per_nat: Tensor | None = None
     finite: Tensor | None = None
     trusted: Tensor | None = None
+    spread: Tensor | None = None
 
 
 class SearchState(NamedTuple):
@@ -143,6 +151,7 @@ class Rule(NamedTuple):
         eps: ``ε``, which bounds a minibatch's rate by its inverse.
         guard: How long a step may be; None: as long as the average says.
         smoothing: Discount of the mean of the ratios, in [0, 1); 0: the last one only.
+        times: How many steps a measurement stands for.
     """
 
     mean: DiscountedMean
@@ -150,6 +159,7 @@ class Rule(NamedTuple):
     eps: float = 1e-10
     guard: Guard | None = None
     smoothing: float = 0.0
+    times: int = 1
 
 
 class StepLength(NamedTuple):
@@ -217,28 +227,41 @@ def _measured(
         usable = usable & seen.finite
     believed = usable if seen.trusted is None else usable & seen.trusted
     ratios = arithmetic.push(state.ratios, curvature / squared_norm, rule.smoothing)
+    smooth = curvature
     if rule.smoothing > 0:
         ratios = ratios.where(believed, state.ratios)
-        curvature = arithmetic.read(ratios) * squared_norm
+        smooth = arithmetic.read(ratios) * squared_norm
+        curvature = torch.where(curvature > 0, curvature, smooth)  # a part may be flat
+    allowed = learning_rate(slope, smooth, squared_norm, rule.eps)
     minibatch_lr = learning_rate(slope, curvature, squared_norm, rule.eps)
+    if seen.spread is not None:
+        minibatch_lr = minibatch_lr / rule.mean.excess(_relative_variance(seen.spread, curvature))
     admitted = believed & _positive(minibatch_lr)
     if rule.guard is not None:
         admitted = admitted & (curvature > 0)
     per_nat = torch.full_like(slope, math.inf) if seen.loss_per_nat is None else seen.loss_per_nat
-    bound = _bound(minibatch_lr, curvature, per_nat, rule.guard)
+    bound = _bound(allowed, smooth, per_nat, rule.guard)
     bound = torch.where(admitted, bound, math.inf)
     if seen.trusted is not None:
         bound = torch.where(seen.trusted, bound, _remembered_bound(seen, state, rule)[0])
     if rule.smoothing == 0:
         ratios = ratios.where(admitted, state.ratios)
     after = SearchState(
-        rule.mean.push(state.rates, minibatch_lr, rule.beta).where(admitted, state.rates),
+        rule.mean.push(state.rates, minibatch_lr, rule.beta, rule.times).where(
+            admitted, state.rates
+        ),
         ratios,
         torch.where(admitted, per_nat, state.loss_per_nat),
         minibatch_lr,
         state.steps + 1,
     )
     return usable, bound, ~admitted, after
+
+
+def _relative_variance(spread: Tensor, curvature: Tensor) -> Tensor:
+    """At most one: two halves of which one is flat say no more."""
+    variance = (spread / curvature).square()
+    return torch.where(variance.isfinite(), variance, 0.0).clamp(max=1)
 
 
 def _remembered_bound(seen: Measurement, state: SearchState, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,8 @@ def test_the_default_guards_hold(options):
         before = [p.detach().clone() for p in model.parameters()]
         train(model, criterion, optimizer, [batch])
         last = optimizer.last_step
-        assert float(last.effective_lr) <= 2 * float(last.minibatch_lr) * (1 + 1e-12)
+        if optimizer.measure.fraction == 1:  # else the bound is by a mean over parts
+            assert float(last.effective_lr) <= 2 * float(last.minibatch_lr) * (1 + 1e-12)
         moves = [float((a - b.detach()).norm()) for a, b in zip(before, model.parameters())]
         assert all(move <= bound * (1 + 1e-9) for move, bound in zip(moves, bounds))
         held += sum(move > bound * (1 - 1e-6) for move, bound in zip(moves, bounds))

@@ -17,7 +17,7 @@ from adler._averaging import DiscountedMean
 from adler._optimizers.sgd import Momentum
 
 CRITERION = nn.CrossEntropyLoss()
-PINNED = DiscountedMean(torch.clone, lambda rate: torch.full_like(rate, 1e-3))
+PINNED = DiscountedMean(torch.clone, lambda rate: torch.full_like(rate, 1e-3), torch.ones_like)
 
 
 # With the average of the iterates, as by default, and without.

@@ -46,7 +46,7 @@ RARE = Measure(every=3, fraction=0.5, warmup=4)
 OPTIONS = {
     "defaults": {},
     "whole batch": EXACT,
-    "trust region": {"guard": CLOSE, "beta": 0.5},
+    "trust region": {"guard": CLOSE, "beta": 0.8},
     "all bounds": {"guard": GUARDS, **EXACT},
     "rarely": {"measure": RARE, "guard": CLOSE, "beta": 0.9},
     "rarely, all bounds": {"measure": RARE, "guard": GUARDS},

@@ -187,7 +187,7 @@ def test_with_sgd_it_is_adler(lr):
 
 
 class Pinned(Wrapped):
-    _mean = DiscountedMean(torch.clone, lambda rate: torch.full_like(rate, 1e-3))
+    _mean = DiscountedMean(torch.clone, lambda rate: torch.full_like(rate, 1e-3), torch.ones_like)
 
 
 @every_base

@@ -221,10 +221,23 @@ def test_gradients_that_are_not_the_functions_own(function):
     assert optimizer.measure.jvp == "double_backward"
 
 
+def heads(h):
+    return h.view(3, 4, 2, 4).transpose(1, 2)
+
+
 def dropped_attention(self, h):
-    q = h.view(3, 4, 2, 4).transpose(1, 2)
+    q = heads(h)
     attended = F.dropout(F.scaled_dot_product_attention(q, q, q), 0.3)
     return attended.transpose(1, 2).reshape(12, 8)
+
+
+def memory_matters():
+    """Whether dropout draws in the order of memory, and not of the numbers."""
+    masks = []
+    for ones in (torch.ones(3, 2, 4, 4), torch.ones(3, 4, 2, 4).transpose(1, 2)):
+        torch.manual_seed(0)
+        masks.append(F.dropout(ones, 0.5))
+    return not masks[0].equal(masks[1])
 
 
 FALLBACKS = {  # what is between the layers, and what is wrong with the engine that measured last
@@ -247,6 +260,8 @@ FALLBACKS = {  # what is between the layers, and what is wrong with the engine t
 @pytest.mark.parametrize(("something", "cause"), FALLBACKS.values(), ids=FALLBACKS)
 def test_a_fallback_says_what_was_wrong_with_the_engine_it_replaces(something, cause):
     torch.manual_seed(0)
+    if something is dropped_attention and not memory_matters():
+        pytest.skip("this PyTorch's dropout does not depend on the order of memory")
     model = between(something)()
     optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
     with warnings.catch_warnings(record=True) as caught:

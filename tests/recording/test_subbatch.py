@@ -1,6 +1,8 @@
 """Curvature on a part of the batch: of the same function, on its first examples."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from adler import Adler, AdlerAdam, GaussNewton, curvature
 from adler._recording.records import RecordedLoss
 from adler._recording.replay import Call
-from adler._recording.subbatch import take_first
+from adler._recording.subbatch import first_half, take_first
 
 
 def first_step(model, criterion, x, y, kind=Adler, **options):
@@ -23,6 +25,13 @@ def first_step(model, criterion, x, y, kind=Adler, **options):
     with unchanged(model):
         optimizer.step()
     return gradient, optimizer.last_step
+
+
+def form(criterion, outputs, tangents, targets):
+    """``vᵀ ∇²L v``, by differentiating the loss twice."""
+    at = outputs.detach().clone()
+    loss = functools.partial(criterion, target=targets)
+    return (torch.autograd.functional.hvp(loss, at, tangents)[1] * tangents).sum()
 
 
 @pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
@@ -40,7 +49,13 @@ def test_the_curvature_is_that_of_the_first_examples_along_the_whole_gradient(
     assert float(last.curvature) == pytest.approx(factor * float(c), rel=1e-9 if exact else 1e-3)
     size = sum(float(g.square().sum()) for g in gradient)
     assert float(last.slope) == pytest.approx(size)
-    assert float(last.minibatch_lr) == pytest.approx(size / float(last.curvature), rel=1e-6)
+    # The first of the three examples, and the other two, are two samples of their curvature.
+    outputs, tangents = curvature.jvp(twin, twin.parameters(), x[:3], gradient)
+    of_one = float(form(criterion, outputs[:1], tangents[:1], y[:1]))
+    of_one *= 3.0 if criterion.reduction == "sum" else 1.0
+    variance = (of_one / float(c) - 1) ** 2 * (1 / 2) * (1 - 3 / 10)
+    expected = size / float(last.curvature) / math.exp(min(variance, 1) / 2)
+    assert float(last.minibatch_lr) == pytest.approx(expected, rel=1e-6 if exact else 1e-2)
     assert float(last.consistency) == pytest.approx(1, abs=1e-3)  # of a look at the whole batch
 
 
@@ -235,3 +250,47 @@ def test_a_criterion_that_holds_tensors_of_the_batch_is_measured_whole():
         assert int(optimizer.last_step.skipped_total) == 0
         found.append(float(optimizer.last_step.slope))
     assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+# --- how far a part may be from the whole ---------------------------------------------------------
+
+
+def halves_of(size, fraction, reduction="mean", rows=1):
+    model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss(reduction=reduction)
+    x, y = torch.randn(size, 3), torch.zeros(size * rows).long()
+    outputs = torch.randn(size * rows, 2)
+    batch = [RecordedLoss(Call.of(model, x), (y,), outputs)]
+    (part,) = take_first(batch, fraction, criterion)
+    return part, first_half(part)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("size", "count"), [(8, 2), (12, 3), (64, 16)])
+def test_half_of_a_part(size, count, rows):
+    _, half = halves_of(size, 0.25, rows=rows)
+    first = count // 2
+    assert half.rows == len(half.loss.targets[0]) == first * rows
+    assert half.times == 1
+    assert half.scale**2 == pytest.approx(first / (count - first) * (1 - count / size))
+
+
+def test_of_a_sum_half_is_half():
+    _, half = halves_of(12, 0.25, reduction="sum")
+    assert half.times == 3
+
+
+def test_a_whole_batch_and_a_single_example_have_no_halves():
+    assert halves_of(12, 1.0)[1] is None
+    assert halves_of(1, 0.25)[1] is None
+    assert halves_of(2, 0.25)[1] is None  # two examples are the least part
+
+
+def test_halves_estimate_the_variance_of_a_part():
+    """About the whole batch's, over all orders of the examples."""
+    torch.manual_seed(0)
+    each = torch.rand(12).double() ** 3
+    orders = torch.stack([each[torch.randperm(12)] for _ in range(20_000)])
+    _, half = halves_of(12, 0.4)  # five examples, of which two are the half
+    part, of_half = orders[:, :5].mean(1), orders[:, :2].mean(1)
+    estimate = (half.scale * (of_half - part)).square().mean()
+    assert float(estimate) == pytest.approx(float((part - each.mean()).square().mean()), rel=0.03)

@@ -53,7 +53,10 @@ class Dense:
 
     def loss_hessian(self, theta: Tensor, x: Any, y: Any) -> Tensor:
         """``∇²L`` at the outputs, as a matrix."""
-        F = self.outputs(theta, x).detach()
+        return self.hessian_at(self.outputs(theta, x).detach(), y)
+
+    def hessian_at(self, F: Tensor, y: Any) -> Tensor:
+        """``∇²L`` at some outputs."""
         return hessian(lambda f: self.criterion(f.view_as(F), y), F.flatten())
 
     def loss_per_nat(self, theta: Tensor, x: Any, y: Any) -> float:
@@ -77,9 +80,8 @@ class Dense:
         norms = [float(w.norm()) for w in self.tensors(self.flat())]
         return [max(norm, math.sqrt(n / 3)) for norm, n in zip(norms, rows)]
 
-    def output_outer_products(self, theta: Tensor, x: Any, y: Any) -> Tensor:
+    def output_outer_products(self, F: Tensor, y: Any) -> Tensor:
         """The baseline's matrix: mean or sum over examples of ``∇ℓ_i ∇ℓ_iᵀ``."""
-        F = self.outputs(theta, x).detach()
         b, width = len(F), F[0].numel()
         total = torch.zeros(F.numel(), F.numel(), dtype=F.dtype)
         for i in range(b):
@@ -98,9 +100,15 @@ def scalar(f: Callable[[Tensor], Tensor], *at: float) -> tuple[float, float, flo
     return tuple(map(float, (f(theta).abs(), gradient.norm(), curvature)))
 
 
-def discounted(values: Sequence[float], discounts: Sequence[float]) -> float:
-    """The mean in which a value counts less by each of the discounts that came after its own."""
-    weights = [math.prod(discounts[j + 1 :]) for j in range(len(values))]
+def discounted(
+    values: Sequence[float], discounts: Sequence[float], counts: Sequence[int] | None = None
+) -> float:
+    """The mean in which a value counts less by each of the discounts that came after its own.
+
+    Each was there so many times.
+    """
+    counts = [1] * len(values) if counts is None else counts
+    weights = [count * math.prod(discounts[j + 1 :]) for j, count in enumerate(counts)]
     return sum(w * v for w, v in zip(weights, values)) / sum(weights)
 
 
@@ -122,19 +130,32 @@ class Search:
     def __post_init__(self) -> None:
         self.rates: list[float] = []
         self.discounts: list[float] = []
+        self.counts: list[int] = []
         self.ratios: list[float] = []
+        self.variance = 0.0
         self.loss_per_nat = math.inf
 
     def look(self, theta: Tensor, d: Tensor, x: Any, y: Any) -> None:
-        """Measures ``c / d·d`` on the first examples of a batch, and what a nat is worth there."""
+        """Measures ``c / d·d`` on the first examples of a batch, and what a nat is worth there.
+
+        By the first half of them, how much the curvature of so many varies about that of the batch.
+        """
         examples = len(y)
         count = min(examples, max(2, math.ceil(self.measure.fraction * examples)))
         x, y = x[:count], y[:count]
         of_all = 1.0 if self.dense.criterion.reduction == "mean" else examples / count
         published = self.kind == "adler"
-        matrix = self.dense.loss_hessian if published else self.dense.output_outer_products
-        v = self.dense.jacobian(theta, x) @ d
-        self.ratios.append(of_all * float(v @ matrix(theta, x, y) @ v) / float(d @ d))
+        matrix = self.dense.hessian_at if published else self.dense.output_outer_products
+        v, F = self.dense.jacobian(theta, x) @ d, self.dense.outputs(theta, x).detach()
+        c = float(v @ matrix(F, y) @ v)
+        self.ratios.append(of_all * c / float(d @ d))
+        half, self.variance = count // 2, 0.0
+        if count < examples and half > 0:
+            w = v[: half * len(v) // count]
+            of_half = float(w @ matrix(F[:half], y[:half]) @ w)
+            of_half *= 1.0 if self.dense.criterion.reduction == "mean" else count / half
+            share = half / (count - half) * (1 - count / examples)
+            self.variance = min(1.0, share * (of_half / c - 1) ** 2)
         self.loss_per_nat = of_all * self.dense.loss_per_nat(theta, x, y)
 
     def rate(self, theta: Tensor, g: Tensor, d: Tensor, x: Any, y: Any, steps: int) -> list[float]:
@@ -145,14 +166,20 @@ class Search:
         slope, size = self.along(g, d, due)
         curvature = discounted(self.ratios, [1 - self.measure.fraction] * len(self.ratios)) * size
         minimiser = slope / (curvature + self.eps * size)
+        bound = min(self.bounds(minimiser, curvature))
         if due:
+            # Unbiased, to second order, of the batch's log 1/c, or of its 1/c.
+            minimiser = slope / ((self.ratios[-1] + self.eps) * size)
+            published = self.kind == "adler"
+            minimiser /= math.exp(self.variance / 2) if published else 1 + self.variance
             self.rates.append(minimiser)
             self.discounts.append(self.beta**interval)
+            self.counts.append(interval)
         if self.kind == "adler":
-            mean = math.exp(discounted([math.log(r) for r in self.rates], self.discounts))
+            logs = [math.log(r) for r in self.rates]
+            mean = math.exp(discounted(logs, self.discounts, self.counts))
         else:
-            mean = discounted(self.rates, self.discounts)
-        bound = min(self.bounds(minimiser, curvature))
+            mean = discounted(self.rates, self.discounts, self.counts)
         return [min(mean, bound), minimiser, float(mean > bound)]
 
     def along(self, g: Tensor, d: Tensor, due: bool) -> tuple[float, float]:

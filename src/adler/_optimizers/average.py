@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     _unreconciled: bool
     _statistics: RunningStatistics
     _weights: SavedWeights
-    _handles: list[RemovableHandle | mode.Follower]
+    _handles: list[RemovableHandle | mode.Follower | _StepsOfOthers]
     _group_of: dict[int, int]
     _trains_in_eval: bool
     _only_by_mode: bool
@@ -389,7 +390,8 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
-        others = register_optimizer_step_pre_hook(_Retire(self))
+        others = _StepsOfOthers(self)
+        others.listen()
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
         see = self.model.register_forward_pre_hook(
             ForwardHook(self._statistics, self.model, "see"), with_kwargs=True
@@ -439,14 +441,41 @@ class _Follow(Hook):
             optimizer._retire()
 
 
-class _Retire:
-    """Before a step of any optimizer: another one that trains the same parameters takes over."""
+class _StepsOfOthers:
+    """Before a step of any optimizer: another one that trains the same parameters takes over.
+
+    PyTorch goes through its hooks while they are called, and an optimizer may be made or end in
+    another thread then. So there is one hook for all, which stays.
+    """
+
+    _listening: ClassVar[set[_StepsOfOthers]] = set()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _hooked: ClassVar[bool] = False
 
     def __init__(self, optimizer: AveragedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._shares: Any = weakref.WeakKeyDictionary()
 
-    def __call__(self, stepping: torch.optim.Optimizer, *_: Any) -> None:
+    def listen(self) -> None:
+        """Is told from now on."""
+        with self._lock:
+            self._listening.add(self)
+            if not self._hooked:
+                _StepsOfOthers._hooked = True
+                register_optimizer_step_pre_hook(_tell_of_a_step)
+
+    def remove(self) -> None:
+        """Is told no more."""
+        self._listening.discard(self)
+
+    @classmethod
+    def tell(cls, stepping: torch.optim.Optimizer) -> None:
+        """All that listen."""
+        for one in tuple(cls._listening):
+            one.see(stepping)
+
+    def see(self, stepping: torch.optim.Optimizer) -> None:
+        """An optimizer begins a step."""
         mine = self._optimizer()
         if mine is None or stepping is mine or not mine.follow_mode:
             return
@@ -457,3 +486,7 @@ class _Retire:
         if self._shares[stepping]:
             # One that measures would measure where the gradient was not taken.
             mine._retire(move=not isinstance(stepping, MeasuredOptimizer))
+
+
+def _tell_of_a_step(stepping: torch.optim.Optimizer, *_: Any) -> None:
+    _StepsOfOthers.tell(stepping)

@@ -152,10 +152,10 @@ class MeasuredOptimizer(ModelOptimizer):
 
     def _rule(self, steps: int) -> Rule:
         """How the step after so many is chosen."""
-        # The average forgets by steps, not by measurements; parts of as many as make one batch.
-        fraction = 1.0 if self._indivisible else self.measure.fraction
-        beta, smoothing = self.beta ** self.measure.interval(steps), 1 - fraction
-        return Rule(self._mean, beta, self.eps, self.guard, smoothing)
+        # The average forgets by steps, not by measurements.
+        fraction, times = self.measure.fraction, self.measure.interval(steps)
+        smoothing = 0.0 if self._indivisible else 1 - fraction
+        return Rule(self._mean, self.beta**times, self.eps, self.guard, smoothing, times)
 
     def _as_left(self, params: list[Tensor], values: list[Tensor]) -> Gradients:
         """The gradients, unscaled in place, and what the loop has done to them before."""
@@ -229,6 +229,7 @@ class MeasuredOptimizer(ModelOptimizer):
                 measured.loss_per_nat,
                 finite,
                 measured.trusted,
+                measured.spread,
             ),
             measured.slope,
             ranks,
@@ -424,7 +425,9 @@ def _of_all_ranks(
     assert seen.finite is not None
     known = torch.full_like(seen.slope, math.nan) if predicted is None else predicted
     sure = torch.ones_like(seen.finite) if seen.trusted is None else seen.trusted
-    slope, squared_norm, curvature, per_nat, finite, sure, known = distributed.mean(
+    # (Of independent ranks the mean of these, squared, is the variance of the mean.)
+    spread = torch.zeros_like(seen.slope) if seen.spread is None else seen.spread
+    slope, squared_norm, curvature, per_nat, finite, sure, spread, known = distributed.mean(
         (
             seen.slope,
             seen.squared_norm,
@@ -432,9 +435,10 @@ def _of_all_ranks(
             seen.loss_per_nat,
             seen.finite.to(seen.slope),
             sure.to(seen.slope),
+            spread,
             known,
         ),
         ranks,
     )
-    joint = Measurement(slope, squared_norm, curvature, per_nat, finite == 1, sure == 1)
+    joint = Measurement(slope, squared_norm, curvature, per_nat, finite == 1, sure == 1, spread)
     return joint, None if predicted is None else known

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -23,7 +23,7 @@ from adler._recording.links import Place
 from adler._recording.records import Placed, RecordedLoss
 from adler._recording.replay import Call
 
-__all__ = ["IndivisibleError", "take_first"]
+__all__ = ["Half", "IndivisibleError", "first_half", "take_first"]
 
 
 class IndivisibleError(ValueError):
@@ -90,6 +90,55 @@ def take_first(
             )
         )
     return found
+
+
+class Half(NamedTuple):
+    """The first half of a part of a batch.
+
+    Attributes:
+        loss: On it alone.
+        rows: How many of the part's outputs it has.
+        times: Its curvature, so many times, estimates the part's.
+        scale: Times the difference of the two, squared, it estimates the variance of the part's
+            curvature about the whole batch's.
+    """
+
+    loss: RecordedLoss
+    rows: int
+    times: float
+    scale: float
+
+
+def first_half(part: RecordedLoss) -> Half | None:
+    r"""The first half of the examples of a loss that `take_first` has made; None: it has none.
+
+    Of $n$ examples the part has $m$, and its first half $a$. The curvatures of $a$ and of the other
+    $m - a$ are independent, so that $(c_a - c_m)^2\, a / (m - a)$ estimates the variance of $c_m$,
+    of which the share $1 - m/n$ is about the whole batch's.
+    """
+    if part.whole is None:
+        return None
+    count, size = (_count((of.call.args, of.call.kwargs)) for of in (part, part.whole))
+    rows = _rows(part.whole, size) * count // size
+    half = count // 2
+    if half == 0 or count == size:
+        return None
+    try:
+        targets = _first(part.targets, rows, rows * half // count, "criterion")
+        options = _first(part.options, rows, rows * half // count, "criterion")
+    except IndivisibleError:  # (what the criterion received has fewer rows than it should)
+        return None
+    return Half(
+        replace(part, targets=targets, options=options),
+        rows * half // count,
+        count / half if part.factor != 1 else 1.0,
+        math.sqrt(half / (count - half) * (1 - count / size)),
+    )
+
+
+def _count(given: Any) -> int:
+    """How many examples a call of the model was given."""
+    return next(len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim)
 
 
 def _place_of(loss: RecordedLoss, call: Call, count: int) -> Place | None:

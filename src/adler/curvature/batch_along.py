@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adler import _tensors
 from adler._distributed import is_sharded
-from adler._recording.records import Placed, RecordedLoss, loss_weights
+from adler._recording.records import Placed, RecordedLoss, loss_weights, weighted
 from adler._recording.replay import Call, ExplainedError, NotRepeatedError
+from adler._recording.subbatch import first_half
 from adler.curvature import trust
 from adler.curvature.difference import difference_step, loss_value_of, relative_step
 from adler.curvature.jacobian import (
@@ -48,6 +49,8 @@ class BatchCurvature(NamedTuple):
         trusted: Whether all checks hold, 0-dim bool; see `adler.curvature.trust`.
         checks: Each of them, by name, 0-dim bool.
         within: How far ``slope`` may be from ``g·d``, relative to it.
+        spread: Of a part of the batch, how far its curvature may be from the whole batch's, by what
+            its halves say: the square is an estimate of the variance. None: not of a part.
     """
 
     value: Tensor
@@ -58,6 +61,7 @@ class BatchCurvature(NamedTuple):
     trusted: Tensor | None = None
     checks: Mapping[str, Tensor] = {}
     within: float = 0.2
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -204,11 +208,14 @@ class BatchAlong:
         # Of a part, nothing says what its slope should be.
         wanted = not self.partial and (self.memory.thorough or arrived is None)
         ascends = self._ascends(weights)
+        spread = zero if self.partial else None
         for loss in self.batch:
             placed = loss.places or [Placed(loss.call)]
             outputs, tangents = ([p.cut(replays[p.call][i]) for p in placed] for i in (0, 1))
             seen = self.forms.along(loss, outputs[0], tangents, wants_slope=wanted, ascends=ascends)
             total = total.plus(weights[loss], seen)
+            if spread is not None:
+                spread = spread + self._spread(loss, weights[loss], outputs[0], tangents, seen.form)
         value = total.form
         if value.ndim == 0 and self.forms.substitute and total.fisher is not None:
             value = torch.where(value > 0, value, total.fisher)
@@ -230,8 +237,24 @@ class BatchAlong:
         if checks:
             trusted = functools.reduce(torch.logical_and, (c.to(device) for c in checks.values()))
         return BatchCurvature(
-            value, total.loss_per_nat, total.finite, jvp, slope, trusted, checks, within
+            value, total.loss_per_nat, total.finite, jvp, slope, trusted, checks, within, spread
         )
+
+    def _spread(
+        self,
+        loss: RecordedLoss,
+        weight: Tensor,
+        outputs: Tensor,
+        tangents: list[Tensor],
+        form: Tensor,
+    ) -> Tensor:
+        """By how much a loss on a part may be off; none where the part has no halves."""
+        half = first_half(loss)
+        if half is None:
+            return torch.zeros_like(weight)
+        rows = slice(half.rows)
+        of_half = self.forms.form(half.loss, outputs[rows], [v[rows] for v in tangents])
+        return weighted(weight, half.scale * (half.times * of_half - form))
 
     def _arrived(
         self, replays: Mapping[Call, tuple[Tensor, Tensor]]

@@ -86,17 +86,14 @@ class LossForms:
             wants_slope: Whether its slope is compared with others.
             ascends: Whether some loss of the batch is maximised.
         """
-        one = loss.differentiable == (0,)
-        curved = one and self.hessian.curved and not loss.options
-        # Closed forms do not call the criterion. Others do, each time as it was in training.
-        around = contextlib.nullcontext if curved else loss.surroundings
+        one, curved = loss.differentiable == (0,), self._is_closed(loss)
         with loss.surroundings() if loss.outputs is None else contextlib.nullcontext():
             loss_value = loss.value_at(outputs, self.criterion)
         if loss.path is not None:
             tangents = loss.path.push(tangents)
         at, targets = loss.arguments(outputs)
         loss_per_nat = None
-        with around():
+        with self._around(loss):
             form = self._form(loss, at, targets, tangents)
             if self.needs_kl_scale:
                 loss_per_nat = torch.full_like(loss_value, math.inf)
@@ -120,6 +117,19 @@ class LossForms:
         if replaced:
             fisher = _fisher(self.hessian if one else None, at, targets, gradients, tangents)
         return LossAlong(form, loss_per_nat, finite, fisher, slope, scale)
+
+    def form(self, loss: RecordedLoss, outputs: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+        """Of one loss the quadratic form alone; see `along`."""
+        at, targets = loss.arguments(outputs)
+        with self._around(loss):
+            return self._form(loss, at, targets, tangents)
+
+    def _around(self, loss: RecordedLoss) -> contextlib.AbstractContextManager[None]:
+        """Closed forms do not call the criterion. Others do, each time as it was in training."""
+        return contextlib.nullcontext() if self._is_closed(loss) else loss.surroundings()
+
+    def _is_closed(self, loss: RecordedLoss) -> bool:
+        return loss.differentiable == (0,) and self.hessian.curved and not loss.options
 
     def _form(
         self, loss: RecordedLoss, at: Any, targets: Any, tangents: Sequence[Tensor]

@@ -15,6 +15,7 @@ then. A number that is not finite passes: the search finds it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -152,7 +153,7 @@ def outputs_agree(found: Tensor, recorded: Tensor, within: float) -> Tensor:
     b = b.to(a)
     if a.device.type == "cpu":  # where the host need not wait to know that one look will do
         error, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
-        if error.isfinite() and size.isfinite():
+        if math.isfinite(error.numpy()) and math.isfinite(size.numpy()):
             near: Tensor = ~(error > within * size)
             return near
     # (Equal infinities have no difference.)
