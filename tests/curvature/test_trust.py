@@ -52,6 +52,10 @@ def embedded(model, criterion):
     return criterion(f, torch.ones_like(f))
 
 
+def plain(model, criterion):
+    return criterion(model(X), Y)
+
+
 def penalised(model, criterion):
     return criterion(model(X), Y) + sum(p.square().sum() for p in model.parameters())
 
@@ -347,6 +351,22 @@ def test_connectionist_temporal_classification_where_the_alignment_is_certain(re
     check(optimizer, expected * factor**3, 1e-5)
 
 
+def test_connectionist_temporal_classification_of_a_sequence_without_targets():
+    """Its frames are blanks, and the mean divides it by one."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 5).to(DOUBLE), nn.CTCLoss()
+    twin, x = copy.deepcopy(model), torch.randn(3, 2, 6, dtype=DOUBLE)
+    y, frames, counts = torch.tensor([[1, 2, 3], [0, 0, 0]]), torch.full((2,), 3), (3, 0)
+    whole = nn.Sequential(model, nn.LogSoftmax(-1))
+    optimizer = measured(whole, criterion, lambda m, c: c(m(x), y, frames, torch.tensor(counts)))
+
+    def loss(f):
+        sums = [F.cross_entropy(f[:, i], y[i], reduction="sum") for i in range(2)]
+        return (sums[0] / 3 + sums[1]) / 2
+
+    check(optimizer, right([twin(x)], loss, twin.parameters()), 1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:curvature is measured on whole batches")
 def test_connectionist_temporal_classification_trains():
     torch.manual_seed(0)
@@ -398,6 +418,35 @@ def test_after_all_engines_have_failed_they_rest_for_longer_and_longer():
         while not memory.tries_others(checks):
             rested[-1] += 1
     assert rested == [2, 4, 8, 16, 32, 64, 64, 64]
+
+
+@pytest.mark.filterwarnings("ignore:measurement contradicts", "ignore:jvp=")
+def test_one_engine_that_agrees_ends_the_rests(monkeypatch):
+    rests, give_up = [], trust.Memory.give_up
+    monkeypatch.setattr(
+        trust.Memory, "give_up", lambda memory: (give_up(memory), rests.append(memory.rests))
+    )
+
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.halves = body(), False
+
+        def forward(self, x):
+            f = self.body(x)
+            if self.halves:
+                f.register_hook(lambda g: g / 2)
+            return f.tanh()
+
+    model = Halved()
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    for loop, halves in [(penalised, False)] * 3 + [(plain, True), (penalised, False)]:
+        model.halves = halves
+        optimizer.zero_grad()
+        loop(model, ce).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted) == halves
+    assert rests == [2, 2]
 
 
 @pytest.mark.filterwarnings("ignore:measurement contradicts")
