@@ -211,6 +211,35 @@ def test_writes_to_weights_too_large_to_be_copied_are_undone(jvp, monkeypatch):
         assert untouched(model) == held
 
 
+class EverySecond(nn.Module):
+    """Scales its weights past their versions at every second call, which no replay can know."""
+
+    calls = itertools.count()
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        out = self.layer(x)
+        if next(EverySecond.calls) % 2:
+            self.layer.weight.data.mul_(0.9)
+        return out
+
+
+def test_weights_that_only_replays_write_to_are_not_written_to():
+    x, y = data()
+    model = EverySecond().to(DOUBLE)
+    optimizer = Adler(model.parameters(), model, ce, lr=0.0, measure=Measure.every_step())
+    held = untouched(model)
+    for _ in range(6):
+        optimizer.zero_grad()
+        ce(model(x), y).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted)
+        assert untouched(model) == held
+
+
 @every_engine
 @pytest.mark.parametrize("used", [True, False])
 def test_an_encoder_that_begins_late_to_move_past_its_versions(used, jvp):
@@ -503,6 +532,28 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
 def test_branches_are_those_of_the_training_pass(draw, jvp):
     agrees(type("Kind", (Branches,), {"draw": staticmethod(draw)}), jvp)
+
+
+def test_the_second_of_a_pair_of_normal_numbers():
+    """NumPy draws two at once, and then says the other without a draw."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x):
+            return self.body(x) * np.random.randn()  # noqa: NPY002
+
+    (x, y), model = data(), Noisy()
+    twin = copy.deepcopy(model)
+    np.random.randn()  # noqa: NPY002
+    start = np.random.get_state()  # noqa: NPY002
+    expected = right([twin(x)], lambda f: ce(f, y), twin.parameters())
+    after = np.random.randn()  # noqa: NPY002
+    np.random.set_state(start)  # noqa: NPY002
+    check(measured(model, ce, lambda m, c: c(m(x), y)), expected)
+    assert np.random.randn() == after  # noqa: NPY002
 
 
 @every_engine
