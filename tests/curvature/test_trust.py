@@ -3,6 +3,7 @@
 import copy
 import itertools
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -194,6 +195,31 @@ def test_a_part_of_a_batch_whose_examples_depend_on_each_other_is_not_used():
         ce(model(X), Y).backward()
         optimizer.step()
         check(optimizer, expected)  # the whole batch's
+
+
+class Dropped(nn.Module):
+    rows: ClassVar = []  # of each call; of a class, so that a replay is seen
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Dropout(0.3), body(), nn.Dropout(0.3))
+
+    def forward(self, x):
+        Dropped.rows.append(len(x))
+        return self.body(x)
+
+
+def test_a_part_that_draws_masks_of_its_own_is_used():
+    """It cannot make the outputs of the training pass; the first look at a whole batch does."""
+    model, measure = Dropped(), Measure(fraction=0.5, warmup=0, every=1)
+    optimizer = Adler(model.parameters(), model, ce, measure=measure)
+    Dropped.rows.clear()
+    for _ in range(3):
+        optimizer.zero_grad()
+        ce(model(X), Y).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted)
+    assert Dropped.rows == [12, 12, 6, 12, 6, 12, 6]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -409,6 +435,13 @@ def test_a_second_loss_that_begins_late_is_noticed_and_forgiven():
     assert trusted(lambda m, c: c(m(X), Y), 20)[16:] == [True] * 4
 
 
+def test_what_cancellation_leaves_of_a_slope_is_no_contradiction():
+    """Of two vectors of length one, whose product is far smaller."""
+    found, expected, one = (torch.tensor(number) for number in (1e-6, 2e-6, 1.0))
+    assert bool(trust.agree(found, expected, 2e-2, one))
+    assert not bool(trust.agree(found, expected, 2e-2, 1e-3 * one))
+
+
 def test_after_all_engines_have_failed_they_rest_for_longer_and_longer():
     memory, checks = trust.Memory(), {"slope": torch.tensor(False)}
     rested = []
@@ -460,14 +493,14 @@ def test_a_penalty_is_noticed_under_a_scaler():
     assert not bool(optimizer.last_step.trusted)
 
 
-def test_losses_of_both_signs_add_their_outer_products():
+@pytest.mark.parametrize("weights", [(1.0, -2.0), (-2.0, 1.0)])
+def test_losses_of_both_signs_add_their_outer_products(weights):
     torch.manual_seed(0)
     model = body()
     x, y = torch.randn(8, 6, dtype=DOUBLE), torch.randint(3, (8,))
     twin = copy.deepcopy(model)
     parts = [(twin(a), b) for a, b in zip(x.chunk(2), y.chunk(2))]
     losses = [ce(f, b) for f, b in parts]
-    weights = (1.0, -2.0)
     params = list(twin.parameters())
     total = sum(w * h for w, h in zip(weights, losses))
     d = torch.autograd.grad(total, params, retain_graph=True)
