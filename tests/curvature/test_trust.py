@@ -110,7 +110,7 @@ def test_it_is_not_used_and_said_once(make, criterion, loop, why, jvp):
 
 
 @every_case
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "error:the last 10 steps were skipped")
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam, AdlerScheduleFree])
 def test_a_run_of_which_no_step_can_be_measured_is_an_error(make, criterion, loop, why, kind):
     model = make()
