@@ -197,6 +197,18 @@ def test_a_part_of_a_batch_whose_examples_depend_on_each_other_is_not_used():
         check(optimizer, expected)  # the whole batch's
 
 
+def test_a_loss_of_weight_zero_may_have_no_targets_in_the_part():
+    model, measure = body(), Measure(fraction=0.5, warmup=0, every=1)
+    twin, others = copy.deepcopy(model), Y.clone()
+    others[:6] = ce.ignore_index
+    optimizer = Adler(model.parameters(), model, ce, measure=measure)
+    f = model(X)
+    (ce(f, Y) + 0 * ce(f, others)).backward()
+    d = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    check(optimizer, right([twin(X[:6])], lambda f: ce(f, Y[:6]), twin.parameters(), d))
+
+
 class Dropped(nn.Module):
     rows: ClassVar = []  # of each call; of a class, so that a replay is seen
 
@@ -329,6 +341,24 @@ def test_in_the_place_of_a_form_that_is_not_positive_stands_the_empirical_fisher
     check(optimizer, float(fisher))
 
 
+class Apart(nn.Module):
+    def forward(self, a, b):
+        return (a - 2 * b).sum(1).mean()
+
+
+def test_rows_of_two_tensors_are_one_example():
+    model = body()
+    twin = copy.deepcopy(model)
+    params = list(twin.parameters())
+    losses = (twin(X) - 2 * twin(X.flip(0))).sum(1)
+    d = torch.autograd.grad(losses.mean(), params, retain_graph=True)
+    expected = 0.0
+    for loss in losses:
+        g = torch.autograd.grad(loss, params, retain_graph=True)
+        expected += sum(float((a * e).sum()) for a, e in zip(g, d)) ** 2 / len(losses)
+    check(measured(model, Apart(), lambda m, c: c(m(X), m(X.flip(0)))), expected)
+
+
 # --- losses of log-probabilities ------------------------------------------------------------------
 
 
@@ -433,6 +463,15 @@ def test_a_second_loss_that_begins_late_is_noticed_and_forgiven():
     late = trusted(second_loss, 20)
     assert not any(late[16:])
     assert trusted(lambda m, c: c(m(X), Y), 20)[16:] == [True] * 4
+
+
+def test_what_is_infinite_agrees_with_what_is_infinite_alone():
+    one, inf = torch.ones(()), torch.tensor(torch.inf)
+    assert not bool(trust.agree(inf, one, 0.1, one))
+    assert bool(trust.agree(inf, inf, 0.1, one))
+    found = torch.tensor([torch.inf, 1.0])
+    assert bool(trust.outputs_agree(found, found.clone(), 0.1))
+    assert not bool(trust.outputs_agree(found, torch.tensor([torch.inf, 2.0]), 0.1))
 
 
 def test_what_cancellation_leaves_of_a_slope_is_no_contradiction():
