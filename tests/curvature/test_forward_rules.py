@@ -289,6 +289,22 @@ def test_the_exact_engine_is_exact_where_a_norm_is_far_from_zero():
     assert (found - exact).norm() <= 1.5 * (reference - exact).norm()
 
 
+class Fails(nn.Module):
+    """Turns gradients off, and never comes to turn them on again."""
+
+    def forward(self, x):
+        torch.set_grad_enabled(False)
+        raise RuntimeError("too large for this")
+
+
+def test_forward_mode_is_on_after_a_forward_pass_that_failed():
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="too large"):
+        curvature.jvp(nn.Sequential(model, Fails()), model.parameters(), x, model.parameters())
+    _, found = curvature.jvp(model, model.parameters(), x, model.parameters())
+    assert found.equal(model(x).detach())
+
+
 # --- dropout: the mask is that of the training pass, whatever the layout of its input -------------
 
 

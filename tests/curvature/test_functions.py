@@ -370,3 +370,9 @@ def test_an_error_leaves_pytorch_as_it_was(changed, now, wanted):
         fails()
     assert inside == [wanted]
     assert now() == before
+
+
+def test_a_difference_of_half_outputs_is_divided_by_a_step_that_half_does_not_have():
+    at, along = {"w": torch.ones(1).double()}, {"w": torch.full((1,), 2.0**15).double()}
+    _, v = curvature.finite_difference(lambda p: p["w"].half(), at, along, step=2.0**-26)
+    assert float(v) == 2.0**15

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,6 +51,10 @@ def unrolled(model, criterion):
 def embedded(model, criterion):
     f = model(X @ model[0].weight.T[:, :6])
     return criterion(f, torch.ones_like(f))
+
+
+def plain(model, criterion):
+    return criterion(model(X), Y)
 
 
 def penalised(model, criterion):
@@ -105,7 +110,7 @@ def test_it_is_not_used_and_said_once(make, criterion, loop, why, jvp):
 
 
 @every_case
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "error:the last 10 steps were skipped")
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam, AdlerScheduleFree])
 def test_a_run_of_which_no_step_can_be_measured_is_an_error(make, criterion, loop, why, kind):
     model = make()
@@ -190,6 +195,43 @@ def test_a_part_of_a_batch_whose_examples_depend_on_each_other_is_not_used():
         ce(model(X), Y).backward()
         optimizer.step()
         check(optimizer, expected)  # the whole batch's
+
+
+def test_a_loss_of_weight_zero_may_have_no_targets_in_the_part():
+    model, measure = body(), Measure(fraction=0.5, warmup=0, every=1)
+    twin, others = copy.deepcopy(model), Y.clone()
+    others[:6] = ce.ignore_index
+    optimizer = Adler(model.parameters(), model, ce, measure=measure)
+    f = model(X)
+    (ce(f, Y) + 0 * ce(f, others)).backward()
+    d = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    check(optimizer, right([twin(X[:6])], lambda f: ce(f, Y[:6]), twin.parameters(), d))
+
+
+class Dropped(nn.Module):
+    rows: ClassVar = []  # of each call; of a class, so that a replay is seen
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Dropout(0.3), body(), nn.Dropout(0.3))
+
+    def forward(self, x):
+        Dropped.rows.append(len(x))
+        return self.body(x)
+
+
+def test_a_part_that_draws_masks_of_its_own_is_used():
+    """It cannot make the outputs of the training pass; the first look at a whole batch does."""
+    model, measure = Dropped(), Measure(fraction=0.5, warmup=0, every=1)
+    optimizer = Adler(model.parameters(), model, ce, measure=measure)
+    Dropped.rows.clear()
+    for _ in range(3):
+        optimizer.zero_grad()
+        ce(model(X), Y).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted)
+    assert Dropped.rows == [12, 12, 6, 12, 6, 12, 6]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -299,6 +341,24 @@ def test_in_the_place_of_a_form_that_is_not_positive_stands_the_empirical_fisher
     check(optimizer, float(fisher))
 
 
+class Apart(nn.Module):
+    def forward(self, a, b):
+        return (a - 2 * b).sum(1).mean()
+
+
+def test_rows_of_two_tensors_are_one_example():
+    model = body()
+    twin = copy.deepcopy(model)
+    params = list(twin.parameters())
+    losses = (twin(X) - 2 * twin(X.flip(0))).sum(1)
+    d = torch.autograd.grad(losses.mean(), params, retain_graph=True)
+    expected = 0.0
+    for loss in losses:
+        g = torch.autograd.grad(loss, params, retain_graph=True)
+        expected += sum(float((a * e).sum()) for a, e in zip(g, d)) ** 2 / len(losses)
+    check(measured(model, Apart(), lambda m, c: c(m(X), m(X.flip(0)))), expected)
+
+
 # --- losses of log-probabilities ------------------------------------------------------------------
 
 
@@ -347,6 +407,22 @@ def test_connectionist_temporal_classification_where_the_alignment_is_certain(re
     check(optimizer, expected * factor**3, 1e-5)
 
 
+def test_connectionist_temporal_classification_of_a_sequence_without_targets():
+    """Its frames are blanks, and the mean divides it by one."""
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(6, 5).to(DOUBLE), nn.CTCLoss()
+    twin, x = copy.deepcopy(model), torch.randn(3, 2, 6, dtype=DOUBLE)
+    y, frames, counts = torch.tensor([[1, 2, 3], [0, 0, 0]]), torch.full((2,), 3), (3, 0)
+    whole = nn.Sequential(model, nn.LogSoftmax(-1))
+    optimizer = measured(whole, criterion, lambda m, c: c(m(x), y, frames, torch.tensor(counts)))
+
+    def loss(f):
+        sums = [F.cross_entropy(f[:, i], y[i], reduction="sum") for i in range(2)]
+        return (sums[0] / 3 + sums[1]) / 2
+
+    check(optimizer, right([twin(x)], loss, twin.parameters()), 1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:curvature is measured on whole batches")
 def test_connectionist_temporal_classification_trains():
     torch.manual_seed(0)
@@ -389,6 +465,22 @@ def test_a_second_loss_that_begins_late_is_noticed_and_forgiven():
     assert trusted(lambda m, c: c(m(X), Y), 20)[16:] == [True] * 4
 
 
+def test_what_is_infinite_agrees_with_what_is_infinite_alone():
+    one, inf = torch.ones(()), torch.tensor(torch.inf)
+    assert not bool(trust.agree(inf, one, 0.1, one))
+    assert bool(trust.agree(inf, inf, 0.1, one))
+    found = torch.tensor([torch.inf, 1.0])
+    assert bool(trust.outputs_agree(found, found.clone(), 0.1))
+    assert not bool(trust.outputs_agree(found, torch.tensor([torch.inf, 2.0]), 0.1))
+
+
+def test_what_cancellation_leaves_of_a_slope_is_no_contradiction():
+    """Of two vectors of length one, whose product is far smaller."""
+    found, expected, one = (torch.tensor(number) for number in (1e-6, 2e-6, 1.0))
+    assert bool(trust.agree(found, expected, 2e-2, one))
+    assert not bool(trust.agree(found, expected, 2e-2, 1e-3 * one))
+
+
 def test_after_all_engines_have_failed_they_rest_for_longer_and_longer():
     memory, checks = trust.Memory(), {"slope": torch.tensor(False)}
     rested = []
@@ -398,6 +490,35 @@ def test_after_all_engines_have_failed_they_rest_for_longer_and_longer():
         while not memory.tries_others(checks):
             rested[-1] += 1
     assert rested == [2, 4, 8, 16, 32, 64, 64, 64]
+
+
+@pytest.mark.filterwarnings("ignore:measurement contradicts", "ignore:jvp=")
+def test_one_engine_that_agrees_ends_the_rests(monkeypatch):
+    rests, give_up = [], trust.Memory.give_up
+    monkeypatch.setattr(
+        trust.Memory, "give_up", lambda memory: (give_up(memory), rests.append(memory.rests))
+    )
+
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.halves = body(), False
+
+        def forward(self, x):
+            f = self.body(x)
+            if self.halves:
+                f.register_hook(lambda g: g / 2)
+            return f.tanh()
+
+    model = Halved()
+    optimizer = Adler(model.parameters(), model, ce, measure=Measure.every_step())
+    for loop, halves in [(penalised, False)] * 3 + [(plain, True), (penalised, False)]:
+        model.halves = halves
+        optimizer.zero_grad()
+        loop(model, ce).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted) == halves
+    assert rests == [2, 2]
 
 
 @pytest.mark.filterwarnings("ignore:measurement contradicts")
@@ -411,14 +532,14 @@ def test_a_penalty_is_noticed_under_a_scaler():
     assert not bool(optimizer.last_step.trusted)
 
 
-def test_losses_of_both_signs_add_their_outer_products():
+@pytest.mark.parametrize("weights", [(1.0, -2.0), (-2.0, 1.0)])
+def test_losses_of_both_signs_add_their_outer_products(weights):
     torch.manual_seed(0)
     model = body()
     x, y = torch.randn(8, 6, dtype=DOUBLE), torch.randint(3, (8,))
     twin = copy.deepcopy(model)
     parts = [(twin(a), b) for a, b in zip(x.chunk(2), y.chunk(2))]
     losses = [ce(f, b) for f, b in parts]
-    weights = (1.0, -2.0)
     params = list(twin.parameters())
     total = sum(w * h for w, h in zip(weights, losses))
     d = torch.autograd.grad(total, params, retain_graph=True)

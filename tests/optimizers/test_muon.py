@@ -1,6 +1,7 @@
 """Which parameters Muon moves, and what is said of them; its steps are in `test_trajectories`."""
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -167,3 +168,17 @@ def test_the_measured_length_is_that_of_both_blocks_together():
     assert losses[1] < min(losses[0], losses[2])
     # A parabola has its vertex half way between points of equal height.
     assert losses[0] == pytest.approx(losses[2], rel=1e-9)
+
+
+def test_what_a_skipped_measurement_has_seen_is_not_kept():
+    """Between measurements the slope is made of what the last one has seen."""
+    model, criterion = deep(), nn.CrossEntropyLoss()
+    measure = Measure(warmup=0, every=2)
+    optimizer = AdlerMuon(model.parameters(), model, criterion, measure=measure)
+    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    train(model, criterion, optimizer, [(x, y)] * 2)
+    held = copy.deepcopy(optimizer.state_dict()["state"])
+    train(model, criterion, optimizer, [(math.nan * x, y)])
+    assert bool(optimizer.last_step.skipped)
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(value.equal(held[number][name]) for name, value in state.items())

@@ -57,6 +57,23 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_statistics_that_were_loaded_with_weights_while_these_are_tested_stay(kind):
+    model = network()
+    optimizer = kind(model.parameters(), model, ce)
+    train(model, optimizer, BATCHES[:5])
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizer, BATCHES[5:10])
+    loss_of(model)
+    twin = network()
+    for each in (model, twin):
+        each.load_state_dict(best)
+        torch.manual_seed(0)
+        each.train()
+        each(BATCHES[0][0])
+    assert equal(statistics(model), statistics(twin))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_unchanged_loop_tests_as_well_as_with_update_bn(kind):
     model, left = network(), network()
     # (Under a narrower bound weights hardly move in so few steps.)

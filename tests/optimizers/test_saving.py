@@ -44,6 +44,17 @@ def at_the_average(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_in_memory_stays_what_it_was_when_the_average_is_tested(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 20)
+    saved = optimizer.state_dict()["state"]
+    held = copy.deepcopy(saved)
+    at_the_average(model)
+    assert all(equal(saved[number], held[number]) for number in held)
+
+
 @pytest.mark.parametrize("build", [body, normed])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_training_saves_what_is_tested(kind, build):

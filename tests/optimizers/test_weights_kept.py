@@ -9,6 +9,7 @@ from support.right import DOUBLE, body
 from torch import nn
 
 from adler import Adler, AdlerAdam, AdlerScheduleFree, Measure
+from adler._optimizers.edits import Edits
 
 ce = nn.CrossEntropyLoss()
 torch.manual_seed(1)
@@ -142,6 +143,26 @@ def test_a_loop_that_clamps_through_data_is_noticed(kind, before):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_through_data_once_is_written_once(kind):
+    """The average begins anew there, as after any other write, and not again."""
+
+    def run(write):
+        torch.manual_seed(0)
+        model = body()
+        optimizer = kind(model.parameters(), model, ce)
+        steps(model, optimizer, 2)
+        write(model)
+        steps(model, optimizer, 10)
+        return [*weights(model), *at_the_average(model)]
+
+    with pytest.warns(RuntimeWarning, match=WRITTEN):
+        found = run(clamp)
+    assert equal(
+        found, run(torch.no_grad()(lambda m: [p.clamp_(-0.05, 0.05) for p in m.parameters()]))
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_loaded_through_data_while_tested_are_those_that_stay(kind):
     model = body()
     optimizer = kind(model.parameters(), model, ce)
@@ -197,6 +218,14 @@ def test_weights_that_nobody_wrote_to_are_put_back(kind, dtype):
     assert equal(weights(model), y)
 
 
+def test_weights_that_are_no_numbers_are_not_taken_for_written_to():
+    """Where the host does not wait to know that a step was skipped, it is noted like others."""
+    p, edits = torch.full((2,), torch.nan), Edits()
+    edits.note_step([p], {p: {"z": p}})
+    edits.look([p])
+    assert edits.known(p)
+
+
 def test_a_model_that_is_tested_in_half_precision_trains_on_from_where_it_was():
     model = body().float()
     optimizer = AdlerScheduleFree(model.parameters(), model, ce)
@@ -210,6 +239,41 @@ def test_a_model_that_is_tested_in_half_precision_trains_on_from_where_it_was():
     model.train()
     model(X.float())
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(weights(model), y))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, DOUBLE])
+def test_a_model_that_is_converted_is_tested_and_saved_at_the_average(kind, dtype):
+    model = body().float()
+    optimizer = kind(model.parameters(), model, ce)
+    for _ in range(2):
+        optimizer.zero_grad()
+        ce(model(X.float()), Y).backward()
+        optimizer.step()
+    x = [value.to(dtype) for value in model.state_dict().values()]
+    model.to(dtype)
+    saved = model.state_dict().values()
+    model.eval()
+    for found in (saved, weights(model)):
+        rounding = 2 * torch.finfo(dtype).eps  # of weights below one: where they were, and of x
+        assert all(torch.allclose(a, b, rtol=0, atol=rounding) for a, b in zip(found, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_loaded_through_data_into_a_converted_model_are_those_that_stay(kind):
+    model = body().float()
+    optimizer = kind(model.parameters(), model, ce)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ce(model(X.float()), Y).backward()
+        optimizer.step()
+    model.eval()
+    model.half()
+    for p in model.parameters():
+        p.data.mul_(2)
+    loaded = weights(model)
+    model.train()
+    assert equal(weights(model), loaded)
 
 
 # --- who comes after ------------------------------------------------------------------------------

@@ -450,3 +450,21 @@ def test_a_bad_option_is_named(options):
 def test_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match="weight_decay"):
         setting(weight_decay=0.1)
+
+
+def test_a_base_that_moves_parameters_without_a_gradient_leaves_them():
+    class Shrinks(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            super().step()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(0.9)
+
+    model, criterion = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]), nn.CrossEntropyLoss()
+    model.forward = lambda x: model[0](x)
+    optimizer = wrap(Shrinks(model.parameters(), 1.0), model, criterion, fresh="sign")
+    before = copy.deepcopy(model[1].state_dict())
+    criterion(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+    optimizer.step()
+    assert all(value.equal(before[name]) for name, value in model[1].state_dict().items())

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adler import Adler, Measure, ModelLoss
+from adler._recording.beyond_loss import Marks, not_linear
 
 
 def data(n=12):
@@ -225,6 +226,63 @@ def test_a_look_at_another_function_does_not_count():
     check(measured(model, nn.MSELoss(), loop), expected)
 
 
+def test_a_look_at_a_loss_that_cannot_be_replayed_does_not_count():
+    x, y = data()
+
+    def loop(model, criterion):
+        penalised = criterion(model(x) + model[0].weight.sum(), y)
+        torch.autograd.grad(penalised, list(model.parameters()))
+        return criterion(model(x), y)
+
+    model = body()
+    expected = right([model(x)], lambda o: F.mse_loss(o, y), model.parameters())
+    check(measured(model, nn.MSELoss(), loop), expected)
+
+
+def test_what_a_criterion_keeps_beside_the_loss_is_no_loss():
+    class Parts(nn.Module):
+        def forward(self, outputs, targets):
+            parts = (outputs - targets).square().mean(0)[:2].unbind()
+            self.kept = parts[1]
+            return parts[0]
+
+    x, y = data()
+    model, criterion = body(), Parts()
+    expected = right([model(x)], lambda o: F.mse_loss(o[:, 0], y[:, 0]), model.parameters())
+    loop = lambda m, c: c(m(x), y) + 0 * c.kept.sqrt()  # noqa: E731
+    check(measured(model, criterion, loop), expected)
+
+
+def test_an_operation_between_two_losses():
+    x, y = data()
+    with pytest.raises(RuntimeError, match="SqrtBackward is applied to them"):
+        measured(body(), nn.MSELoss(), lambda m, c: c(m(x), y).sqrt() + c(m(x[:5]), y[:5]))
+
+
+def test_thousands_of_operations_before_the_loss_hide_nothing_behind_it():
+    model, criterion, (x, y) = body(), nn.MSELoss(), data()
+    optimizer = Adler(model.parameters(), model, criterion, measure=Measure.every_step())
+    criterion(model(x), y).backward()
+    optimizer.step()
+    other = torch.zeros((), dtype=DOUBLE, requires_grad=True)
+    total = other * 1
+    for _ in range(20_000):
+        total = total + other
+    optimizer.zero_grad()
+    (criterion(model(x), y).sqrt() + total).backward()
+    with pytest.raises(RuntimeError, match="SqrtBackward is applied to them"):
+        optimizer.step()
+
+
+def test_backward_of_an_edge_of_the_graph():
+    model, criterion, (x, y) = body(), nn.MSELoss(), data()
+    optimizer = Adler(model.parameters(), model, criterion, measure=Measure.every_step())
+    root = criterion(model(x), y).sqrt()
+    torch.autograd.backward(torch.autograd.graph.get_gradient_edge(root), torch.ones_like(root))
+    with pytest.raises(RuntimeError, match="SqrtBackward is applied to them"):
+        optimizer.step()
+
+
 def test_by_autograd_backward_with_other_roots_beside():
     model, criterion, (x, y) = body(), nn.MSELoss(), data()
     optimizer = Adler(model.parameters(), model, criterion, measure=Measure.every_step())
@@ -256,6 +314,28 @@ def test_threads_do_not_see_each_others_roots():
     assert ["SqrtBackward" in "".join(s) for s in said] == [True, False, True, False]
     assert not said[1]
     assert not said[3]
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_from_a_thread_of_the_engine_the_pass_of_the_losses_is_found(last):
+    """A hook for a loss on an accelerator runs there, while other threads differentiate too."""
+    marks, leaf = Marks(), torch.ones((), requires_grad=True)
+    loss = leaf * 2
+    marks.add(loss)
+    roots = [loss.sqrt(), torch.ones((), requires_grad=True).exp()]
+    inside, done = [threading.Event() for _ in roots], threading.Event()
+    for root, event in zip(roots, inside):
+        root.register_hook(lambda _, event=event: (event.set(), done.wait(60))[:0] or None)
+    threads = [threading.Thread(target=root.backward) for root in roots]
+    for k in (1 - last, last):
+        threads[k].start()
+        assert inside[k].wait(60)
+    try:
+        assert not_linear(marks) == "SqrtBackward0"
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_thousands_of_losses_in_a_running_sum():

@@ -90,6 +90,14 @@ class Residual(nn.Module):
         return du + u
 
 
+class Given(Residual):
+    """Of an input that the loop wants a gradient by."""
+
+    def forward(self, t):
+        assert t.requires_grad
+        return super().forward(t)
+
+
 class Forces(nn.Module):
     def __init__(self):
         super().__init__()
@@ -116,10 +124,10 @@ class Adapted(nn.Module):
 
 
 @every_engine
-@pytest.mark.parametrize("leaf", [True, False])
-def test_a_physics_informed_network(jvp, leaf):
+@pytest.mark.parametrize(("kind", "leaf"), [(Residual, True), (Residual, False), (Given, True)])
+def test_a_physics_informed_network(jvp, kind, leaf):
     t = torch.linspace(0, 1, 20, dtype=DOUBLE)[:, None].requires_grad_(leaf)
-    agrees(Residual, jvp, t, engine=jvp, loss=lambda f: f.square().mean())
+    agrees(kind, jvp, t, engine=jvp, loss=lambda f: f.square().mean())
 
 
 @every_engine

@@ -155,6 +155,21 @@ def test_targets_of_another_batch_are_refused_and_the_right_ones_taken(inside):
     assert not optimizer.last_step.skipped
 
 
+def test_targets_of_which_the_first_step_cannot_tell_are_looked_at_in_the_next():
+    model = nn.Sequential(nn.Embedding(11, 11), nn.Flatten(0, 1))
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    idx, targets = tokens()
+    for written in (True, False):
+        optimizer.zero_grad()
+        scores = model(idx)
+        F.cross_entropy(scores, targets.flatten()).backward()
+        if written:
+            scores.detach().mul_(2)
+            optimizer.step(targets=targets.flatten())
+    with pytest.raises(RuntimeError, match="not the targets that the loss was computed from"):
+        optimizer.step(targets=tokens(1)[1].flatten())
+
+
 def test_a_term_beside_the_criterion_is_not_taken_for_other_targets():
     model = nn.Sequential(nn.Embedding(11, 11), nn.Flatten(0, 1))
     optimizer = AdlerScheduleFree(model.parameters(), model, ce)

@@ -36,6 +36,18 @@ class Listed(nn.Module):
         return x @ self.layers[0] @ self.layers[1] + self.offsets["last"] + penalty
 
 
+class Generated(nn.Module):
+    """Puts weights of its own making into a layer, for one call."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.randn(3, 1)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        weights = {"weight": self.layer.weight * self.scale}
+        return torch.func.functional_call(self.layer, weights, x)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -49,6 +61,7 @@ MODELS = {
     "tied": Tied,
     "listed": Listed,
     "lstm": Recurrent,
+    "generated": Generated,
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
     "encoder": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 2)), nn.TransformerEncoderLayer(2, 1, 8, batch_first=True)

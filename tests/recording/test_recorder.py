@@ -4,13 +4,16 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from support.cases import classification, flat
 from support.loops import train
 from support.options import EXACT, measuring
+from support.right import check, right
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,6 +120,18 @@ def test_explicit_inputs_that_were_recorded_bring_their_dropout_mask():
     torch.testing.assert_close(step(True), step(False), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("other", [lambda x: x[:4], lambda x: x.T], ids=["a part", "transposed"])
+def test_explicit_inputs_that_share_memory_with_recorded_ones(other):
+    model, criterion = nn.Linear(6, 3).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(6, 6).double(), torch.randint(3, (6,))
+    expected = right([model(x)], lambda f: criterion(f, y), model.parameters())
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
+    F.cross_entropy(model(x), y).backward()
+    model(other(x))
+    optimizer.step(inputs=x, targets=y)
+    check(optimizer, expected)
+
+
 def test_several_inputs_targets_and_keyword_criterion():
     class Bilinear(nn.Module):
         def __init__(self):
@@ -171,6 +186,44 @@ def test_two_networks_in_one_loop():
         assert flat(critic).equal(before)
         assert not for_generator.last_step.skipped
     assert for_critic.last_step.skipped_total == for_generator.last_step.skipped_total == 0
+
+
+class Meeting(nn.Linear):
+    """Calls of two threads, of which the first to begin is the first to end."""
+
+    turns: ClassVar = {}  # which is no state of a model
+
+    def forward(self, x):
+        begun, until = Meeting.turns.pop(threading.get_ident(), (None, None))
+        if begun is not None:
+            begun.set()
+            assert until.wait(60)
+        return super().forward(x)
+
+
+def test_calls_of_one_model_in_two_threads():
+    model, criterion = Meeting(6, 3).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(12, 6).double(), torch.randint(3, (12,))
+    parts, outputs = [(x[:4], y[:4]), (x[4:], y[4:])], {}
+    loss = lambda a, b: criterion(a, y[:4]) + criterion(b, y[4:])  # noqa: E731
+    expected = right([model(part) for part, _ in parts], loss, model.parameters())
+    optimizer = Adler(model.parameters(), model, criterion, **EXACT)
+    begun, ended = [threading.Event(), threading.Event()], threading.Event()
+
+    def call(k):
+        Meeting.turns[threading.get_ident()] = begun[k], (begun[1], ended)[k]
+        outputs[k] = model(parts[k][0])
+        ended.set()
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in (0, 1)]
+    threads[0].start()
+    assert begun[0].wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    loss(outputs[0], outputs[1]).backward()
+    optimizer.step()
+    check(optimizer, expected)
 
 
 def test_two_optimizers_on_one_model():
@@ -322,6 +375,7 @@ def test_explicit_targets_that_do_not_fit(options):
     refuses(match, act, ValueError, **options)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")  # PyTorch only warns
 def test_explicit_targets_that_would_broadcast():
     torch.manual_seed(0)
     model, criterion = nn.Linear(4, 1), nn.MSELoss()

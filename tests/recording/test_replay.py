@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from support.loops import unchanged
@@ -120,6 +122,13 @@ def test_output_fn_picks_the_tensor():
         Call.of(Dict(), x)({})
     with pytest.raises(TypeError, match="output_fn returned dict"):
         Call.of(Dict(), x, lambda out: out)({})
+
+
+def test_fewer_tensors_than_in_training_are_named():
+    x = torch.randn(2, 3)
+    call = replace(Call.of(nn.Identity(), x), leaves=(0, 1))
+    with pytest.raises(RuntimeError, match="returned 1 tensors, not as many as in training"):
+        call({})
 
 
 def test_the_attention_fastpath_is_not_taken():

@@ -33,6 +33,22 @@ def batch(seed):
     return x, torch.randint(5, (64,), generator=generator)
 
 
+class Widened(nn.Linear):
+    """Weights in half precision, outputs that do not show it."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).double()
+
+
+def test_checks_are_as_coarse_as_the_weights():
+    model, criterion = Widened(32, 5).bfloat16(), nn.CrossEntropyLoss()
+    optimizer = Adler(model.parameters(), model, criterion, measure=Measure.every_step())
+    x, y = batch(0)
+    criterion(model(x), y).backward()
+    optimizer.step()  # which would warn
+    assert bool(optimizer.last_step.trusted)
+
+
 @pytest.mark.parametrize(("enabled", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_replay_tells_how_coarse_the_model_is(enabled, dtype):
     model = Inside(enabled)

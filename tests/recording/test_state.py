@@ -211,6 +211,35 @@ def test_writes_to_weights_too_large_to_be_copied_are_undone(jvp, monkeypatch):
         assert untouched(model) == held
 
 
+class EverySecond(nn.Module):
+    """Scales its weights past their versions at every second call, which no replay can know."""
+
+    calls = itertools.count()
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        out = self.layer(x)
+        if next(EverySecond.calls) % 2:
+            self.layer.weight.data.mul_(0.9)
+        return out
+
+
+def test_weights_that_only_replays_write_to_are_not_written_to():
+    x, y = data()
+    model = EverySecond().to(DOUBLE)
+    optimizer = Adler(model.parameters(), model, ce, lr=0.0, measure=Measure.every_step())
+    held = untouched(model)
+    for _ in range(6):
+        optimizer.zero_grad()
+        ce(model(x), y).backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted)
+        assert untouched(model) == held
+
+
 @every_engine
 @pytest.mark.parametrize("used", [True, False])
 def test_an_encoder_that_begins_late_to_move_past_its_versions(used, jvp):
@@ -383,6 +412,21 @@ HABITS = {
         lambda s: s.held.random() + 0.5,
         lambda s, o: None,
     ),
+    "generators in a list": (
+        lambda: [torch.Generator().manual_seed(3), (random.Random(3),)],
+        lambda s: torch.rand(3, generator=s.held[0], dtype=DOUBLE) + s.held[1][0].random(),
+        lambda s, o: None,
+    ),
+    "a generator in a dictionary": (
+        lambda: {"own": np.random.default_rng(3)},
+        lambda s: s.held["own"].random() + 0.5,
+        lambda s, o: None,
+    ),
+    "a generator by two names": (
+        lambda: types.SimpleNamespace(one=(own := random.Random(3)), other=own),
+        lambda s: s.held.one.random() + s.held.other.random(),
+        lambda s, o: None,
+    ),
 }
 
 
@@ -505,6 +549,39 @@ def test_branches_are_those_of_the_training_pass(draw, jvp):
     agrees(type("Kind", (Branches,), {"draw": staticmethod(draw)}), jvp)
 
 
+class Reads(nn.BatchNorm1d):
+    def forward(self, x):
+        before = self.running_mean.clone()
+        return super().forward(x) + before
+
+
+@every_engine
+def test_a_norm_that_reads_its_running_statistics_in_training(jvp):
+    agrees(lambda: nn.Sequential(nn.Linear(6, 3), Reads(3)), jvp)
+
+
+def test_the_second_of_a_pair_of_normal_numbers():
+    """NumPy draws two at once, and then says the other without a draw."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x):
+            return self.body(x) * np.random.randn()  # noqa: NPY002
+
+    (x, y), model = data(), Noisy()
+    twin = copy.deepcopy(model)
+    np.random.randn()  # noqa: NPY002
+    start = np.random.get_state()  # noqa: NPY002
+    expected = right([twin(x)], lambda f: ce(f, y), twin.parameters())
+    after = np.random.randn()  # noqa: NPY002
+    np.random.set_state(start)  # noqa: NPY002
+    check(measured(model, ce, lambda m, c: c(m(x), y)), expected)
+    assert np.random.randn() == after  # noqa: NPY002
+
+
 @every_engine
 @pytest.mark.parametrize(
     ("start", "draw"),
@@ -557,6 +634,33 @@ class WritesBatch(nn.Module):
 @every_engine
 def test_an_input_written_in_place(jvp):
     agrees(lambda: Overwrites(*body()), jvp, arguments=lambda: (data()[0],))
+
+
+class Noisy(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.body, self.draw = body(), draw
+
+    def forward(self, x, own):
+        return self.body(x) * (self.draw(own) + 0.5)
+
+
+@every_engine
+@pytest.mark.parametrize(
+    ("start", "draw"),
+    [
+        (lambda: torch.Generator().manual_seed(3), lambda g: torch.rand(1, generator=g).item()),
+        (lambda: random.Random(3), lambda g: g.random()),
+        (lambda: np.random.default_rng(3), lambda g: g.random()),
+    ],
+    ids=["torch", "python", "numpy"],
+)
+def test_a_generator_among_the_arguments(start, draw, jvp):
+    (x, y), model, own, other = data(), Noisy(draw), start(), start()
+    twin = copy.deepcopy(model)
+    expected = right([twin(x, other)], lambda f: ce(f, y), twin.parameters())
+    check(measured(model, ce, lambda m, c: c(m(x, own), y), jvp=jvp), expected, 1e-5)
+    assert draw(own) == draw(other)
 
 
 @every_engine

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.cases import CRITERIA, NETWORKS, batches, network
+from support.cases import CRITERIA, NETWORKS, batches, flat, network
 from support.loops import train, unchanged
 from support.options import EXACT, measuring
 from torch import nn
@@ -206,6 +206,24 @@ def test_a_batch_that_cannot_be_divided_is_measured_whole():
         optimizer.step()
     assert bool(optimizer.last_step.trusted)
     assert not bool(optimizer.last_step.skipped)
+
+
+@pytest.mark.filterwarnings("ignore:curvature is measured on whole batches")
+def test_steps_on_batches_that_cannot_be_divided_are_those_of_whole_batches():
+    """Curvatures of parts are averaged over as many as make one batch, those of batches are not."""
+    x, y = torch.randn(5, 8, 4), torch.randint(3, (5, 8))
+
+    def weights(fraction):
+        torch.manual_seed(0)
+        model, criterion = Masked(), nn.CrossEntropyLoss()
+        optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=fraction))
+        for inputs, labels in zip(x, y):
+            optimizer.zero_grad()
+            criterion(model(inputs, torch.ones(4)), labels).backward()
+            optimizer.step()
+        return flat(model)
+
+    assert weights(0.25).equal(weights(1.0))
 
 
 @pytest.mark.parametrize("kind", [Adler, AdlerAdam])

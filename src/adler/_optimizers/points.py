@@ -37,7 +37,7 @@ def begin(p: Tensor) -> dict[str, Tensor]:
 
 def average(p: Tensor, points: Mapping[str, Tensor], interpolation: float) -> Tensor:
     """``x``, a new tensor of the parameter's dtype, of a parameter that holds ``y``."""
-    y = points.get("precise_y", p.detach())
+    y = points.get("precise_y", p.detach()).to(points["z"])  # the model may have been converted
     return torch.lerp(y, points["z"], 1 - 1 / interpolation).to(p.dtype)
 
 

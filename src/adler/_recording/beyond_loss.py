@@ -112,8 +112,7 @@ def _passes(frame: types.FrameType | None) -> list[Sequence[Any]]:
 def _edge(output: Any) -> tuple[Any, int] | None:
     if isinstance(output, Tensor):
         return None if output.grad_fn is None else (output.grad_fn, output.output_nr)
-    node, number = output  # a GradientEdge
-    return node, number
+    return output.node, output.output_nr  # of a GradientEdge
 
 
 def _walk(roots: Collection[tuple[Any, int]], marks: Marks) -> tuple[str | None, bool]:

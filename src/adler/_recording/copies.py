@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adler._recording.randomness import copied_generator, state_of
+
 __all__ = ["Copier", "attributes", "copy_of", "put_back", "put_in", "tensors_in"]
 
 _ATOMS = frozenset(
@@ -73,6 +75,8 @@ class Copier:
             made = value.copy()
         elif kind in _ITERATORS:
             made = _copied_iterator(value)
+        elif self._visit is None and state_of(value) is not None:
+            made = copied_generator(value)
         elif _holds_state(value, _FOREIGN if self._visit is None else _MACHINERY):
             return self._object(value)
         else:
@@ -202,7 +206,7 @@ def _holds_state(value: Any, machinery: frozenset[str]) -> bool:
         return False  # (hooks are visited by name)
     package = str(getattr(kind, "__module__", "")).partition(".")[0]
     if package in machinery:
-        return False
+        return state_of(value) is not None
     return hasattr(value, "__dict__") or hasattr(kind, "__slots__")
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from adler._recording.copies import Copier
 from adler._recording.links import Place
+from adler._recording.records import no_broadcast
 from adler._recording.replay import Call, replaying
 
 __all__ = ["check_targets", "same_inputs"]
@@ -45,7 +46,7 @@ def check_targets(
     leaves = [place.output.detach().requires_grad_() for place, _ in arrived]
     by_pointer = {place.output.data_ptr(): x for (place, _), x in zip(arrived, leaves, strict=True)}
     try:
-        with torch.enable_grad(), replaying():
+        with torch.enable_grad(), replaying(), no_broadcast():
             outputs: Any = leaves[0]
             if output_fn is not None:
                 outputs = output_fn(Copier(lambda t: by_pointer.get(t.data_ptr(), t))(result))

@@ -171,5 +171,5 @@ class Path:
 
 
 def same(source: Source, received: Tensor) -> bool:
-    """Whether a tensor is what the model returned, and not made of it."""
-    return received.grad_fn is source.node and received.output_nr == source.number
+    """Whether a tensor is what the model returned, and not made of it, its only source."""
+    return received.grad_fn is source.node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RandomState", "restore", "state_of"]
+__all__ = ["RandomState", "copied_generator", "restore", "state_of"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def state_of(value: object) -> Any:
         if isinstance(value, numpy.RandomState):
             return value.get_state(legacy=False)
     return None
+
+
+def copied_generator(value: Any) -> Any:
+    """Another generator object, in the state of this one."""
+    return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
 
 
 def restore(value: Any, state: Any) -> None:

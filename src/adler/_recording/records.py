@@ -23,6 +23,7 @@ __all__ = [
     "TargetsError",
     "loss_weights",
     "losses_by_call",
+    "no_broadcast",
     "weighted",
 ]
 
@@ -107,9 +108,7 @@ class RecordedLoss:
         """
         if self.outputs is None:
             try:
-                with warnings.catch_warnings():
-                    # PyTorch only warns of a broadcast between outputs and targets.
-                    warnings.filterwarnings("error", message="Using a target size")
+                with no_broadcast():
                     return criterion(outputs, *self.targets, **self.options)
             except Exception as error:
                 shapes = [tuple(t.shape) for t in self.targets if isinstance(t, Tensor)]
@@ -119,6 +118,14 @@ class RecordedLoss:
                 ) from error
         assert self.value is not None
         return self.value
+
+
+@contextlib.contextmanager
+def no_broadcast() -> Iterator[None]:
+    """Inside, a broadcast between outputs and targets is an error; PyTorch only warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using a target size")
+        yield
 
 
 @dataclass(frozen=True, eq=False)

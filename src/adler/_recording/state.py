@@ -111,7 +111,6 @@ class CallState:
         self._queue: list[Any] = []
         self._moving: frozenset[int] = frozenset()
         self._checked = False
-        self.lost = False
         self._copied = Copier(self._copy, self._visit)
         for root in roots:
             for name, module in root.named_modules():
@@ -242,8 +241,6 @@ class CallState:
             if seen.changed():
                 if seen.role in ("trained", "parameter"):
                     moving.add(key)
-                if seen.copy is None and seen.role in ("buffer", "parameter"):
-                    self.lost = True
             elif (
                 self._watched is not None
                 and self._watched.closely
