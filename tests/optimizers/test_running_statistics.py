@@ -133,8 +133,7 @@ def test_a_test_leaves_no_trace_in_training(kind):
     assert equal(model.buffers(), twin.buffers())
 
 
-def test_forward_passes_for_a_test_are_no_more_than_those_of_training_since():
-    """A loop that tests after every step does not pay for all batches each time."""
+def test_forward_passes_for_a_test_are_no_more_than_those_of_training():
     calls = []  # not what an object holds, which a pass that is run once more would put back
 
     class Counted(nn.Sequential):
@@ -144,16 +143,30 @@ def test_forward_passes_for_a_test_are_no_more_than_those_of_training_since():
 
     model = Counted(network())
     optimizer = AdlerScheduleFree(model.parameters(), model, ce, bn_batches=4)
-    for batch in BATCHES[:6]:
+    for number, batch in enumerate(BATCHES[:6], 1):
         train(model, optimizer, [batch])
         calls.clear()
         loss_of(model)
-        assert calls == [False, False]  # on one batch, and the test itself
-    train(model, optimizer, BATCHES)
-    calls.clear()
-    loss_of(model)
-    loss_of(model)
-    assert len(calls) == 4 + 2
+        assert calls == [False] * (min(number, 4) + 1)  # of batches, and the test itself
+        calls.clear()
+        loss_of(model)
+        assert calls == [False]  # nothing has changed
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_statistics_belong_to_the_weights_that_are_tested_however_often_that_is(every):
+    """None of those that were found at other weights is left in them."""
+    model = network()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce, bn_batches=5)
+    for start in range(0, 12, every):
+        train(model, optimizer, BATCHES[start : start + every])
+        loss_of(model)
+    found = statistics(model)
+    model[3].p = 0.0
+    update_bn([x for x, _ in BATCHES[7:12]], model)
+    for name in ("mean", "var"):
+        of = [getattr(model[1], f"running_{name}"), *(s for s in found if s.shape == (16,))]
+        assert any(torch.allclose(of[0], other, rtol=1e-9) for other in of[1:])
 
 
 def test_kept_batches_are_spread_over_all_calls_since_the_last_test():

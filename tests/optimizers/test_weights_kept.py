@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 
 import pytest
 import torch
@@ -321,3 +322,16 @@ def test_a_state_of_another_optimizer_is_refused(kind, theirs):
     with pytest.raises(ValueError, match=r"not that of an optimizer of adler.*0\.001"):
         new.load_state_dict(old.state_dict())
     assert str(new.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_its_hooks_a_model_is_saved_without_a_name_of_this_library(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 5)
+    x = at_the_average(model)
+    optimizer.remove_hooks()
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"adler" not in file.getvalue()
+    assert equal(weights(model), x)

@@ -7,8 +7,9 @@ average is tested or saved the forward pass is run on them at $x$, without gradi
 mode, as `torch.optim.swa_utils.update_bn` does: means and variances are cumulative averages over
 the batches, and nothing else of the passes is left.
 
-With $k$ batches since the last test, of the $n$ that are wanted, what was found then weighs
-$1 - k/n$: a loop that tests after every step pays one forward pass a test, not $n$.
+Of the $n$ batches that are wanted, those since the last test come first; where they are fewer,
+batches from before it take the places that are left. What was found then does not: it belonged to
+other weights, which soon after the start are far away.
 
 Of several processes each looks at its own batches and waits for no other one, since a checkpoint
 may be of one alone: statistics differ between ranks, unless `DistributedDataParallel` makes those
@@ -82,7 +83,6 @@ class RunningStatistics:
         self._devices = accelerators(model)
         self.set_aside: dict[str, Tensor] | None = None
         self._found: dict[str, Tensor] = {}
-        self._batches: list[_Batch] = []
         self._forget()
         self._look_for_layers()
 
@@ -95,7 +95,8 @@ class RunningStatistics:
         }
 
     def _forget(self) -> None:
-        self._batches = []
+        self._batches: list[_Batch] = []
+        self._earlier: list[_Batch] = []  # from before the last test
         self._calls, self._every, self._capacity = 0, 1, max(1, self._most)
 
     # --- in training -----------------------------------------------------------------------------
@@ -126,6 +127,8 @@ class RunningStatistics:
         evaluating = frozenset(module for module in self._modules if not module.training)
         self._batches = self._batches[-self._capacity + 1 :] if self._capacity > 1 else []
         self._batches.append(_Batch(args, kwargs, evaluating, autocast_states(self._devices)))
+        left = self._capacity - len(self._batches)
+        self._earlier = self._earlier[-left:] if left > 0 else []
 
     # --- where the average is wanted -------------------------------------------------------------
 
@@ -144,8 +147,9 @@ class RunningStatistics:
             if not self._found and self._most > 0 and self._layers:
                 self._warn("no batch of training has been seen since the optimizer was made")
             return self._found
+        batches = self._earlier + self._batches
         try:
-            found = self._collected(params)
+            self._found = self._collected(params, batches)
         except Exception as error:  # whatever a forward pass may raise where it is run once more
             self._forget()
             self._warn(
@@ -153,28 +157,22 @@ class RunningStatistics:
                 f"({type(error).__name__}: {str(error)[:200]})"
             )
             return {}
-        share = min(1.0, len(self._batches) / self._capacity)
-        self._found = {
-            name: value
-            if name not in self._found or share == 1
-            else torch.lerp(self._found[name].to(value), value, share)
-            for name, value in found.items()
-        }
         self._forget()
+        self._earlier = batches
         self._look_for_layers()  # the model may have grown
         return self._found
 
-    def _collected(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _collected(self, params: Mapping[str, Tensor], batches: list[_Batch]) -> dict[str, Tensor]:
         model = unwrap(self._model)
         moving = {
             name: layer
             for name, layer in self._layers.items()
-            if any(layer not in batch.evaluating for batch in self._batches)
+            if any(layer not in batch.evaluating for batch in batches)
         }
         modes = [(module, module.training) for module in self._modules]
         own, state = dict(model.named_parameters()), CallState((model,))
         # Where a forward pass gathers parameters, all ranks run as many.
-        batches = self._batches[: distributed.least(len(self._batches), list(own.values()))]
+        batches = batches[len(batches) - distributed.least(len(batches), list(own.values())) :]
         sharded: dict[Tensor, Tensor] = {
             own[n]: x for n, x in params.items() if distributed.is_sharded(x)
         }
