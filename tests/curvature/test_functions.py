@@ -1,6 +1,7 @@
 import itertools
 import math
 import threading
+import warnings
 
 import pytest
 import torch
@@ -222,7 +223,6 @@ UNSUPPORTED = {
         lambda: Then(SetupSquare.apply),
         "custom autograd.Function",
     ),
-    "lstm": (LSTM, "rnn|lstm"),
     "weight norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double(),
         "_weight_norm_interface",
@@ -246,6 +246,24 @@ def test_one_warning_names_the_op_and_the_finite_difference_takes_over(case):
     _, expected = curvature.jvp(model, model.parameters(), x, direction, "finite_difference")
     assert tangents.equal(expected)
     assert tangents.abs().max() > 0
+
+
+def test_an_lstm_in_single_precision_is_differentiated_forwards():
+    """By another kernel than in training, on the CPU."""
+    torch.manual_seed(0)
+    model, x = LSTM(), torch.randn(4, 3, dtype=torch.float64)
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    before = torch.backends.mkldnn.enabled
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, tangents = curvature.jvp(model, model.parameters(), x, direction)
+    assert torch.backends.mkldnn.enabled == before
+    twin = LSTM().double()
+    twin.load_state_dict(model.state_dict())
+    twin.lstm.register_forward_pre_hook(lambda module, given: (given[0].double(),))
+    wide = [d.double() for d in direction]
+    _, expected = curvature.jvp(twin, twin.parameters(), x, wide, "double_backward")
+    torch.testing.assert_close(tangents.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_outputs_that_are_asked_to_require_gradients_keep_their_tangent():

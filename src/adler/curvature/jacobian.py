@@ -13,9 +13,10 @@ Three engines compute the Jacobian-vector product $v = J d$:
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
 
@@ -99,7 +100,7 @@ def forward(f: Function, params: Parameters, direction: Parameters) -> tuple[Ten
         return cast(tuple[Tensor, Tensor], pair)
 
     try:
-        with differentiable_attention():
+        with differentiable_attention(), _differentiable_lstm(f):
             if isinstance(f, Call) and f.compiled is not None:
                 along = {name: direction[name] for name in params}
                 with torch.no_grad():
@@ -352,6 +353,26 @@ def differentiable_attention() -> AbstractContextManager[None]:
 
 
 _math_kernel = ProcessSetting(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
+def _differentiable_lstm(f: Function) -> contextlib.AbstractContextManager[None]:
+    """On the CPU an LSTM goes to a kernel of oneDNN's that has no forward derivative."""
+    if isinstance(f, Call) and any(isinstance(m, nn.LSTM) for m in f.model.modules()):
+        return _no_onednn.wanted()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
+
+
+_no_onednn = ProcessSetting(_without_onednn)
 
 
 def _compiled(
