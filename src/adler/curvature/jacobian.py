@@ -369,7 +369,7 @@ def _without_onednn() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before  # type: ignore[assignment]
+        torch.backends.mkldnn.enabled = before
 
 
 _no_onednn = ProcessSetting(_without_onednn)
