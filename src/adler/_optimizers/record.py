@@ -32,7 +32,8 @@ class StepRecord(NamedTuple):
         effective_lr: The rate applied, before a group's ``lr``; 0 where the step was skipped.
         slope: ``g·d``.
         curvature: ``c = vᵀ Q v``; NaN where this step did not measure.
-        clipped: Whether a guard shortened the step.
+        clipped: Whether the quadratic model bounded the step (``trust_region``, ``max_kl``); single
+            tensors that ``max_relative_change`` shortens do not count.
         skipped: Whether there was no step.
         clipped_total: Steps clipped since the optimizer was made.
         skipped_total: Steps skipped since the optimizer was made.
