@@ -104,9 +104,12 @@ class ModelLoss:
             Whether there was anything to compare.
 
         Raises:
-            RuntimeError: If they differ.
+            RuntimeError: If they differ, or the criterion does not take these targets.
         """
-        described = self.criterion(outputs, *targets)
+        try:
+            described = self.criterion(outputs, *targets)
+        except Exception as error:
+            raise RuntimeError(_not_taken(self.criterion, outputs, targets, error)) from error
         if factor is not None:
             described = factor * described
         ours, theirs = described.to(loss), loss
@@ -122,6 +125,44 @@ class ModelLoss:
                 "what the model does; terms added to the loss cannot be described"
             )
         return True
+
+
+# --- the message where the criterion raises on what it is given -----------------------------------
+
+
+def _not_taken(
+    criterion: Callable[..., Tensor], outputs: Tensor, targets: tuple[Any, ...], error: Exception
+) -> str:
+    """What was called, and what to do."""
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    lowest = min((int(t.min()) for t in targets if _are_classes(t)), default=0)
+    return (
+        f"step(): {name}(outputs, targets) of the ModelLoss given to the optimizer raised "
+        f"{type(error).__name__}: {str(error).rstrip('.')}. Its outputs= found "
+        f"{_in_words(outputs)}, its targets= {', '.join(map(_in_words, targets))}. If the model's "
+        "loss ignores an index, so must this criterion "
+        f"(ignore_index={lowest if lowest < 0 else ''}); if it flattens, shifts or converts what "
+        "it compares, so must outputs= and targets="
+    )
+
+
+def _in_words(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if _are_classes(value):
+        kind += f" from {int(value.min())} to {int(value.max())}"
+    return kind
+
+
+def _are_classes(value: Any) -> bool:
+    """Whether these are integers that can be looked at; of a device that failed they cannot."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.numel() > 0
+        and not (value.is_floating_point() or value.is_complex())
+    )
 
 
 # --- the message where a model returns its loss and the criterion was given --------------------
