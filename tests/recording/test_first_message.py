@@ -1,5 +1,6 @@
 """The first error of a loop that has to say more leads to what works."""
 
+import copy
 import re
 import textwrap
 
@@ -133,6 +134,147 @@ def test_a_function_of_several_outputs_is_sent_to_a_module():
     optimizer.step()
     assert optimizer.last_step.trusted
     assert optimizer.last_step.curvature > 0
+
+
+# --- a scalar beside the outputs: the model's loss, or a term of the loop's -----------------------
+
+
+class WithTerm(nn.Module):
+    """As vit-pytorch's, whose decorrelation loss is added by the loop."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None):
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden), (hidden.T @ hidden / len(hidden)).square().mean()
+
+
+class MixtureOfExperts(nn.Module):
+    """A language model that is called without targets; its tokens are shaped as they are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.gate = nn.Embedding(11, 11), nn.Embedding(11, 4)
+
+    def forward(self, idx):
+        return self.table(idx), self.gate(idx).softmax(-1).mean((0, 1)).square().sum()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        F.cross_entropy,
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1),
+    ],
+    ids=["function", "module", "nameless"],
+)
+@pytest.mark.parametrize("case", ["images", "masked", "tokens"])
+def test_a_term_that_the_model_returns_is_not_taken_for_its_loss(given, case):
+    if case == "tokens":
+        model, call, y = MixtureOfExperts(), (tokens()[0],), tokens()[1].flatten()
+    else:
+        x, y = torch.randn(16, 6), torch.randint(3, (16,))
+        model, call = WithTerm(), (x, torch.ones(16, 6)) if case == "masked" else (x,)
+    loss_of = copy.copy(given) if isinstance(given, nn.Module) else given
+
+    optimizer = AdlerScheduleFree(model.parameters(), model, given)
+    out, term = model(*call)
+    (loss_of(out.flatten(0, -2), y) + 0.1 * term).backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    message = str(caught.value)
+    assert "..." not in message
+    assert "criterion(outputs, targets, weight * result[1])" in message
+
+    code = re.search(r"^    (class|loss_of).*?\n\n(?=\S)", message, re.DOTALL | re.MULTILINE)[0]
+    scope = {"nn": nn, "criterion": given}
+    exec(textwrap.dedent(code), scope)
+    criterion = scope["Criterion"]()
+    optimizer = AdlerScheduleFree(model.parameters(), model, criterion)
+    optimizer.zero_grad()
+    result, weight = model(*call), 0.1
+    criterion(result[0].flatten(0, -2), y, weight * result[1]).backward()
+    optimizer.step()
+    assert optimizer.last_step.trusted
+    assert optimizer.scalars()["consistency"] == pytest.approx(1, abs=1e-4)
+
+
+def test_options_that_the_model_takes_by_any_name_are_in_the_line():
+    class Open(Bigram):
+        def forward(self, idx, targets, **options):
+            return super().forward(idx, targets)
+
+    model, (idx, targets) = Open(), tokens()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    model(idx, targets, cached=False)[1].backward()
+    with pytest.raises(RuntimeError, match="If that scalar is only a term") as caught:
+        optimizer.step()
+    described = eval(written(str(caught.value)), {"adler": adler, "criterion": ce})
+    optimizer = AdlerScheduleFree(model.parameters(), model, described)
+    optimizer.zero_grad()
+    model(idx, targets, cached=False)[1].backward()
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+
+
+def test_a_function_of_more_than_outputs_and_targets_keeps_all_its_arguments():
+    def loss_of_all(out, goal, term, weight):
+        return F.cross_entropy(out, goal) + weight * term
+
+    model, x, y = WithTerm(), torch.randn(16, 6), torch.randint(3, (16,))
+    optimizer = AdlerScheduleFree(model.parameters(), model, loss_of_all)
+    out, term = model(x)
+    loss_of_all(out, y, term, 0.1).backward()
+    with pytest.raises(RuntimeError, match=r"return loss_of_all\(\*args, \*\*kwargs\)"):
+        optimizer.step()
+
+
+def test_a_model_that_was_given_targets_of_another_shape_is_told_to_write_a_function():
+    class Flat(Bigram):
+        def forward(self, idx, targets):
+            scores, loss = super().forward(idx, targets)
+            return scores.flatten(0, 1), loss
+
+    model, (idx, targets) = Flat(), tokens()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    model(idx, targets)[1].backward()
+    with pytest.raises(RuntimeError, match=r"where targets_of\(idx, targets\) is") as caught:
+        optimizer.step()
+    scope = {"adler": adler, "criterion": ce, "targets_of": lambda idx, targets: targets.flatten()}
+    described = eval(written(str(caught.value)), scope)
+    optimizer = AdlerScheduleFree(model.parameters(), model, described)
+    optimizer.zero_grad()
+    model(idx, targets)[1].backward()
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+
+
+def test_a_scalar_that_is_called_loss_is_taken_for_it_whatever_the_model_was_given():
+    class OfItself(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x):
+            out = self.body(x)
+            return {"out": out, "loss": F.mse_loss(out, x)}
+
+    model, criterion, x = OfItself(), nn.MSELoss(), torch.randn(8, 4)
+    optimizer = AdlerScheduleFree(model.parameters(), model, criterion)
+    model(x)["loss"].backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    described = eval(written(str(caught.value)), {"adler": adler, "criterion": criterion})
+    optimizer = AdlerScheduleFree(model.parameters(), model, described)
+    optimizer.zero_grad()
+    model(x)["loss"].backward()
+    optimizer.step()
+    assert not optimizer.last_step.skipped
 
 
 # --- targets of another batch ---------------------------------------------------------------------

@@ -217,6 +217,80 @@ def test_a_wrong_description_is_an_error_and_changes_nothing(model, described):
     assert str(optimizer.state_dict()) == str(state)
 
 
+class IgnoresMinusOne(nn.Module):
+    """As minGPT's and nanoGPT's models do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, tokens, targets):
+        logits = self.head(self.embed(tokens))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def described_by(criterion, outputs=lambda result: result[0].flatten(0, -2)):
+    return ModelLoss(
+        criterion,
+        outputs=outputs,
+        targets=lambda tokens, targets: targets.flatten(),
+        loss=lambda result: result[1],
+    )
+
+
+def test_a_criterion_that_raises_on_the_models_targets_says_what_it_was_called_with():
+    tokens, _ = sentences()
+    targets = tokens.roll(-1, 1)
+    targets[:, :3] = -1
+    model = IgnoresMinusOne()
+    optimizer = Adler(model.parameters(), model, described_by(nn.CrossEntropyLoss()))
+    before = flat(model)
+    model(tokens, targets)[1].backward()
+    with pytest.raises(RuntimeError, match=r"ignore_index=-1\)") as caught:
+        optimizer.step()
+    message = str(caught.value)
+    assert "CrossEntropyLoss(outputs, targets)" in message
+    assert "raised IndexError: Target -1 is out of bounds. " in message
+    assert "float32 of shape (36, 7)" in message
+    assert "int64 of shape (36,) from -1 to 6" in message
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert flat(model).equal(before)
+
+    optimizer = Adler(model.parameters(), model, described_by(nn.CrossEntropyLoss(ignore_index=-1)))
+    optimizer.zero_grad()
+    model(tokens, targets)[1].backward()
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+
+
+def test_a_criterion_that_raises_on_the_shapes_names_them():
+    tokens, _ = sentences()
+    model = IgnoresMinusOne()
+    described = described_by(F.cross_entropy, lambda result: result[0])
+    optimizer = Adler(model.parameters(), model, described)
+    model(tokens, tokens)[1].backward()
+    with pytest.raises(RuntimeError, match=r"\(4, 9, 7\).*\(36,\) from 0") as caught:
+        optimizer.step()
+    assert "cross_entropy(outputs, targets)" in str(caught.value)
+    assert "so must outputs= and targets=" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_what_is_no_tensor_is_named_by_its_type():
+    model = IgnoresMinusOne()
+    described = ModelLoss(
+        F.cross_entropy,
+        outputs=lambda result: result[0],
+        targets=lambda *args: ...,
+        loss=lambda result: result[1],
+    )
+    optimizer = Adler(model.parameters(), model, described)
+    model(sentences()[0], sentences()[0])[1].backward()
+    with pytest.raises(RuntimeError, match=r"raised TypeError.*its targets= ellipsis"):
+        optimizer.step()
+
+
 def test_the_check_waits_for_a_finite_loss_and_then_is_over():
     model = LanguageModel(shift=2)
     optimizer = Adler(model.parameters(), model, causal_lm(), **EXACT)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ModelLoss", "how_to_describe"]
+__all__ = ["ModelLoss", "how_to_describe", "terms_in"]
 
 
 def _loss_of(result: Any) -> Any:
@@ -104,9 +104,12 @@ class ModelLoss:
             Whether there was anything to compare.
 
         Raises:
-            RuntimeError: If they differ.
+            RuntimeError: If they differ, or the criterion does not take these targets.
         """
-        described = self.criterion(outputs, *targets)
+        try:
+            described = self.criterion(outputs, *targets)
+        except Exception as error:
+            raise RuntimeError(_not_taken(self.criterion, outputs, targets, error)) from error
         if factor is not None:
             described = factor * described
         ours, theirs = described.to(loss), loss
@@ -124,15 +127,60 @@ class ModelLoss:
         return True
 
 
+# --- the message where the criterion raises on what it is given -----------------------------------
+
+
+def _not_taken(
+    criterion: Callable[..., Tensor], outputs: Tensor, targets: tuple[Any, ...], error: Exception
+) -> str:
+    """What was called, and what to do."""
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    lowest = min((int(t.min()) for t in targets if _are_classes(t)), default=0)
+    return (
+        f"step(): {name}(outputs, targets) of the ModelLoss given to the optimizer raised "
+        f"{type(error).__name__}: {str(error).rstrip('.')}. Its outputs= found "
+        f"{_in_words(outputs)}, its targets= {', '.join(map(_in_words, targets))}. If the model's "
+        "loss ignores an index, so must this criterion "
+        f"(ignore_index={lowest if lowest < 0 else ''}); if it flattens, shifts or converts what "
+        "it compares, so must outputs= and targets="
+    )
+
+
+def _in_words(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if _are_classes(value):
+        kind += f" from {int(value.min())} to {int(value.max())}"
+    return kind
+
+
+def _are_classes(value: Any) -> bool:
+    """Whether these are integers that can be looked at; of a device that failed they cannot."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.numel() > 0
+        and not (value.is_floating_point() or value.is_complex())
+    )
+
+
 # --- the message where a model returns its loss and the criterion was given --------------------
 
 _TARGETS = ("labels", "label", "targets", "target", "y", "tgt")
+_STARS: dict[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
 
 
 def how_to_describe(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 ) -> str | None:
-    """The line to write for a model that returns its loss; None: it returns none.
+    """The line to write for a model that returns its loss; None: it seems to return none.
+
+    A scalar is its loss where it is called so, or the model was given targets. Otherwise it may be
+    a term that the loop adds to its own.
 
     Args:
         model: That was called.
@@ -151,7 +199,7 @@ def how_to_describe(
         True
     """
     found = list(_parts(result))
-    losses = [place for place, t in found if t.ndim == 0 and t.requires_grad]
+    losses = terms_in(result)
     if not losses:
         return None
     outputs = [(place, t) for place, t in found if t.ndim > 0 and t.is_floating_point()]
@@ -161,16 +209,41 @@ def how_to_describe(
             "return both, and describe the loss by adler.ModelLoss(criterion, outputs=..., "
             "targets=..., loss=...) in the criterion's place"
         )
-    (place, scores), (flat, targets) = outputs[0], _targets(model, args, kwargs, outputs[0][1])
-    if flat and scores.ndim > 2:
-        place += ".flatten(0, -2)"
-    loss = f"loss=lambda result: {losses[0]}"
+    place, scores = outputs[0]
+    called_so = losses[0] in ("result['loss']", "result.loss")
+    names, fits = _targets(model, args, kwargs, scores, called_so)
+    name = next((name for name in _TARGETS if name in fits), next(reversed(fits), None))
+    if name is None and not called_so and not set(names) & set(_TARGETS):
+        return None
+    targets, note = f"lambda {', '.join(names)}: {name}", ""
+    if name is None:
+        targets = "targets_of"
+        note = (
+            f"\nwhere targets_of({', '.join(names)}) is to be written: it returns the targets that "
+            "the model's criterion receives.\n"
+        )
+    elif fits[name] == "flat":
+        targets += ".flatten()"
+        place += ".flatten(0, -2)" if scores.ndim > 2 else ""
     return (
         "the model returned its loss, which the criterion given to the optimizer did not compute. "
         "Give the optimizer a description of it in the criterion's place (compare it with what "
         "the model does; it is checked at the first step):\n\n"
-        f"    adler.ModelLoss(criterion, outputs=lambda result: {place}, {targets}, {loss})\n"
+        f"    adler.ModelLoss(criterion, outputs=lambda result: {place}, targets={targets}, "
+        f"loss=lambda result: {losses[0]})\n{note}"
+        "\nIf that scalar is only a term that the loop adds to its own loss, give the optimizer a "
+        "module that computes the whole from what the model returned, and call it in the loop"
     )
+
+
+def terms_in(result: Any) -> list[str]:
+    """Where the differentiable scalars are in what a model returned.
+
+    Examples:
+        >>> terms_in((torch.zeros(2, 3), torch.zeros((), requires_grad=True)))
+        ['result[1]']
+    """
+    return [place for place, t in _parts(result) if t.ndim == 0 and t.requires_grad]
 
 
 def _parts(result: Any) -> Iterator[tuple[str, Tensor]]:
@@ -188,24 +261,30 @@ def _parts(result: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _targets(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], scores: Tensor
-) -> tuple[bool, str]:
-    """Whether outputs and targets are flattened, and the line that says where targets are."""
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    scores: Tensor,
+    called_so: bool,
+) -> tuple[list[str], dict[str, str]]:
+    """The model's arguments as a function takes them, and how those fit that may be targets.
+
+    The first tensor is the input, unless its name or that of the loss says otherwise.
+    """
     try:
-        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
-        given = {}
-    names = ", ".join(given)
+        return ["*args", "**kwargs"], {}
+    given, known = bound.arguments, bound.signature.parameters
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    first = next(iter(tensors), None)
     fits = {
-        name: shape
-        for name, value in given.items()
-        if isinstance(value, Tensor) and (shape := _shape(value, scores)) is not None
+        name: _shape(value, scores)
+        for name, value in tensors.items()
+        if called_so or name != first or name in _TARGETS
     }
-    name = next((name for name in _TARGETS if name in fits), next(reversed(fits), None))
-    if name is None:
-        return False, "targets=lambda *args, **kwargs: ..."
-    flat = fits[name] == "flat"
-    return flat, f"targets=lambda {names}: {name}{'.flatten()' if flat else ''}"
+    names = [_STARS.get(known[name].kind, "") + name for name in given]
+    return names, {name: shape for name, shape in fits.items() if shape is not None}
 
 
 def _shape(value: Tensor, scores: Tensor) -> str | None:
