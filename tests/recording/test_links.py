@@ -320,6 +320,28 @@ def test_options_that_a_criterion_receives_by_keyword_only():
     check(optimizer, right([twin(X)], lambda f: 3 * ce(f, Y), twin.parameters()))
 
 
+@pytest.mark.parametrize("only", [True, False])
+def test_an_option_that_depends_on_the_parameters_is_refused(only):
+    class WithTerm(nn.Module):
+        if only:
+
+            def forward(self, f, y, *, term):
+                return ce(f, y) + term
+
+        else:
+
+            def forward(self, *given, **options):
+                return ce(*given) + options["term"]
+
+    x, y = data()
+    with pytest.raises(RuntimeError, match="term= by keyword only"):
+        measured(body(), WithTerm(), lambda m, c: c(m(x), y, term=0.1 * m(x).square().mean()))
+    other = nn.Linear(6, 1).to(DOUBLE)
+    model = body()
+    expected = right([model(x)], lambda f: ce(f, y), model.parameters())
+    check(measured(model, WithTerm(), lambda m, c: c(m(x), y, term=other(x).mean())), expected)
+
+
 def test_a_forgotten_squeeze_is_followed():
     model = body(6, 1)
     twin, bce = copy.deepcopy(model), nn.BCEWithLogitsLoss()

@@ -100,7 +100,9 @@ class CriterionCalls:
         tensors = [(i, t) for i, t in enumerate(values) if _differentiable(t)]
         origins, past = sources([t for _, t in tensors], self._key, {id(p) for p in self._params()})
         way, whole, refused = None, None, None
-        if past:
+        if named := self._depending(options):
+            origins, refused = origins or named[1], _BY_KEYWORD.format(named[0])
+        elif past:
             refused = _PAST if origins else _ELSEWHERE.format(_shapes(values))
         elif origins:
             try:
@@ -131,6 +133,15 @@ class CriterionCalls:
                 refused,
             )
         )
+
+    def _depending(self, options: dict[str, Any]) -> tuple[str, list[Source]] | None:
+        """The first option that depends on the parameters, and where it comes from."""
+        for name, value in options.items():
+            tensors = [t for t in pytree.tree_leaves(value) if _differentiable(t)]
+            found, past = sources(tensors, self._key, {id(p) for p in self._params()})
+            if found or past:
+                return name, found
+        return None
 
     def _way(
         self, origins: list[Source], tensors: list[tuple[int, Tensor]], nth: int
@@ -217,6 +228,11 @@ _PAST = (
     "what the criterion received depends on the parameters not only through what the model "
     "returned (a penalty on the weights, or an output that was changed in place as a view of "
     "another tensor): compute it inside the model, or from what the model returns"
+)
+_BY_KEYWORD = (
+    "the criterion received {}= by keyword only, and it depends on the parameters, which would be "
+    "missing from the curvature: give it a positional parameter of its own in the criterion's "
+    "forward(self, outputs, targets, ...)"
 )
 _NOT_TWICE = (
     "an operation between the model and the criterion cannot be differentiated twice ({}): do it "
