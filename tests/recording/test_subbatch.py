@@ -270,6 +270,34 @@ def test_a_criterion_that_holds_tensors_of_the_batch_is_measured_whole():
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
+class Own(nn.Module):
+    """A loss that does not name how it reduces."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.reduce, self.calls = reduce, 0
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        return self.reduce((outputs - targets).square().sum(1) + outputs.exp().sum(1))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "factor"),
+    [(torch.sum, 4.0), (torch.mean, 1.0), (lambda each: each.logsumexp(0), 1.0)],
+    ids=["sum", "mean", "neither"],
+)
+def test_a_criterion_that_does_not_name_its_reduction(reduce, factor):
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(3, 2).double(), Own(reduce)
+    x, y = torch.randn(12, 3).double(), torch.randn(12, 2).double()
+    twin = copy.deepcopy(model)
+    gradient, last = first_step(model, criterion, x, y, **measuring(fraction=0.25))
+    c = curvature.quadratic_form(twin, twin.parameters(), x[:3], y[:3], Own(reduce), gradient)
+    assert float(last.curvature) == pytest.approx(factor * float(c), rel=1e-9)
+    assert criterion.calls == 1  # what it is asked leaves no trace
+
+
 # --- how far a part may be from the whole ---------------------------------------------------------
 
 

@@ -12,10 +12,12 @@ the order of the examples is random.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -36,8 +38,9 @@ def take_first(
     r"""The losses on the first $\lceil \mathtt{fraction} \cdot b \rceil$ examples of each call.
 
     At least two, which BatchNorm needs. A sum over examples (``reduction="sum"``) is weighted by
-    $b$ over their number, so that it estimates the whole batch's; a criterion that does not name
-    its reduction is taken to be a mean. Outputs with more rows than the batch has examples (a
+    $b$ over their number, so that it estimates the whole batch's. A criterion that does not name
+    its reduction is asked once, on the halves of what it has received: where their losses add up to
+    the batch's, it is a sum. Outputs with more rows than the batch has examples (a
     language model's tokens, flattened) must hold each example's rows together.
 
     Args:
@@ -74,8 +77,7 @@ def take_first(
             continue
         rows = _rows(loss, size)
         targets = _first(loss.targets, rows, count * rows // size, "criterion")
-        summed = getattr(criterion, "reduction", "mean") == "sum"
-        factor = size / count if summed else 1.0
+        factor = size / count if _sums(loss, criterion) else 1.0
         options = _first(loss.options, rows, count * rows // size, "criterion")
         found.append(
             replace(
@@ -90,6 +92,49 @@ def take_first(
             )
         )
     return found
+
+
+def _sums(loss: RecordedLoss, criterion: Callable[..., Tensor]) -> bool:
+    """Whether a criterion adds up the losses of its examples; waits for the device once."""
+    named = getattr(criterion, "reduction", None)
+    if named in ("mean", "sum"):
+        return bool(named == "sum")
+    known = _found_to_sum.get(criterion)
+    if known is None:
+        known = _adds_up(loss, criterion)
+        if known is not None:
+            _found_to_sum[criterion] = known
+    return bool(known)
+
+
+def _adds_up(loss: RecordedLoss, criterion: Callable[..., Tensor]) -> bool | None:
+    """Whether the losses of two halves add up to the whole one's; None: this batch cannot tell."""
+    outputs, whole = loss.outputs, loss.value
+    if outputs is None or whole is None or not outputs.ndim or loss.differentiable != (0,):
+        return None
+    rows = len(outputs)
+    halves = slice(rows // 2), slice(rows // 2, rows)
+
+    def cut(tree: Any, half: slice) -> Any:
+        return pytree.tree_map_only(
+            Tensor, lambda t: t[half] if t.ndim and len(t) == rows else t, tree
+        )
+
+    try:
+        with loss.surroundings(), torch.no_grad():
+            parts = [
+                float(criterion(outputs[h], *cut(loss.targets, h), **cut(loss.options, h)))
+                for h in halves
+            ]
+    except Exception:  # whatever a criterion may raise on fewer examples
+        return False
+    total = float(whole)
+    if not all(map(math.isfinite, (total, *parts))) or min(map(abs, (total, *parts))) == 0:
+        return None
+    return abs(sum(parts) - total) < 0.01 * abs(total)
+
+
+_found_to_sum: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 class Half(NamedTuple):
