@@ -270,6 +270,85 @@ def test_a_criterion_that_holds_tensors_of_the_batch_is_measured_whole():
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
+class Words(nn.Module):
+    """Logits of each word of a sentence."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 5)
+        self.mix = nn.GRU(8, 8, batch_first=batch_first)
+        self.seen = []
+        self.double()
+
+    def forward(self, x):
+        self.seen.append(tuple(x.shape))
+        return self.head(self.mix(self.embed(x))[0])
+
+
+FLATTENINGS = {
+    "view": lambda out: out.view(-1, 5),
+    "reshape": lambda out: out.reshape(-1, out.shape[-1]),
+    "flatten": lambda out: out.flatten(0, 1),
+    "contiguous": lambda out: out.contiguous().view(-1, 5),
+    "twice": lambda out: out.view(8, 18, 5).view(-1, 5),
+}
+
+
+@pytest.mark.parametrize("flat", FLATTENINGS.values(), ids=FLATTENINGS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+def test_outputs_that_the_loop_flattens_are_divided(flat, reduction, jvp):
+    model, twin = Words(), Words()
+    criterion = nn.CrossEntropyLoss(reduction=reduction, ignore_index=4)
+    x, y = torch.randint(11, (12, 12)), torch.randint(5, (12, 12))
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(jvp, fraction=0.25))
+    criterion(flat(model(x)), y.view(-1)).backward()
+    gradient = [p.grad.clone() for p in model.parameters()]
+    model.seen.clear()
+    optimizer.step()
+    assert model.seen == []  # as it was; the replays were of copies
+    c = curvature.quadratic_form(
+        twin,
+        twin.parameters(),
+        x[:3],
+        y[:3].flatten(),
+        criterion,
+        gradient,
+        output_fn=lambda out: out.flatten(0, 1),
+    )
+    factor = 4.0 if reduction == "sum" else 1.0
+    rel = 1e-3 if jvp == "finite_difference" else 1e-9
+    last = optimizer.last_step
+    assert float(last.curvature) == pytest.approx(factor * float(c), rel=rel)
+    assert bool(last.trusted)
+    assert float(last.consistency) == pytest.approx(1, abs=1e-3)  # of a look at the whole batch
+
+
+WHOLE = {  # what the loop makes of the outputs, of the targets, and whether the batch comes first
+    "the batch is the second dimension": (lambda out: out.view(-1, 5), lambda y: y.flatten(), 0),
+    "scaled": (lambda out: (out / 2).view(-1, 5), lambda y: y.flatten(), 1),
+    "transposed": (lambda out: out.transpose(1, 2), lambda y: y, 1),
+    "a part": (lambda out: out[:, 1:].reshape(-1, 5), lambda y: y[:, 1:].flatten(), 1),
+    "time first": (lambda out: out.transpose(0, 1).reshape(-1, 5), lambda y: y.T.flatten(), 1),
+}
+
+
+@pytest.mark.parametrize(("made", "targets", "first"), WHOLE.values(), ids=WHOLE)
+def test_other_outputs_are_measured_whole(made, targets, first):
+    model, criterion = Words(batch_first=bool(first)), nn.CrossEntropyLoss()
+    x, y = torch.randint(11, (12, 12)), torch.randint(5, (12, 12))
+    expected = copy.deepcopy(model)
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
+    criterion(made(model(x)), targets(y)).backward()
+    gradient = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    c = curvature.quadratic_form(
+        expected, expected.parameters(), x, targets(y), criterion, gradient, output_fn=made
+    )
+    assert float(optimizer.last_step.curvature) == pytest.approx(float(c), rel=1e-9)
+
+
 class Own(nn.Module):
     """A loss that does not name how it reduces."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adler._recording.copies import Copier, copy_of
-from adler._recording.links import Path, Place, Source, same, sources
+from adler._recording.links import Path, Place, Source, flattened, same, sources
 from adler._recording.randomness import RandomState
 from adler._recording.records import WHOLE, Placed, RecordedLoss
 from adler._recording.replay import Call
@@ -75,7 +75,7 @@ class CriterionCalls:
         self._devices, self._key, self._watched = devices, key, watched
         # Of the n-th loss of a step: whether output_fn makes what the criterion receives.
         self._whole: dict[int, bool] = {}
-        self._wholes: weakref.WeakKeyDictionary[Call, Call] = weakref.WeakKeyDictionary()
+        self._wholes: weakref.WeakKeyDictionary[Call, dict[Any, Call]] = weakref.WeakKeyDictionary()
         # Calls that have begun, innermost last, of each thread: they may share a criterion.
         self._received: dict[int, list[_Received | None]] = defaultdict(list)
 
@@ -151,14 +151,19 @@ class CriterionCalls:
         direct = len(received) == 1 and len(origins) == 1 and tensors[0][0] == 0
         if direct and same(origins[0], received[0]):
             return None, None
-        if direct and self._output_fn is not None and self._is_whole(origins[0], received[0], nth):
-            x = received[0]
-            call = self._wholes.setdefault(
-                origins[0].place.call, replace(origins[0].place.call, output_fn=self._output_fn)
-            )
-            place = Place(call, WHOLE, x.detach(), x._version)
-            return None, Source(place, x.grad_fn, x.output_nr)
-        return Path(origins, received), None
+        made_by: Callable[[Any], Tensor] | None = None
+        if direct and self._output_fn is None:
+            made_by = flattened(origins[0], received[0])
+        elif direct and self._is_whole(origins[0], received[0], nth):
+            made_by = self._output_fn
+        if made_by is None:
+            return Path(origins, received), None
+        x, call = received[0], origins[0].place.call
+        calls = self._wholes.setdefault(call, {})
+        if made_by not in calls:
+            calls[made_by] = replace(call, output_fn=made_by)
+        place = Place(calls[made_by], WHOLE, x.detach(), x._version)
+        return None, Source(place, x.grad_fn, x.output_nr)
 
     def _is_whole(self, origin: Source, received: Tensor, nth: int) -> bool:
         """Whether ``output_fn`` makes of the model's result what the criterion received."""

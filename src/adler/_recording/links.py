@@ -8,6 +8,7 @@ differentiated while their graph is alive, so that tangents of the outputs can b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from adler._distributed import is_sharded
+from adler._recording.copies import tensors_in
 
 if TYPE_CHECKING:
     from adler._recording.replay import Call
 
-__all__ = ["Path", "Place", "Source", "accumulates", "mark", "same", "sources"]
+__all__ = ["Path", "Place", "Source", "accumulates", "flattened", "mark", "same", "sources"]
 
 # A loop does not put more operations between model and criterion.
 _LONGEST = 20_000
@@ -168,6 +170,47 @@ class Path:
                 materialize_grads=True,
             )
         return [v.detach() for v in found]
+
+
+@dataclass(frozen=True)
+class Flattened:
+    """What a loop makes of a model's result where it merges dimensions, the batch's first.
+
+    Attributes:
+        leaf: Which tensor of the result.
+        tail: All but the first of the dimensions.
+    """
+
+    leaf: int
+    tail: tuple[int, ...]
+
+    def __call__(self, result: Any) -> Tensor:
+        """Of any number of examples."""
+        return tensors_in(result)[self.leaf].reshape(-1, *self.tail)
+
+
+def flattened(source: Source, received: Tensor) -> Flattened | None:
+    """How an output was flattened, such as by ``view(-1, classes)``; None: it was not, or not so.
+
+    Example by example, so that the same may be done to some of them. Where a part of the model
+    takes the batch as its second dimension, the first may be time.
+    """
+    output, node = source.place.output, received.grad_fn
+    while node is not source.node:
+        if node is None or _RESHAPES.fullmatch(node.name()) is None:
+            return None
+        node = node.next_functions[0][0]
+    if source.number != 0 or received.ndim == 0 or output.ndim == 0 or not len(output):
+        return None
+    if received.dtype != output.dtype or len(received) % len(output):
+        return None
+    modules = source.place.call.model.modules()
+    if any(getattr(module, "batch_first", True) is False for module in modules):
+        return None
+    return Flattened(source.place.leaf, tuple(received.shape[1:]))
+
+
+_RESHAPES = re.compile(r"(View|UnsafeView|ReshapeAlias|Alias|Squeeze|Unsqueeze|Clone)Backward\d*")
 
 
 def same(source: Source, received: Tensor) -> bool:
