@@ -9,7 +9,9 @@ the batches, and nothing else of the passes is left.
 
 Of the $n$ batches that are wanted, those since the last test come first; where they are fewer,
 batches from before it take the places that are left. What was found then does not: it belonged to
-other weights, which soon after the start are far away.
+other weights, which soon after the start are far away. No checkpoint holds batches: a run that is
+resumed trains on bit for bit, and its statistics are those of the run that was not interrupted as
+soon as it has seen as many as are wanted.
 
 Of several processes each looks at its own batches and waits for no other one, since a checkpoint
 may be of one alone: statistics differ between ranks, unless `DistributedDataParallel` makes those
@@ -127,7 +129,7 @@ class RunningStatistics:
         evaluating = frozenset(module for module in self._modules if not module.training)
         self._batches = self._batches[-self._capacity + 1 :] if self._capacity > 1 else []
         self._batches.append(_Batch(args, kwargs, evaluating, autocast_states(self._devices)))
-        left = self._capacity - len(self._batches)
+        left = self._capacity - self._calls
         self._earlier = self._earlier[-left:] if left > 0 else []
 
     # --- where the average is wanted -------------------------------------------------------------
