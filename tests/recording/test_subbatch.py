@@ -270,6 +270,9 @@ def test_a_criterion_that_holds_tensors_of_the_batch_is_measured_whole():
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
+RUN = []  # what `Words` ran on, replays included
+
+
 class Words(nn.Module):
     """Logits of each word of a sentence."""
 
@@ -283,6 +286,7 @@ class Words(nn.Module):
 
     def forward(self, x):
         self.seen.append(tuple(x.shape))
+        RUN.append(tuple(x.shape))
         return self.head(self.mix(self.embed(x))[0])
 
 
@@ -323,6 +327,118 @@ def test_outputs_that_the_loop_flattens_are_divided(flat, reduction, jvp):
     assert float(last.curvature) == pytest.approx(factor * float(c), rel=rel)
     assert bool(last.trusted)
     assert float(last.consistency) == pytest.approx(1, abs=1e-3)  # of a look at the whole batch
+
+
+@pytest.mark.parametrize(("fraction", "replayed"), [(0.25, 3), (1.0, 12)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("flat", FLATTENINGS.values(), ids=FLATTENINGS)
+def test_of_outputs_that_the_loop_flattens_a_part_is_replayed(flat, reduction, fraction, replayed):
+    model, criterion = Words(), nn.CrossEntropyLoss(reduction=reduction, ignore_index=4)
+    data = [(torch.randint(11, (12, 12)), torch.randint(5, (12, 12))) for _ in range(3)]
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=fraction))
+    for number, (x, y) in enumerate(data):
+        optimizer.zero_grad()
+        criterion(flat(model(x)), y.view(-1)).backward()
+        gradient = [p.grad.clone() for p in model.parameters()]
+        twin = copy.deepcopy(model)
+        RUN.clear()
+        optimizer.step()
+        # The first measurement looks at the whole batch, too.
+        assert ([(12, 12)] if number == 0 and fraction < 1 else []) + [(replayed, 12)] == RUN
+        c = curvature.quadratic_form(
+            twin,
+            twin.parameters(),
+            x[:replayed],
+            y[:replayed].flatten(),
+            criterion,
+            gradient,
+            output_fn=flat if fraction == 1 else lambda out: out.flatten(0, 1),
+        )
+        factor = 12 / replayed if reduction == "sum" else 1.0
+        assert float(optimizer.last_step.curvature) == pytest.approx(factor * float(c), rel=1e-9)
+
+
+class Turned(nn.Module):
+    """Takes the batch first and returns time first, or the other way; random to no check's good."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.drop, self.head = nn.Embedding(11, 8), nn.Dropout(0.5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.drop(torch.tanh(self.embed(x)))).transpose(0, 1).contiguous()
+
+
+class Cells(nn.Module):
+    """Sequence first, with a cell called for one word of all sentences after the other."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.cell, self.head = nn.Embedding(11, 8), nn.GRUCell(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        state, found = torch.zeros(x.shape[1], 8, dtype=self.head.weight.dtype), []
+        for words in self.embed(x):
+            state = self.cell(words, state)
+            found.append(self.head(state))
+        return torch.stack(found)
+
+
+class Attends(nn.Module):
+    """PyTorch's own layer as it comes: sequence first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 5)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x)))
+
+
+@pytest.mark.parametrize("kind", [Turned, Cells, Attends])
+def test_no_part_is_taken_along_time(kind):
+    model, criterion = kind().double(), nn.CrossEntropyLoss()
+    x = torch.randint(11, (12, 8))
+    y = torch.randint(5, (8, 12) if kind is Turned else (12, 8))
+    measured = []
+    for fraction in (0.25, 1.0):
+        twin = copy.deepcopy(model)
+        torch.manual_seed(1)
+        optimizer = Adler(twin.parameters(), twin, criterion, **measuring(fraction=fraction))
+        criterion(twin(x).view(-1, 5), y.flatten()).backward()
+        optimizer.step()
+        measured.append(float(optimizer.last_step.curvature))
+    assert measured[0] == pytest.approx(measured[1], rel=1e-9)
+
+
+def test_one_of_several_outputs_that_the_loop_flattens_is_divided():
+    class Heads(Words):
+        def forward(self, x):
+            found = super().forward(x)
+            return torch.cat([found, 2 * found], -1).chunk(2, -1)
+
+    model, criterion = Heads(), nn.CrossEntropyLoss()
+    x, y = torch.randint(11, (12, 12)), torch.randint(5, (12, 12))
+    twin = copy.deepcopy(model)
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
+    criterion(model(x)[1].reshape(-1, 5), y.flatten()).backward()
+    gradient = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    c = curvature.quadratic_form(
+        twin,
+        twin.parameters(),
+        x[:3],
+        y[:3].flatten(),
+        criterion,
+        gradient,
+        output_fn=lambda out: out[1].reshape(-1, 5),
+    )
+    assert float(optimizer.last_step.curvature) == pytest.approx(float(c), rel=1e-9)
+    assert bool(optimizer.last_step.trusted)
 
 
 WHOLE = {  # what the loop makes of the outputs, of the targets, and whether the batch comes first

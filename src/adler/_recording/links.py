@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from adler._distributed import is_sharded
@@ -192,22 +192,34 @@ class Flattened:
 def flattened(source: Source, received: Tensor) -> Flattened | None:
     """How an output was flattened, such as by ``view(-1, classes)``; None: it was not, or not so.
 
-    Example by example, so that the same may be done to some of them. Where a part of the model
-    takes the batch as its second dimension, the first may be time.
+    Example by example, so that the same may be done to some of them. Where the output does not have
+    the first dimension that the model received, or a part of the model takes the batch as its
+    second one, the first may be time.
     """
-    output, node = source.place.output, received.grad_fn
-    while node is not source.node:
+    output, call = source.place.output, source.place.call
+    node, number = received.grad_fn, received.output_nr
+    while (node, number) != (source.node, source.number):
         if node is None or _RESHAPES.fullmatch(node.name()) is None:
             return None
-        node = node.next_functions[0][0]
-    if source.number != 0 or received.ndim == 0 or output.ndim == 0 or not len(output):
+        node, number = node.next_functions[0]
+    if received.ndim == 0 or output.ndim == 0 or not len(output):
         return None
     if received.dtype != output.dtype or len(received) % len(output):
         return None
-    modules = source.place.call.model.modules()
-    if any(getattr(module, "batch_first", True) is False for module in modules):
+    given = (x for x in tensors_in((call.args, dict(call.kwargs))) if x.ndim)
+    if len(next(given, output)) != len(output):
+        return None
+    if any(_may_begin_with_time(module) for module in call.model.modules()):
         return None
     return Flattened(source.place.leaf, tuple(received.shape[1:]))
+
+
+def _may_begin_with_time(module: nn.Module) -> bool:
+    """Whether a module's first dimension may be another than the batch's.
+
+    A cell is called for one time after the other, of which nothing says where they are.
+    """
+    return getattr(module, "batch_first", True) is False or isinstance(module, nn.RNNCellBase)
 
 
 _RESHAPES = re.compile(r"(View|UnsafeView|ReshapeAlias|Alias|Squeeze|Unsqueeze|Clone)Backward\d*")
