@@ -1,6 +1,7 @@
 """Curvature on a part of the batch: of the same function, on its first examples."""
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -14,7 +15,7 @@ from torch import nn
 from adler import Adler, AdlerAdam, GaussNewton, curvature
 from adler._recording.records import RecordedLoss
 from adler._recording.replay import Call
-from adler._recording.subbatch import first_half, take_first
+from adler._recording.subbatch import Reduction, first_half, take_first
 
 
 def first_step(model, criterion, x, y, kind=Adler, **options):
@@ -121,21 +122,21 @@ def test_losses_of_one_call_share_their_part():
     model, x = nn.Linear(4, 3), torch.randn(8, 4)
     call, criterion = Call.of(model, {"input": x}), nn.CrossEntropyLoss()
     losses = [RecordedLoss(call, (torch.full((8,), label),)) for label in (0, 1)]
-    first, second = take_first(losses, 0.5, criterion)
+    first, second = take_first(losses, 0.5, Reduction(criterion))
     assert first.call is second.call is not call
     assert first.call.kwargs["input"].equal(x[:4])
-    assert take_first(losses, 1.0, criterion) is losses
+    assert take_first(losses, 1.0, Reduction(criterion)) is losses
 
 
 def test_a_batch_without_examples_is_its_own_part():
     loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(0, 4)), (torch.zeros(0),))
-    assert take_first([loss], 0.5, nn.MSELoss()) == [loss]
+    assert take_first([loss], 0.5, Reduction(nn.MSELoss())) == [loss]
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(1e-9, 2), (0.26, 3), (0.5, 4), (0.99, 8)])
 def test_a_part_is_rounded_up_and_never_a_single_example(fraction, rows):
     loss = RecordedLoss(Call.of(nn.Linear(4, 3), torch.randn(8, 4)), (torch.zeros(8),))
-    (found,) = take_first([loss], fraction, nn.MSELoss())
+    (found,) = take_first([loss], fraction, Reduction(nn.MSELoss()))
     assert len(found.call.args[0]) == len(found.targets[0]) == rows
 
 
@@ -187,13 +188,13 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_advice(model, args, matc
     targets = (torch.zeros(8, dtype=torch.long),)
     loss = RecordedLoss(Call.of(model, args), targets)
     with pytest.raises(ValueError, match=match) as caught:
-        take_first([loss], 0.5, nn.CrossEntropyLoss())
+        take_first([loss], 0.5, Reduction(nn.CrossEntropyLoss()))
     assert "use measure=Measure(fraction=1.0)" in str(caught.value)
 
 
 def test_numbers_and_scalars_beside_the_batch_stay():
     loss = RecordedLoss(Call.of(Masked(), (torch.randn(8, 4), None, torch.tensor(2.0))), ())
-    (found,) = take_first([loss], 0.5, nn.MSELoss())
+    (found,) = take_first([loss], 0.5, Reduction(nn.MSELoss()))
     assert found.call.args[1] is None
     assert float(found.call.args[2]) == 2.0
 
@@ -465,6 +466,9 @@ def test_other_outputs_are_measured_whole(made, targets, first):
     assert float(optimizer.last_step.curvature) == pytest.approx(float(c), rel=1e-9)
 
 
+CALLS = []  # on how many rows `Own` was called, replays included
+
+
 class Own(nn.Module):
     """A loss that does not name how it reduces."""
 
@@ -474,23 +478,164 @@ class Own(nn.Module):
 
     def forward(self, outputs, targets):
         self.calls += 1
+        CALLS.append(len(outputs))
         return self.reduce((outputs - targets).square().sum(1) + outputs.exp().sum(1))
 
 
-@pytest.mark.parametrize(
-    ("reduce", "factor"),
-    [(torch.sum, 4.0), (torch.mean, 1.0), (lambda each: each.logsumexp(0), 1.0)],
-    ids=["sum", "mean", "neither"],
-)
-def test_a_criterion_that_does_not_name_its_reduction(reduce, factor):
+class Some(nn.Module):
+    """The mean over those that count, which are not equally many in the two halves."""
+
+    def forward(self, outputs, targets):
+        counts = targets[:, 0] > -0.5
+        return ((outputs - targets).square().sum(1) * counts).sum() / counts.sum()
+
+
+class Pairs(nn.Module):
+    """Each output is to be closer to its target than to the others' of the batch."""
+
+    def forward(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs @ targets.T, torch.arange(len(outputs)))
+
+
+REDUCTIONS = {
+    "sum": (lambda: Own(torch.sum), 4.0),
+    "mean": (lambda: Own(torch.mean), 1.0),
+    "mean of some": (Some, 1.0),
+    "root of a mean": (lambda: Own(lambda each: each.mean().sqrt()), 1.0),
+    "root of a sum": (lambda: Own(lambda each: each.sum().sqrt()), None),
+    "log of a sum": (lambda: Own(lambda each: each.logsumexp(0)), None),
+    "maximum": (lambda: Own(torch.max), None),
+    "square of a sum": (lambda: Own(lambda each: each.sum().square()), None),
+    "pairs": (Pairs, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:curvature is measured on whole batches")
+@pytest.mark.parametrize(("made", "factor"), REDUCTIONS.values(), ids=REDUCTIONS)
+def test_a_criterion_that_does_not_name_its_reduction(made, factor):
     torch.manual_seed(0)
-    model, criterion = nn.Linear(3, 2).double(), Own(reduce)
+    model, criterion = nn.Linear(3, 2).double(), made()
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
+    count = 12 if factor is None else 3
+    for _ in range(3):
+        x, y = torch.randn(12, 3).double(), torch.randn(12, 2).double()
+        twin = copy.deepcopy(model)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        gradient = [p.grad.clone() for p in model.parameters()]
+        with unchanged(criterion):
+            optimizer.step()
+        c = curvature.quadratic_form(
+            twin, twin.parameters(), x[:count], y[:count], made(), gradient
+        )
+        expected = (factor or 1.0) * float(c)
+        assert float(optimizer.last_step.curvature) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_criterion_that_is_neither_sum_nor_mean_is_said_to_be_measured_whole():
+    model, criterion = nn.Linear(3, 2), Pairs()
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
+    criterion(model(torch.randn(12, 3)), torch.randn(12, 2)).backward()
+    with pytest.warns(RuntimeWarning, match=r"whole batches.*neither a mean nor a sum.*Measure\("):
+        optimizer.step()
+
+
+def test_a_criterion_is_asked_once():
+    model, criterion = nn.Linear(3, 2), Own(torch.sum)
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
+    asked = []
+    for step in range(4):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(12, 3)), torch.randn(12, 2)).backward()
+        CALLS.clear()
+        optimizer.step()
+        asked.append(CALLS.count(6))
+        assert criterion.calls == step + 1  # what it is asked leaves no trace
+    assert asked == [2, 0, 0, 0]
+
+
+def test_each_half_meets_the_state_of_the_training_call():
+    class Growing(nn.Module):
+        times = 1
+
+        def forward(self, outputs, targets):
+            self.times *= 2
+            noise = torch.rand(()).double()
+            return (outputs - targets).square().sum() * self.times * (1 + noise)
+
+    model, criterion = nn.Linear(3, 2).double(), Growing()
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
     x, y = torch.randn(12, 3).double(), torch.randn(12, 2).double()
-    twin = copy.deepcopy(model)
-    gradient, last = first_step(model, criterion, x, y, **measuring(fraction=0.25))
-    c = curvature.quadratic_form(twin, twin.parameters(), x[:3], y[:3], Own(reduce), gradient)
-    assert float(last.curvature) == pytest.approx(factor * float(c), rel=1e-9)
-    assert criterion.calls == 1  # what it is asked leaves no trace
+    criterion(model(x), y).backward()
+    with unchanged(criterion):
+        optimizer.step()  # (a warning, were it not found to be a sum)
+    assert criterion.times == 2
+    assert optimizer._reduction._known == "sum"
+
+
+def on_batch(outputs, criterion, **changes):
+    """As a loop's call is recorded."""
+    y = torch.zeros_like(outputs)
+    call = Call.of(nn.Linear(3, outputs.shape[1]), torch.randn(len(outputs), 3))
+    return RecordedLoss(call, (y,), outputs, criterion(outputs, y), **changes)
+
+
+def test_a_batch_that_says_nothing_leaves_the_question_open():
+    criterion = Own(torch.sum)
+    reduction = Reduction(criterion)
+    known = on_batch(torch.randn(8, 2), criterion)
+    written = on_batch(torch.randn(8, 2), criterion, version=-1)
+    infinite = on_batch(torch.full((8, 2), math.inf), criterion)
+    for loss in (
+        RecordedLoss(known.call, known.targets),  # explicit targets
+        written,
+        infinite,
+        on_batch(torch.randn(1, 2), criterion),
+        on_batch(torch.tensor([[0.0, 0.0]] * 4 + [[9.0, 9.0]] * 4), criterion),
+    ):
+        assert not reduction.sums(loss)
+    assert reduction.sums(known)
+    assert reduction.sums(written)  # and then it is closed
+
+
+def test_a_criterion_that_refuses_halves_is_a_mean():
+    class Refusing(nn.Module):
+        def forward(self, outputs, targets):
+            assert len(outputs) == 8
+            return outputs.sum()
+
+    assert not Reduction(Refusing()).sums(on_batch(torch.rand(8, 2), Refusing()))
+
+
+def test_a_criterion_that_names_its_reduction_is_not_asked():
+    criterion = Own(torch.sum)
+    criterion.reduction = "mean"
+    assert not Reduction(criterion).sums(on_batch(torch.randn(8, 2), criterion))
+
+
+def test_of_several_processes_none_decides_alone_to_measure_whole_batches():
+    torch.manual_seed(0)
+    criterion = Own(lambda each: each.sum().square())
+    loss = on_batch(torch.rand(8, 2), criterion)
+    assert not Reduction(criterion, alone=False).sums(loss)
+    with pytest.raises(ValueError, match="neither a mean nor a sum"):
+        Reduction(criterion).sums(loss)
+
+
+def test_a_criterion_may_be_a_value_without_a_hash():
+    @dataclasses.dataclass
+    class Scaled:
+        factor: float
+
+        def __call__(self, outputs, target):
+            return self.factor * nn.functional.mse_loss(outputs, target)
+
+    model, criterion = nn.Linear(3, 2), Scaled(2.0)
+    optimizer = Adler(model.parameters(), model, criterion, **measuring(fraction=0.25))
+    x, y = torch.randn(12, 3), torch.randn(12, 2)
+    criterion(model(x), y).backward()
+    optimizer.step(targets=y)
+    assert bool(optimizer.last_step.trusted)
 
 
 # --- how far a part may be from the whole ---------------------------------------------------------
@@ -501,7 +646,7 @@ def halves_of(size, fraction, reduction="mean", rows=1):
     x, y = torch.randn(size, 3), torch.zeros(size * rows).long()
     outputs = torch.randn(size * rows, 2)
     batch = [RecordedLoss(Call.of(model, x), (y,), outputs)]
-    (part,) = take_first(batch, fraction, criterion)
+    (part,) = take_first(batch, fraction, Reduction(criterion))
     return part, first_half(part)
 
 

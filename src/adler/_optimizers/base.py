@@ -34,7 +34,7 @@ from adler._options import Measure
 from adler._recording.recorder import Recorder
 from adler._recording.records import RecordedLoss
 from adler._recording.replay import is_capturing
-from adler._recording.subbatch import IndivisibleError, take_first
+from adler._recording.subbatch import IndivisibleError, Reduction, take_first
 from adler._step_length import Measurement, Rule, SearchState, StepLength, step_length
 from adler._warning import warn
 from adler.curvature.batch_along import BatchAlong, BatchCurvature
@@ -58,6 +58,7 @@ class MeasuredOptimizer(ModelOptimizer):
     _mean: ClassVar[DiscountedMean]
     _checks: Mapping[str, Tensor]
     _indivisible: bool
+    _reduction: Reduction | None
     _to_say: str
 
     @property
@@ -127,7 +128,7 @@ class MeasuredOptimizer(ModelOptimizer):
         measures = self.measure.is_due(state.steps)
         # What can be refused is refused before anything changes.
         ranks = distributed.process_groups(self._recorder.ddp, list(self._names))
-        batch = self._batch(inputs, targets) if measures else None
+        batch = self._batch(inputs, targets, alone=not ranks) if measures else None
         gradients = self._as_left(params, values)
         direction = self._direction(params, values)
         try:
@@ -259,7 +260,7 @@ class MeasuredOptimizer(ModelOptimizer):
     def _make_state(self, params: list[Tensor]) -> None:
         """Creates what a direction would create for parameters that it sees first."""
 
-    def _batch(self, inputs: Any, targets: Any) -> list[RecordedLoss]:
+    def _batch(self, inputs: Any, targets: Any, alone: bool) -> list[RecordedLoss]:
         if targets is not None:
             batch = self._recorder.explicit(inputs, targets)
         elif inputs is not None:
@@ -268,8 +269,10 @@ class MeasuredOptimizer(ModelOptimizer):
             batch = self._recorder.losses()
         if self._indivisible:
             return batch
+        if self._reduction is None:
+            self._reduction = Reduction(self.criterion, alone)
         try:
-            return take_first(batch, self.measure.fraction, self.criterion)
+            return take_first(batch, self.measure.fraction, self._reduction)
         except IndivisibleError as error:
             self._indivisible = True
             self._to_say = f"curvature is measured on whole batches, which costs more: {error}"
@@ -410,7 +413,7 @@ class MeasuredOptimizer(ModelOptimizer):
         )
         self._log, self._memory, self._multiplier = Log(), Memory(), MultiplierCheck()
         self._gradient_scale = GradientScale(params())
-        self._indivisible, self._to_say = False, ""
+        self._indivisible, self._reduction, self._to_say = False, None, ""
         self._checks = {}
 
 

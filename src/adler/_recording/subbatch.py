@@ -12,7 +12,6 @@ the order of the examples is random.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from adler._recording.links import Place
 from adler._recording.records import Placed, RecordedLoss
 from adler._recording.replay import Call
 
-__all__ = ["Half", "IndivisibleError", "first_half", "take_first"]
+__all__ = ["Half", "IndivisibleError", "Reduction", "first_half", "take_first"]
 
 
 class IndivisibleError(ValueError):
@@ -33,30 +32,29 @@ class IndivisibleError(ValueError):
 
 
 def take_first(
-    batch: list[RecordedLoss], fraction: float, criterion: Callable[..., Tensor]
+    batch: list[RecordedLoss], fraction: float, reduction: Reduction
 ) -> list[RecordedLoss]:
     r"""The losses on the first $\lceil \mathtt{fraction} \cdot b \rceil$ examples of each call.
 
     At least two, which BatchNorm needs. A sum over examples (``reduction="sum"``) is weighted by
-    $b$ over their number, so that it estimates the whole batch's. A criterion that does not name
-    its reduction is asked once, on the halves of what it has received: where their losses add up to
-    the batch's, it is a sum. Outputs with more rows than the batch has examples (a
-    language model's tokens, flattened) must hold each example's rows together.
+    $b$ over their number, so that it estimates the whole batch's. Outputs with more rows than the
+    batch has examples (a language model's tokens, flattened) must hold each example's rows
+    together.
 
     Args:
         batch: The losses, with whatever the model and the criterion received.
         fraction: In (0, 1]; 1: the batch itself.
-        criterion: Says how it reduces.
+        reduction: The criterion's.
 
     Raises:
         IndivisibleError: If a tensor that the model or the criterion received does not have the
-            batch as its first dimension.
+            batch as its first dimension, or the criterion is neither a mean nor a sum.
 
     Examples:
         >>> import torch
         >>> model, criterion = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
         >>> loss = RecordedLoss(Call.of(model, torch.randn(10, 3)), (torch.zeros(10).long(),))
-        >>> (small,) = take_first([loss], 0.25, criterion)
+        >>> (small,) = take_first([loss], 0.25, Reduction(criterion))
         >>> small.call.args[0].shape, small.targets[0].shape
         (torch.Size([3, 3]), torch.Size([3]))
     """
@@ -77,7 +75,7 @@ def take_first(
             continue
         rows = _rows(loss, size)
         targets = _first(loss.targets, rows, count * rows // size, "criterion")
-        factor = size / count if _sums(loss, criterion) else 1.0
+        factor = size / count if reduction.sums(loss) else 1.0
         options = _first(loss.options, rows, count * rows // size, "criterion")
         found.append(
             replace(
@@ -94,47 +92,85 @@ def take_first(
     return found
 
 
-def _sums(loss: RecordedLoss, criterion: Callable[..., Tensor]) -> bool:
-    """Whether a criterion adds up the losses of its examples; waits for the device once."""
-    named = getattr(criterion, "reduction", None)
-    if named in ("mean", "sum"):
-        return bool(named == "sum")
-    known = _found_to_sum.get(criterion)
-    if known is None:
-        known = _adds_up(loss, criterion)
-        if known is not None:
-            _found_to_sum[criterion] = known
-    return bool(known)
+class Reduction:
+    """How a criterion makes one loss of those of its examples.
 
+    One that does not name its ``reduction`` is asked, once, on the halves of what it has received.
+    Where their losses add up to the batch's, it is a sum; where the batch's lies about midway, a
+    mean, be it weighted, as by how many of a half's targets count. Another function (of pairs of
+    examples, or the root of a sum) is not, on fewer examples, an estimate of what it is on all.
 
-def _adds_up(loss: RecordedLoss, criterion: Callable[..., Tensor]) -> bool | None:
-    """Whether the losses of two halves add up to the whole one's; None: this batch cannot tell."""
-    outputs, whole = loss.outputs, loss.value
-    if outputs is None or whole is None or not outputs.ndim or loss.differentiable != (0,):
-        return None
-    rows = len(outputs)
-    halves = slice(rows // 2), slice(rows // 2, rows)
+    Args:
+        criterion: The loss.
+        alone: Whether this process decides; of several, each may find something else, and a
+            criterion is a mean unless it is a sum.
+    """
 
-    def cut(tree: Any, half: slice) -> Any:
-        return pytree.tree_map_only(
-            Tensor, lambda t: t[half] if t.ndim and len(t) == rows else t, tree
-        )
+    # How far the losses of the halves may be off, relative to them: bfloat16 rounds them.
+    _WITHIN = 0.02
 
-    try:
-        with loss.surroundings(), torch.no_grad():
-            parts = [
-                float(criterion(outputs[h], *cut(loss.targets, h), **cut(loss.options, h)))
-                for h in halves
-            ]
-    except Exception:  # whatever a criterion may raise on fewer examples
-        return False
-    total = float(whole)
-    if not all(map(math.isfinite, (total, *parts))) or min(map(abs, (total, *parts))) == 0:
-        return None
-    return abs(sum(parts) - total) < 0.01 * abs(total)
+    def __init__(self, criterion: Callable[..., Tensor], alone: bool = True) -> None:
+        self._criterion, self._alone = criterion, alone
+        self._known: str | None = None
 
+    def sums(self, loss: RecordedLoss) -> bool:
+        """Whether it is a sum; waits for the device once.
 
-_found_to_sum: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        Args:
+            loss: On a batch.
+
+        Raises:
+            IndivisibleError: If it is neither a sum nor a mean.
+        """
+        named = getattr(self._criterion, "reduction", None)
+        if named in ("mean", "sum"):
+            return bool(named == "sum")
+        if self._known is None:
+            self._known = self._found(loss)
+        if self._known == "neither" and self._alone:
+            raise IndivisibleError(
+                "the criterion does not name its reduction and was found to be neither a mean nor "
+                "a sum over examples (its loss on the batch is neither about midway between those "
+                "on the two halves nor their sum), so a part of the batch does not say what the "
+                'whole one does: give it reduction = "mean" if it is one, or use '
+                "measure=Measure(fraction=1.0)"
+            )
+        return self._known == "sum"
+
+    def _found(self, loss: RecordedLoss) -> str | None:
+        """What a batch says; None: nothing."""
+        outputs, value = loss.outputs, loss.value
+        if outputs is None or value is None or loss.differentiable != (0,):
+            return None
+        rows = len(outputs) if outputs.ndim else 1
+        if rows < 2 or loss.version not in (None, outputs._version):
+            return None
+
+        def on(half: slice) -> float:
+            targets, options = pytree.tree_map_only(
+                Tensor,
+                lambda t: t[half] if t.ndim and len(t) == rows else t,
+                (loss.targets, loss.options),
+            )
+            with loss.surroundings(), torch.no_grad():
+                return float(self._criterion(outputs[half], *targets, **options))
+
+        try:
+            first, second = on(slice(rows // 2)), on(slice(rows // 2, rows))
+        except Exception:  # whatever a criterion may raise on fewer examples
+            return "mean"
+        whole = float(value)
+        size = max(abs(first), abs(second))
+        if not math.isfinite(first + second + whole):
+            return None
+        within = self._WITHIN * size
+        if min(abs(first), abs(second), abs(first + second)) <= 3 * within:
+            return None  # A sum of these may be mistaken for a mean.
+        if abs(first + second - whole) <= within:
+            return "sum"
+        # Between them, and not all the way to one: a maximum is that of one half.
+        near_middle = abs(whole - (first + second) / 2) <= abs(first - second) / 4 + within
+        return "mean" if near_middle else "neither"
 
 
 class Half(NamedTuple):
