@@ -367,7 +367,13 @@ def test_a_checkpoint_without_validation_holds_the_average(whole, tmp_path):
     ]:
         assert all(a.equal(b) for (_, a), (_, b) in zip(mine, theirs, strict=True))
     ends = [torch.load(tmp_path / f"{f}/epoch=3.ckpt", weights_only=False) for f in "ab"]
-    assert str(ends[0]["state_dict"]) == str(ends[1]["state_dict"])
+    # Running statistics are of batches, of which a run this short has seen too few to be resumed.
+    one, other = (
+        {key: value for key, value in end["state_dict"].items() if "running" not in key}
+        for end in ends
+    )
+    assert one.keys() == other.keys()
+    assert all(one[key].equal(other[key]) for key in one)
 
 
 @pytest.mark.row("Lightning, automatic optimisation", versions=["lightning"])
