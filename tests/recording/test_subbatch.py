@@ -622,6 +622,18 @@ def test_of_several_processes_none_decides_alone_to_measure_whole_batches():
         Reduction(criterion).sums(loss)
 
 
+def test_several_processes_ask_at_the_same_batch_only():
+    """A criterion may wait for the others, which need not have been left without an answer."""
+    criterion = Own(torch.sum)
+    reduction = Reduction(criterion, alone=False)
+    unclear = on_batch(torch.tensor([[0.0, 0.0]] * 4 + [[9.0, 9.0]] * 4), criterion)
+    clear = on_batch(torch.randn(8, 2), criterion)
+    assert not reduction.sums(unclear)
+    CALLS.clear()
+    assert not reduction.sums(clear)
+    assert not CALLS
+
+
 def test_a_criterion_may_be_a_value_without_a_hash():
     @dataclasses.dataclass
     class Scaled:

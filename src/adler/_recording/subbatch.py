@@ -102,8 +102,9 @@ class Reduction:
 
     Args:
         criterion: The loss.
-        alone: Whether this process decides; of several, each may find something else, and a
-            criterion is a mean unless it is a sum.
+        alone: Whether this process decides. Of several, each may find something else: a criterion
+            is a mean unless it is a sum, and the first batch's answer stays, for a criterion that
+            waits for the other processes has to be asked by all of them.
     """
 
     # How far the losses of the halves may be off, relative to them: bfloat16 rounds them.
@@ -126,7 +127,7 @@ class Reduction:
         if named in ("mean", "sum"):
             return bool(named == "sum")
         if self._known is None:
-            self._known = self._found(loss)
+            self._known = self._found(loss) or (None if self._alone else "mean")
         if self._known == "neither" and self._alone:
             raise IndivisibleError(
                 "the criterion does not name its reduction and was found to be neither a mean nor "
