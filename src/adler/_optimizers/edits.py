@@ -40,7 +40,8 @@ class Edits:
     def note(self, p: Tensor) -> None:
         """Remembers a parameter as the optimizer leaves it."""
         self._versions[p] = p._version
-        self._found.pop(p, None)
+        if self._found:  # as hardly ever, and this is asked of each parameter at each step
+            self._found.pop(p, None)
 
     def note_step(self, params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> None:
         """The same after a step; now and then with norms of what has an average."""
@@ -75,11 +76,11 @@ class Edits:
 
     def known(self, p: Tensor) -> bool:
         """Whether a parameter was noted, and not written to since."""
-        return self._versions.get(p) == p._version and p not in self._found
+        return self._versions.get(p) == p._version and not (self._found and p in self._found)
 
     def of(self, p: Tensor) -> bool:
         """Whether a parameter was noted, and written to since."""
-        return p in self._versions and not self.known(p)
+        return not self.known(p) and p in self._versions
 
     def of_average(self, p: Tensor, mine: Mapping[str, Tensor], interpolation: float) -> bool:
         """The same of one that holds its average, which is compared with what it is made of.
