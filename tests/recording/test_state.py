@@ -275,6 +275,21 @@ def test_an_encoder_that_begins_late_to_move_past_its_versions(used, jvp):
     assert unnoticed == ([9] if used else list(range(9, 64)))
 
 
+def test_a_gradient_that_is_not_the_losss_is_no_reason_to_watch():
+    """A penalty on the weights: every replay repeats the pass, and copies would find nothing."""
+    x, y = data()
+    model = type("Kind", (Momentum,), {"update": staticmethod(lambda q, k: None)})().to(DOUBLE)
+    optimizer = Adler(list(model.q.parameters()), model, ce, measure=Measure.every_step())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # which says so
+        for _ in range(9):
+            optimizer.zero_grad()
+            (ce(model(x), y) + model.q.weight.square().sum()).backward()
+            optimizer.step()
+    assert not bool(optimizer.last_step.trusted)
+    assert not optimizer._recorder._watched.closely
+
+
 @every_engine
 @pytest.mark.parametrize("update", [assign, UPDATES["in place"], UPDATES["copy_"]])
 def test_a_momentum_encoder_that_begins_to_move_late(update, jvp):

@@ -100,9 +100,6 @@ def _best(one: BatchAlong, jvp: str, alone: bool) -> BatchCurvature:
     if found is not None:
         if not alone or one.sharded or not memory.distrusts(found.trusted):
             return found
-        for call in {loss.call for loss in one.batch}:
-            if call.state is not None:
-                call.state.not_repeated()
         if not memory.tries_others(found.checks):
             return found
     first = found
@@ -124,8 +121,18 @@ def _best(one: BatchAlong, jvp: str, alone: bool) -> BatchCurvature:
             "step(): the forward pass cannot be run once more, which a measurement needs: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if not _repeats(found):
+        for call in {loss.call for loss in one.batch}:
+            if call.state is not None:
+                call.state.not_repeated()
     memory.give_up()
     return found
+
+
+def _repeats(found: BatchCurvature) -> bool:
+    """Whether a replay, where it was compared, has made the outputs of the training pass."""
+    same = found.checks.get("outputs")
+    return same is None or bool(trust.on_host(same, wait=True))
 
 
 def _others(jvp: str, graph: bool) -> list[tuple[str, bool]]:
@@ -149,7 +156,7 @@ def _announce(jvp: str, name: str, found: BatchCurvature | None, error: Exceptio
         return
     if found is None:
         why = f"raises an error on this model ({type(error).__name__}: {str(error)[:200]})"
-    elif "outputs" in found.checks and not trust.on_host(found.checks["outputs"], wait=True):
+    elif not _repeats(found):
         why = (
             "does not make the outputs of the training pass once more (as where random numbers are "
             "drawn for what attention returns, which its differentiable kernel lays out in memory "
