@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from adler._process_setting import ProcessSetting
 from adler._recording.compiled import Compiled
@@ -170,6 +171,12 @@ class Call:
         return cls(
             unwrap(model), args, kwargs, output_fn, devices, autocast=autocast_states(devices)
         )
+
+    @property
+    def examples(self) -> int | None:
+        """How many: the first dimension of the first tensor that has one; None: there is none."""
+        given = pytree.tree_leaves((self.args, dict(self.kwargs)))
+        return next((len(t) for t in given if isinstance(t, Tensor) and t.ndim), None)
 
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """The outputs with ``params`` (by name) in place of the model's own.

@@ -200,7 +200,9 @@ def first_half(part: RecordedLoss) -> Half | None:
     """
     if part.whole is None:
         return None
-    count, size = (_count((of.call.args, of.call.kwargs)) for of in (part, part.whole))
+    count, size = part.call.examples, part.whole.call.examples
+    assert count is not None
+    assert size is not None
     rows = _rows(part.whole, size) * count // size
     half = count // 2
     if half == 0 or count == size:
@@ -218,11 +220,6 @@ def first_half(part: RecordedLoss) -> Half | None:
     )
 
 
-def _count(given: Any) -> int:
-    """How many examples a call of the model was given."""
-    return next(len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim)
-
-
 def _place_of(loss: RecordedLoss, call: Call, count: int) -> Place | None:
     """The first rows of what the model returned."""
     place = loss.places[0].place if loss.places else None
@@ -233,16 +230,14 @@ def _place_of(loss: RecordedLoss, call: Call, count: int) -> Place | None:
 
 def _part_of_call(call: Call, fraction: float) -> tuple[Call, int, int]:
     """The call on some examples, their number, and that of all."""
-    given = (call.args, dict(call.kwargs))
-    sizes = [len(t) for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and t.ndim]
-    if not sizes:
+    size = call.examples
+    if size is None:
         raise IndivisibleError(
             "the model received no tensor with a batch dimension, so there is no part of the "
             "batch to take: use measure=Measure(fraction=1.0)"
         )
-    size = sizes[0]
     count = min(size, max(2, math.ceil(fraction * size)))
-    args, kwargs = _first(given, size, count, "model")
+    args, kwargs = _first((call.args, dict(call.kwargs)), size, count, "model")
     smaller = replace(call, args=args, kwargs=kwargs, output_gradient=None, partial=True)
     return smaller, count, size
 

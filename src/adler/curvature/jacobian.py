@@ -17,7 +17,6 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -347,7 +346,7 @@ def _runs(f: Function, params: Parameters) -> bool:
     return True
 
 
-def differentiable_attention() -> AbstractContextManager[None]:
+def differentiable_attention() -> contextlib.AbstractContextManager[None]:
     """Of the attention kernels only MATH has a forward derivative and a second backward one."""
     return _math_kernel.wanted()
 
