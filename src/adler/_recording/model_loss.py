@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["ModelLoss", "how_to_describe", "terms_in"]
+__all__ = ["ModelLoss"]
 
 
 def _loss_of(result: Any) -> Any:
@@ -163,134 +162,3 @@ def _are_classes(value: Any) -> bool:
         and value.numel() > 0
         and not (value.is_floating_point() or value.is_complex())
     )
-
-
-# --- the message where a model returns its loss and the criterion was given --------------------
-
-_TARGETS = ("labels", "label", "targets", "target", "y", "tgt")
-_STARS: dict[Any, str] = {
-    inspect.Parameter.VAR_POSITIONAL: "*",
-    inspect.Parameter.VAR_KEYWORD: "**",
-}
-
-
-def how_to_describe(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-) -> str | None:
-    """The line to write for a model that returns its loss; None: it seems to return none.
-
-    A scalar is its loss where it is called so, or the model was given targets. Otherwise it may be
-    a term that the loop adds to its own.
-
-    Args:
-        model: That was called.
-        args: With these.
-        kwargs: And these.
-        result: What it returned.
-
-    Examples:
-        >>> class Bigram(nn.Module):
-        ...     def forward(self, tokens, targets=None):
-        ...         pass
-        >>> tokens, scores = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, 7)
-        >>> loss = torch.zeros((), requires_grad=True)
-        >>> line = how_to_describe(Bigram(), (tokens, tokens), {}, (scores, loss))
-        >>> "targets=lambda tokens, targets: targets.flatten()" in line
-        True
-    """
-    found = list(_parts(result))
-    losses = terms_in(result)
-    if not losses:
-        return None
-    outputs = [(place, t) for place, t in found if t.ndim > 0 and t.is_floating_point()]
-    if not outputs:
-        return (
-            "the model returned a loss, and not the outputs that it is a function of: have it "
-            "return both, and describe the loss by adler.ModelLoss(criterion, outputs=..., "
-            "targets=..., loss=...) in the criterion's place"
-        )
-    place, scores = outputs[0]
-    called_so = losses[0] in ("result['loss']", "result.loss")
-    names, fits = _targets(model, args, kwargs, scores, called_so)
-    name = next((name for name in _TARGETS if name in fits), next(reversed(fits), None))
-    if name is None and not called_so and not set(names) & set(_TARGETS):
-        return None
-    targets, note = f"lambda {', '.join(names)}: {name}", ""
-    if name is None:
-        targets = "targets_of"
-        note = (
-            f"\nwhere targets_of({', '.join(names)}) is to be written: it returns the targets that "
-            "the model's criterion receives.\n"
-        )
-    elif fits[name] == "flat":
-        targets += ".flatten()"
-        place += ".flatten(0, -2)" if scores.ndim > 2 else ""
-    return (
-        "the model returned its loss, which the criterion given to the optimizer did not compute. "
-        "Give the optimizer a description of it in the criterion's place (compare it with what "
-        "the model does; it is checked at the first step):\n\n"
-        f"    adler.ModelLoss(criterion, outputs=lambda result: {place}, targets={targets}, "
-        f"loss=lambda result: {losses[0]})\n{note}"
-        "\nIf that scalar is only a term that the loop adds to its own loss, give the optimizer a "
-        "module that computes the whole from what the model returned, and call it in the loop"
-    )
-
-
-def terms_in(result: Any) -> list[str]:
-    """Where the differentiable scalars are in what a model returned.
-
-    Examples:
-        >>> terms_in((torch.zeros(2, 3), torch.zeros((), requires_grad=True)))
-        ['result[1]']
-    """
-    return [place for place, t in _parts(result) if t.ndim == 0 and t.requires_grad]
-
-
-def _parts(result: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a model returns, and how a function of ``result`` finds each."""
-    if isinstance(result, Tensor):
-        yield "result", result
-        return
-    if isinstance(result, Mapping):
-        named = [(f"result[{key!r}]", value) for key, value in result.items()]
-    elif isinstance(result, (tuple, list)):
-        named = [(f"result[{i}]", value) for i, value in enumerate(result)]
-    else:
-        named = [(f"result.{key}", value) for key, value in getattr(result, "__dict__", {}).items()]
-    yield from ((place, value) for place, value in named if isinstance(value, Tensor))
-
-
-def _targets(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    scores: Tensor,
-    called_so: bool,
-) -> tuple[list[str], dict[str, str]]:
-    """The model's arguments as a function takes them, and how those fit that may be targets.
-
-    The first tensor is the input, unless its name or that of the loss says otherwise.
-    """
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except (TypeError, ValueError):
-        return ["*args", "**kwargs"], {}
-    given, known = bound.arguments, bound.signature.parameters
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    first = next(iter(tensors), None)
-    fits = {
-        name: _shape(value, scores)
-        for name, value in tensors.items()
-        if called_so or name != first or name in _TARGETS
-    }
-    names = [_STARS.get(known[name].kind, "") + name for name in given]
-    return names, {name: shape for name, shape in fits.items() if shape is not None}
-
-
-def _shape(value: Tensor, scores: Tensor) -> str | None:
-    """How a tensor fits outputs as their targets; None: it does not."""
-    if value.is_floating_point():
-        return "alike" if value.shape == scores.shape else None
-    if value.shape == scores.shape[:-1]:
-        return "flat" if scores.ndim > 2 else "classes"
-    return "classes" if value.shape == scores.shape[:1] + scores.shape[2:] else None

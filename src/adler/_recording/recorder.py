@@ -15,7 +15,6 @@ Where the coming step does not measure, calls are counted and nothing else.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -33,9 +32,10 @@ from adler._recording.compiled import Compiled
 from adler._recording.copies import Copier, copy_of, tensors_in
 from adler._recording.criterion_calls import CriterionCalls, Refused
 from adler._recording.explicit_targets import check_targets, same_inputs
+from adler._recording.first_message import how_to_describe, of_several
 from adler._recording.hooks import ForwardHook, remove_all
 from adler._recording.links import Place, Source, mark, sources
-from adler._recording.model_loss import ModelLoss, how_to_describe, terms_in
+from adler._recording.model_loss import ModelLoss
 from adler._recording.randomness import RandomState
 from adler._recording.records import WHOLE, Placed, RecordedLoss
 from adler._recording.replay import Call, accelerators, autocast_states, not_a_tensor
@@ -299,43 +299,7 @@ class Recorder:
                     self._last_call = marked, given
                     self._backward.follow(Source(place, tensor.grad_fn, tensor.output_nr))
         if not isinstance(result, Tensor) and self._output_fn is None:
-            self._unlinked = self._returned_loss or self._of_several(result)
-
-    def _of_several(self, result: Any) -> str:
-        """The message where the model returns no tensor, and no call of the criterion was seen."""
-        kind, module = type(result).__name__, isinstance(self._criterion, nn.Module)
-        term, name = next(iter(terms_in(result)), None), _name_of(self._criterion)
-        before = "" if name else "    loss_of = criterion\n\n"
-        if term is not None and _takes_two(self._criterion):
-            called = (
-                "was not called on any of it"
-                if module
-                else "is a function, whose calls no hook sees"
-            )
-            return (
-                f"the model returned {kind} with a scalar, {term}, and the criterion {called}. If "
-                "the loop adds that scalar to its loss, make a module that computes the whole loss "
-                "from what the model returned, give it to the optimizer and call it in the loop as "
-                f"criterion(outputs, targets, weight * {term}):\n\n"
-                f"{before}"
-                "    class Criterion(nn.Module):\n"
-                "        def forward(self, outputs, targets, term):\n"
-                f"            return {name or 'loss_of'}(outputs, targets) + term\n\n"
-                f"If the model computes its loss, and {term} is all of it, give the optimizer an "
-                "adler.ModelLoss in the criterion's place"
-            )
-        if module:
-            return not_a_tensor(result, has_output_fn=False)
-        return (
-            f"the model returned {kind}, and the criterion is a function, whose calls no hook "
-            "sees. Make it a module, give that to the optimizer and call it in the loop; it may "
-            "receive any of what the model returned:\n\n"
-            f"{before}"
-            "    class Criterion(nn.Module):\n"
-            "        def forward(self, *args, **kwargs):\n"
-            f"            return {name or 'loss_of'}(*args, **kwargs)\n\n"
-            "For a loss of one of them, output_fn= and step(targets=...) do as well"
-        )
+            self._unlinked = self._returned_loss or of_several(self._criterion, result)
 
     def _leave_model_with_loss(self, described: ModelLoss, call: Call, result: Any) -> None:
         value = described.loss(result)
@@ -384,21 +348,3 @@ class Recorder:
     def _watch(self, value: Tensor, loss: RecordedLoss) -> None:
         self._losses += 1
         self._backward.watch(value, loss)
-
-
-def _name_of(criterion: Any) -> str | None:
-    """As code that stands beside ``from torch import nn``; None: it has no name of its own."""
-    name = getattr(criterion, "__name__", None)
-    if not isinstance(name, str) or not name.isidentifier():
-        return None
-    return f"nn.functional.{name}" if getattr(nn.functional, name, None) is criterion else name
-
-
-def _takes_two(criterion: Any) -> bool:
-    """Whether outputs and targets are all that it asks for."""
-    try:
-        forward = criterion.forward if isinstance(criterion, nn.Module) else criterion
-        inspect.signature(forward).bind(None, None)
-    except (TypeError, ValueError):
-        return False
-    return True
