@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.right import DOUBLE, body
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from adler import Adler, AdlerAdam, AdlerScheduleFree, Measure
 from adler._optimizers.edits import Edits
@@ -293,6 +294,20 @@ def test_an_old_optimizer_leaves_the_next_phase_alone(kind):
     assert not equal(trained, x)
     assert equal(at_the_average(model), trained)
     assert old.last_step is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hooks_that_pytorch_goes_through_at_each_step_stay_as_they_are(kind):
+    """It goes through them while other threads make optimizers, and lose them."""
+    hooks = _global_optimizer_pre_hooks
+    model = body()
+    optimizers = [kind(model.parameters(), model, ce)]
+    before = dict(hooks)
+    optimizers.append(kind(model.parameters(), model, ce))
+    assert dict(hooks) == before
+    del optimizers
+    gc.collect()
+    assert dict(hooks) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from adler import _distributed as distributed
@@ -36,6 +35,7 @@ from adler._optimizers.edits import Edits, close, equal
 from adler._optimizers.interpolation import Interpolation, fast_state
 from adler._optimizers.running_statistics import RunningStatistics
 from adler._optimizers.saving import SavedWeights
+from adler._optimizers.steps_of_others import StepsOfOthers
 from adler._options import Search
 from adler._recording.hooks import ForwardHook, Hook, remove_all
 from adler._recording.model_loss import ModelLoss
@@ -89,7 +89,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     _unreconciled: bool
     _statistics: RunningStatistics
     _weights: SavedWeights
-    _handles: list[RemovableHandle | mode.Follower | _StepsOfOthers]
+    _handles: list[RemovableHandle | mode.Follower | StepsOfOthers]
     _group_of: dict[int, int]
     _trains_in_eval: bool
     _only_by_mode: bool
@@ -390,7 +390,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
-        others = _StepsOfOthers(self)
+        others = StepsOfOthers(self)
         others.listen()
         follow = self.model.register_forward_pre_hook(_Follow(self, self.model), prepend=True)
         see = self.model.register_forward_pre_hook(
@@ -439,54 +439,3 @@ class _Follow(Hook):
             return
         if any(id(p) in params for group in optimizer.param_groups for p in group["params"]):
             optimizer._retire()
-
-
-class _StepsOfOthers:
-    """Before a step of any optimizer: another one that trains the same parameters takes over.
-
-    PyTorch goes through its hooks while they are called, and an optimizer may be made or end in
-    another thread then. So there is one hook for all, which stays.
-    """
-
-    _listening: ClassVar[set[_StepsOfOthers]] = set()
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _hooked: ClassVar[bool] = False
-
-    def __init__(self, optimizer: AveragedOptimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._shares: Any = weakref.WeakKeyDictionary()
-
-    def listen(self) -> None:
-        """Is told from now on."""
-        with self._lock:
-            self._listening.add(self)
-            if not self._hooked:
-                _StepsOfOthers._hooked = True
-                register_optimizer_step_pre_hook(_tell_of_a_step)
-
-    def remove(self) -> None:
-        """Is told no more."""
-        self._listening.discard(self)
-
-    @classmethod
-    def tell(cls, stepping: torch.optim.Optimizer) -> None:
-        """All that listen."""
-        for one in tuple(cls._listening):
-            one.see(stepping)
-
-    def see(self, stepping: torch.optim.Optimizer) -> None:
-        """An optimizer begins a step."""
-        mine = self._optimizer()
-        if mine is None or stepping is mine or not mine.follow_mode:
-            return
-        if stepping not in self._shares:
-            own = {id(p) for group in mine.param_groups for p in group["params"]}
-            theirs = (p for group in stepping.param_groups for p in group["params"])
-            self._shares[stepping] = any(id(p) in own for p in theirs)
-        if self._shares[stepping]:
-            # One that measures would measure where the gradient was not taken.
-            mine._retire(move=not isinstance(stepping, MeasuredOptimizer))
-
-
-def _tell_of_a_step(stepping: torch.optim.Optimizer, *_: Any) -> None:
-    _StepsOfOthers.tell(stepping)
