@@ -41,6 +41,7 @@ DEFAULTS = {"beta": 0.9999, "eps": 1e-10, "guard": GUARD}
 DEFAULTS |= {"measure": SimpleNamespace(every=8, fraction=0.25, warmup=100)}
 # Where a default differs.
 OTHERS = {AdlerMuon: {"guard": SimpleNamespace(**{**vars(GUARD), "max_relative_change": 0.005})}}
+# (A mean of two rates, at beta=0.5, follows single parts so far that rounding is all there is.)
 CLOSE = Guard(trust_region=0.9, max_relative_change=None)
 RARE = Measure(every=3, fraction=0.5, warmup=4)
 OPTIONS = {
