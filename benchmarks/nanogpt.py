@@ -222,8 +222,8 @@ def _number(loss: float | None) -> float:
 
 
 def _spread(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
 def main() -> None:

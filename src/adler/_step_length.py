@@ -31,7 +31,7 @@ held back between measurements too.
 
 **Parts of a batch** say $c$ without bias, but not its inverse: of a part whose $c$ varies about the
 whole batch's with relative variance $\rho$, the mean of $\log 1/c$ is too large by $\rho / 2$ (that
-of $1/c$ by a factor $1 + \rho$), and rates too long by a tenth would train another network.
+of $1/c$ by a factor $1 + \rho$), and rates that are too long train another network.
 So what enters the average is divided by that excess; ``spread`` says $\rho$. The bounds take the
 ratio from a discounted arithmetic mean over the measurements, with ``smoothing`` $\gamma$.
 
