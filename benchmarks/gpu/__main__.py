@@ -2,9 +2,11 @@
 
     python -m benchmarks.gpu prepare --root DIR --data FILES
     python -m benchmarks.gpu --data FILES --minutes 9
+    python -m benchmarks.gpu --preset two-cores --data FILES --minutes 180
 
 Parts, in order: (a) the tests that need a GPU, (b) time and memory of a step, (c) a decoder of ten
-million parameters on prose, (d) a residual network on CIFAR-10, (e) Table 7.1 at full size. Each
+million parameters on prose, (d) a residual network on CIFAR-10, (e) Table 7.1 at full size. Where
+there is no GPU, two-cores has (c) and (d) as large as a few hours of two CPU cores allow. Each part
 writes its JSON when its time is over, and the next call goes on where this one stopped. A part that
 fails is recorded and does not stop the others. ``prepare`` makes the data into files under 60 MiB.
 """
@@ -12,6 +14,7 @@ fails is recorded and does not stop the others. ``prepare`` makes the data into 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +31,7 @@ from examples.shared.records import Record, read
 
 __all__ = ["main"]
 
-_RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+_PROJECT = Path(__file__).parents[2]
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,9 +41,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     option("--preset", choices=tuple(PRESETS), default="full")
     option("--minutes", type=float, default=9.0, help="after which nothing goes on (default: 9)")
     option("--data", type=Path, help="what `prepare` wrote, or the originals")
-    option("--parts", default="abcde", help="letters (default: abcde)")
-    option("--results", type=Path, help="default: benchmarks/results/gpu; smoke: elsewhere")
-    option("--device", choices=("cuda", "cpu"), default="cuda")
+    option("--parts", help="letters (default: all that the preset has)")
+    option("--results", type=Path, help="default: the preset's own")
+    option("--device", choices=("cuda", "cpu"), help="default: what the preset is for")
     return parser.parse_args(argv)
 
 
@@ -69,16 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     options = _arguments(argv)
     preset = PRESETS[options.preset]
-    if options.preset == "smoke":
-        options.device = "cpu"
-        options.results = options.results or Path("runs/gpu-smoke")
+    options.device = options.device or preset.device
+    options.parts = options.parts or "".join(preset.shares)
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: no GPU: pass --device cpu, or --preset smoke")
+        raise SystemExit("error: no GPU: pass --preset two-cores, or smoke")
     if options.data is None and not preset.synthetic:
         raise SystemExit("error: --data: where `prepare` wrote its files")
     if unknown := set(options.parts) - set(preset.shares):
         raise SystemExit(f"error: --parts {options.parts}: no part {', '.join(sorted(unknown))}")
-    results = options.results or _RESULTS
+    results = options.results or _PROJECT / preset.results
     session = Session(results, options.device, options.minutes)
     with tempfile.TemporaryDirectory() as made:
         root = options.data
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cifar.synthetic(root)
         _run(session, preset, root, options)
     found = {letter: _read(results, letter) for letter in preset.shares}
-    (results / "tables.md").write_text(report.markdown(found))
+    (results / "tables.md").write_text(report.markdown(found, options.preset))
     print((results / "tables.md").read_text())
 
 
@@ -96,15 +98,17 @@ def _run(session: Session, preset: Preset, root: Path, options: argparse.Namespa
     text = None if preset.synthetic and options.data is None else root
     parts: dict[str, Callable[[], None]] = {
         "a": lambda: tests.run(session),
-        "b": lambda: cost.run(session, preset.cost),
         "c": lambda: gpt.run(session, preset.gpt, text),
         "d": lambda: pictures.run(session, preset.pictures, root),
-        "e": lambda: cells.run(session, preset.cells, root),
     }
-    for letter, work in parts.items():
+    if preset.cost is not None:
+        parts["b"] = functools.partial(cost.run, session, preset.cost)
+    if preset.cells is not None:
+        parts["e"] = functools.partial(cells.run, session, preset.cells, root)
+    for letter, share in preset.shares.items():
         if letter in options.parts:
-            with session.part(letter, preset.shares[letter]):
-                work()
+            with session.part(letter, share):
+                parts[letter]()
             print(f"part {letter}: {len(_read(session.results, letter))} records", flush=True)
 
 

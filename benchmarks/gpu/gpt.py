@@ -1,4 +1,4 @@
-"""Part (c): a decoder of ten million parameters on English prose, byte by byte, in bfloat16."""
+"""Part (c): a decoder on English prose, byte by byte."""
 
 from __future__ import annotations
 
@@ -66,4 +66,12 @@ def workload(preset: Gpt, text: Tensor, held_out: Tensor, device: str) -> Worklo
         return {"test_loss": float(total) / wanted}
 
     epoch = len(text) // (preset.batch * preset.length)
-    return Workload(network, batches, preset.steps, max(1, epoch), test, preset.evaluations)
+    return Workload(
+        network,
+        batches,
+        preset.steps,
+        max(1, epoch),
+        test,
+        preset.evaluations,
+        bfloat16=preset.bfloat16,
+    )

@@ -1,4 +1,4 @@
-"""Part (d): a residual network on CIFAR-10, all pictures, shifted and mirrored, in bfloat16.
+"""Part (d): a residual network on CIFAR-10, all pictures, shifted and mirrored.
 
 As in the public speed runs the question is who reaches a good accuracy within a few epochs. Rates
 are chosen by the first seed's final test accuracy; the other seeds have the best.
@@ -67,7 +67,7 @@ def _best(session: Session, preset: Pictures, name: str) -> float | None:
 
 def workload(preset: Pictures, examples: cifar.Data, device: str) -> Workload:
     """The network and the pictures; an epoch drops its incomplete last minibatch."""
-    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    layout = torch.channels_last
     steps = len(examples.train_x) // preset.batch
 
     def network(seed: int) -> nn.Module:
@@ -93,4 +93,12 @@ def workload(preset: Pictures, examples: cifar.Data, device: str) -> Workload:
         loss = nn.CrossEntropyLoss()(outputs, examples.test_y)
         return {"test_loss": float(loss), "test_error": float(wrong)}
 
-    return Workload(network, batches, preset.epochs * steps, steps, test, preset.epochs)
+    return Workload(
+        network,
+        batches,
+        preset.epochs * steps,
+        steps,
+        test,
+        preset.epochs,
+        bfloat16=preset.bfloat16,
+    )

@@ -20,11 +20,15 @@ __all__ = ["markdown"]
 _AGAINST = "AdamW"
 
 
-def markdown(parts: Mapping[str, Sequence[Record]]) -> str:
+_TITLES = {"full": "On one GPU", "two-cores": "On two CPU cores", "smoke": "Whether it runs"}
+
+
+def markdown(parts: Mapping[str, Sequence[Record]], preset: str) -> str:
     """All tables.
 
     Args:
-        parts: By the part's letter, its records, failures among them.
+        parts: By the letter of each part that the preset has, its records, failures among them.
+        preset: Its name.
     """
     shown: dict[str, tuple[str, Callable[[Sequence[Record]], list[str]]]] = {
         "a": ("The tests that need a GPU", _tests),
@@ -33,9 +37,9 @@ def markdown(parts: Mapping[str, Sequence[Record]]) -> str:
         "d": ("A residual network on CIFAR-10", _pictures),
         "e": ("Table 7.1 at full size", _cells),
     }
-    lines = ["# On one GPU", ""]
-    for letter, (title, show) in shown.items():
-        found = parts.get(letter, ())
+    lines = [f"# {_TITLES[preset]}", ""]
+    for letter, found in parts.items():
+        title, show = shown[letter]
         done = [r for r in found if "failed" not in r]
         finished = {r["key"] for r in done}
         lines += [f"## {title}", ""]
@@ -48,7 +52,10 @@ def markdown(parts: Mapping[str, Sequence[Record]]) -> str:
         versions = sorted(
             {", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in everything}
         )
-        lines += [f"{devices}; {'; '.join(versions)}. Written by `python -m benchmarks.gpu`."]
+        lines += [
+            f"{devices}; {'; '.join(versions)}. Written by "
+            f"`python -m benchmarks.gpu --preset {preset}`."
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -141,7 +148,7 @@ def _gpt(done: Sequence[Record]) -> list[str]:
         *lines,
         "",
         f"{first['parameters'] / 1e6:.1f} M parameters, at most {max(r['steps'] for r in done):,} "
-        "steps; one seed. Seconds of training, without evaluation.",
+        "steps; one seed. {_seconds(first)}",
     ]
 
 
@@ -175,8 +182,15 @@ def _pictures(done: Sequence[Record]) -> list[str]:
         "",
         "Mean ± standard deviation over seeds; a run that diverged counts as accuracy 0. To the "
         f"target: median over seeds. {done[0]['data']}; {done[0]['parameters'] / 1e6:.1f} M "
-        "parameters. Rates of the grids by the first seed's final test accuracy.",
+        "parameters. Rates of the grids by the first seed's final test accuracy. "
+        + _seconds(done[0]),
     ]
+
+
+def _seconds(record: Record) -> str:
+    of_process = "" if record["on_gpu"] else " of the process"
+    precision = "bfloat16" if record["bfloat16"] else "float32"
+    return f"Seconds{of_process} in training, without evaluation; {precision}."
 
 
 def _accuracy(mine: Sequence[Record]) -> float:

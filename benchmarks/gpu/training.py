@@ -1,11 +1,13 @@
-"""Training runs of parts (c) and (d), in bfloat16: any method of `benchmarks.suite.methods`.
+"""Training runs of parts (c) and (d): any method of `benchmarks.suite.methods`.
 
 Seconds are of training: everything that a method does between two batches, and the waiting for the
-device, but no evaluation.
+device, but no evaluation. On a GPU they are the clock's; on a CPU, which other processes may share,
+the process's own.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ class Workload(NamedTuple):
         epoch_steps: Of an epoch.
         test: Loss and further numbers of a network in eval mode.
         evaluations: At so many evenly spaced moments, the end among them.
+        bfloat16: Whether the network runs under autocast.
     """
 
     network: Callable[[int], nn.Module]
@@ -48,6 +51,7 @@ class Workload(NamedTuple):
     epoch_steps: int
     test: Callable[[nn.Module], dict[str, float]]
     evaluations: int
+    bfloat16: bool
 
 
 def choices(preset: Any) -> list[tuple[str, float | None]]:
@@ -76,6 +80,9 @@ def train(
         OutOfTimeError: As soon as it is clear that the session's time does not suffice.
     """
     torch.manual_seed(seed)
+    precision = functools.partial(
+        torch.autocast, session.device, torch.bfloat16, enabled=workload.bfloat16
+    )
     model = workload.network(seed)
     criterion = nn.CrossEntropyLoss()
     stepper = method(name).make(
@@ -99,7 +106,7 @@ def train(
     for step in range(1, workload.steps + 1):
         x, y = next(batches)
         stepper.optimizer.zero_grad()
-        with torch.autocast(session.device, torch.bfloat16):
+        with precision():
             loss = criterion(model(x), y)
         loss.backward()
         stepper.after_backward(loss)
@@ -115,7 +122,7 @@ def train(
             curves["seconds"].append(seconds)
             curves["train_loss"].append(float(total) / counted)
             curves["lr"].append(stepper.rate())
-            with torch.no_grad(), torch.autocast(session.device, torch.bfloat16):
+            with torch.no_grad(), precision():
                 for number, value in workload.test(stepper.evaluate()).items():
                     curves.setdefault(number, []).append(value)
             if diverged or not math.isfinite(float(total)):
@@ -131,6 +138,8 @@ def train(
         "seed": seed,
         "steps": step,
         "parameters": parameter_count(model),
+        "on_gpu": session.device == "cuda",
+        "bfloat16": workload.bfloat16,
         "seconds": seconds,
         "diverged": diverged,
         **stepper.counts(),
@@ -146,7 +155,8 @@ def _foresee(session: Session, elapsed: float, step: int, steps: int) -> None:
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def last(record: Record, number: str) -> float:

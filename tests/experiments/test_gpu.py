@@ -89,6 +89,23 @@ def test_methods_are_the_suites():
     assert {rate for name, rate in found if name == "adamw-cosine-tuned"} == {3e-4, 1e-3, 3e-3}
 
 
+def test_a_preset_has_the_parts_it_names(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(command.gpt, "run", lambda session, *_: ran.append(("c", session.device)))
+    monkeypatch.setattr(command.pictures, "run", lambda session, *_: ran.append(("d", 0)))
+    arguments = ["--preset", "two-cores", "--results", str(tmp_path), "--data", str(tmp_path)]
+    command.main(arguments)
+    assert ran == [("c", "cpu"), ("d", 0)]
+    with pytest.raises(SystemExit, match="no part b"):
+        command.main([*arguments, "--parts", "bc"])
+    for preset in PRESETS.values():
+        assert ("b" in preset.shares, "e" in preset.shares) == (
+            preset.cost is not None,
+            preset.cells is not None,
+        )
+    capsys.readouterr()
+
+
 # --- time and failures ---------------------------------------------------------------------------
 
 
@@ -303,11 +320,11 @@ def tiny(clock, steps=60, scale=1.0):
     def test(model):
         return {"test_loss": float(model(torch.ones(1, 3)).sum())}
 
-    return training.Workload(network, batches, steps, steps, test, evaluations=3)
+    return training.Workload(network, batches, steps, steps, test, evaluations=3, bfloat16=True)
 
 
 def test_seconds_are_without_evaluation(session, clock, monkeypatch):
-    monkeypatch.setattr(training.time, "perf_counter", clock)
+    monkeypatch.setattr(training.time, "process_time", clock)
     session._end = session._part_end = math.inf
     found = training.train(session, tiny(clock), "adamw", None, seed=0)
     assert found["curves"]["seconds"] == [20, 40, 60]
@@ -317,15 +334,31 @@ def test_seconds_are_without_evaluation(session, clock, monkeypatch):
     assert not found["diverged"]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_precision_is_the_workloads(session, clock, wanted):
+    session._end = session._part_end = math.inf
+    tiny_one, found = tiny(clock, steps=6), set()
+
+    def network(seed):
+        model = tiny_one.network(seed)
+        model.register_forward_hook(lambda module, args, output: found.add(output.dtype))
+        return model
+
+    made = tiny_one._replace(network=network, bfloat16=wanted)
+    record = training.train(session, made, "adamw", None, 0)
+    assert found == {torch.bfloat16 if wanted else torch.float32}
+    assert record["bfloat16"] is wanted
+
+
 def test_a_run_that_will_not_end_in_time_is_left_early(session, clock, monkeypatch):
-    monkeypatch.setattr(training.time, "perf_counter", clock)
+    monkeypatch.setattr(training.time, "process_time", clock)
     with pytest.raises(OutOfTimeError, match="600 steps"):
         training.train(session, tiny(clock, steps=600), "adamw", None, seed=0)
     assert clock.now < 30
 
 
 def test_a_run_that_diverges_ends(session, clock, monkeypatch):
-    monkeypatch.setattr(training.time, "perf_counter", clock)
+    monkeypatch.setattr(training.time, "process_time", clock)
     session._end = session._part_end = math.inf
     found = training.train(session, tiny(clock, scale=math.inf), "adamw", None, seed=0)
     assert found["diverged"]
@@ -374,7 +407,7 @@ def test_what_failed_is_told():
     assert (found["passed"], found["skipped"]) == (1, 1)
     assert set(found["failures"]) == {"t::fails", "t::breaks"}
     record = {"key": "file", "device": "d", "versions": {"torch": "1"}, **found}
-    text = report.markdown({"a": [record]})
+    text = report.markdown({"a": [record]}, "full")
     assert "1 passed, 2 failed, 1 skipped" in text
     assert "1 is not 2" in text
     assert "in a fixture" in text
@@ -393,6 +426,8 @@ def run_record(name, lr, loss, error=None, seed=0, diverged=False):
         "seconds": 2.0,
         "parameters": 10**7,
         "diverged": diverged,
+        "on_gpu": False,
+        "bfloat16": False,
         "curves": curves,
         "target": 0.92,
         "data": "cifar10",
@@ -406,9 +441,12 @@ def test_tables_say_what_the_records_say():
     d = [run_record("adler-schedulefree", None, 0.2, e, s) for s, e in enumerate((0.06, 0.10))]
     d.append(run_record("adamw-cosine-tuned", 1e-3, 0.3, 0.2, diverged=True))
     failed = {"key": "muon", "failed": "Traceback\nValueError: no", "device": "d", "versions": {}}
-    text = report.markdown({"c": [*c, failed], "d": d})
+    text = report.markdown({"a": [], "c": [*c, failed], "d": d}, "two-cores")
     assert text.index("AdlerScheduleFree | its own | 1.2500") < text.index("0.001 | 1.5000")
     assert "Failed: muon: `ValueError: no`" in text
     assert "| AdlerScheduleFree | its own | 2 | 0.9200 ± 0.0283 | 1 |" in text
     assert "| 1 | 0.0000 | 0 | – | – |" in text
-    assert text.count("It has not run") == 3
+    assert text.count("It has not run") == 1
+    assert text.startswith("# On two CPU cores")
+    assert "Seconds of the process in training, without evaluation; float32." in text
+    assert "--preset two-cores`" in text
