@@ -223,6 +223,27 @@ def _ademamix(s: Setting) -> Stepper:
     return Stepper(s, optimizer, warmup_cosine(s.steps, 0.02))
 
 
+def _soap(s: Setting) -> Stepper:
+    """The class's defaults, which are the authors': betas 0.95, a new basis every ten steps."""
+    optimizer = _peer("pytorch_optimizer").SOAP(s.model.parameters(), lr=s.rate)
+    return Stepper(s, optimizer, warmup_cosine(s.steps, 0.05))
+
+
+def _normuon(s: Setting) -> Stepper:
+    """The same matrices, scale, decay and AdamW as `MuonAdamW`; else the class's defaults."""
+    named = dict(s.model.named_parameters())
+    matrices = set(adler.hidden_matrices(s.model))
+    common: dict[str, Any] = {"lr": s.rate, "weight_decay": 1e-2}
+    of_adamw = {"use_muon": False, "betas": (0.9, 0.999), "eps": 1e-8, **common}
+    of_muon = {"use_muon": True, "update_scale": "match_rms", **common}
+    groups = [
+        {"params": [p for name, p in named.items() if name not in matrices], **of_adamw},
+        {"params": [p for name, p in named.items() if name in matrices], **of_muon},
+    ]
+    optimizer = _peer("pytorch_optimizer").NorMuon([g for g in groups if g["params"]])
+    return Stepper(s, optimizer, warmup_cosine(s.steps, 0.05))
+
+
 def _group(optimizer: Optimizer, name: str) -> float:
     return float(optimizer.param_groups[0][name])
 
@@ -259,6 +280,18 @@ METHODS: dict[str, Method] = {
     # Half a decade above AdamW's rates: on text, 1e-2 was Muon's best of three.
     "muon-cosine-tuned": Method(
         "Muon + AdamW + cosine, grid", _rates(-3.5), 2, _muon, needs_steps=True
+    ),
+    "normuon-cosine-tuned": Method(
+        "NorMuon + AdamW + cosine, grid",
+        _rates(-3.5),
+        2,
+        _normuon,
+        "pytorch_optimizer",
+        needs_steps=True,
+    ),
+    # Its authors' rate, 3e-3, in the middle.
+    "soap-cosine-tuned": Method(
+        "SOAP + cosine, grid", _rates(-3.5), 2, _soap, "pytorch_optimizer", needs_steps=True
     ),
     "adler": Method("Adler", None, _RARELY, _interpolated(adler.Adler)),
     "adler-cap": Method(

@@ -134,6 +134,8 @@ _LONG_METHODS = (
     "adamw-cosine-tuned",
     "sgd-momentum-cosine-tuned",
     "muon-cosine-tuned",
+    "normuon-cosine-tuned",
+    "soap-cosine-tuned",
     "adler",
     "adler-adam",
     "adler-schedulefree",

@@ -73,6 +73,7 @@ def test_what_is_tuned_and_what_is_not():
     tuned = [n for n, m in METHODS.items() if m.grid]
     assert tuned == [
         "sgd", "adamw-cosine-tuned", "sgd-momentum-cosine-tuned", "muon-cosine-tuned",
+        "normuon-cosine-tuned", "soap-cosine-tuned",
     ]  # fmt: skip
     for name in tuned[1:]:
         grid = METHODS[name].grid
@@ -313,6 +314,31 @@ def test_without_hidden_matrices_muon_is_adamw():
         ends.append([p.detach().clone() for p in made.model.parameters()])
     for p, q in zip(*ends):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("name", ["normuon-cosine-tuned", "soap-cosine-tuned"])
+def test_peers_with_a_grid_have_muons_rates(name):
+    assert METHODS[name].grid == METHODS["muon-cosine-tuned"].grid
+
+
+def test_normuon_moves_the_matrices_that_muon_moves():
+    made, _, _ = setting(networks.mlp(5, (16, 16), 3, "tanh"), rate=0.01)
+    others, matrices = needing("normuon-cosine-tuned").make(made).optimizer.param_groups
+    named = dict(made.model.named_parameters())
+    wanted = [named[name] for name in adler.hidden_matrices(made.model)]
+    assert [id(p) for p in matrices["params"]] == [id(p) for p in wanted]
+    assert len(others["params"]) + len(wanted) == len(named)
+    assert (matrices["use_muon"], others["use_muon"]) == (True, False)
+    assert matrices["update_scale"] == "match_rms"
+    assert matrices["initial_lr"] == others["initial_lr"] == 0.01
+    assert matrices["weight_decay"] == others["weight_decay"] == 1e-2
+
+
+def test_soap_is_set_as_its_authors_set_it():
+    made, _, _ = setting(rate=3e-3)
+    group = needing("soap-cosine-tuned").make(made).optimizer.param_groups[0]
+    assert (group["betas"], group["precondition_frequency"]) == ((0.95, 0.95), 10)
+    assert (group["weight_decay"], group["initial_lr"]) == (1e-2, 3e-3)
 
 
 def test_ademamix_is_set_as_its_authors_set_it():
