@@ -24,7 +24,7 @@ _TITLES = {"full": "On one GPU", "two-cores": "On two CPU cores", "smoke": "Whet
 
 
 def markdown(parts: Mapping[str, Sequence[Record]], preset: str) -> str:
-    """All tables.
+    """All tables, each between the marks by which pages include it.
 
     Args:
         parts: By the letter of each part that the preset has, its records, failures among them.
@@ -42,8 +42,9 @@ def markdown(parts: Mapping[str, Sequence[Record]], preset: str) -> str:
         title, show = shown[letter]
         done = [r for r in found if "failed" not in r]
         finished = {r["key"] for r in done}
-        lines += [f"## {title}", ""]
-        lines += [*show(done), ""] if done else ["It has not run.", ""]
+        table = show(done) if done else ["It has not run."]
+        lines += [f"## {title}", "", f"<!-- --8<-- [start:{letter}] -->", "", *table, ""]
+        lines += [f"<!-- --8<-- [end:{letter}] -->", ""]
         for record in found:
             if "failed" in record and record["key"] not in finished:
                 lines += [f"Failed: {record['key']}: `{_last_line(record['failed'])}`", ""]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import adler
@@ -46,7 +46,7 @@ class MuonAdamW(Optimizer):
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         self._parts: list[Optimizer] = [AdamW(others, **options)]
         # Muon takes matrices alone: it is given views of the same numbers.
-        self._views = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in matrices]
+        self._views = [(weight, nn.Parameter(_matrix(weight.detach()))) for weight in matrices]
         if matrices:
             if not hasattr(torch.optim, "Muon"):
                 raise RuntimeError(
@@ -64,8 +64,26 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for weight, view in self._views:
-            view.grad = None if weight.grad is None else weight.grad.flatten(1)
+            view.grad = None if weight.grad is None else _matrix(weight.grad, weight)
         for group, part in zip(self.param_groups, self._parts, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
         return loss
+
+
+def _matrix(tensor: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``[out, everything else]``: a view of a weight, or a gradient in the order of its weight's.
+
+    In `torch.channels_last` the columns come in another order, which orthogonalisation carries
+    along.
+
+    Raises:
+        ValueError: For a weight in an order of which no matrix is a view.
+    """
+    order = tensor if weight is None else weight
+    if not order.is_contiguous() and order.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    made = tensor.flatten(1)
+    if weight is None and made.data_ptr() != tensor.data_ptr():
+        raise ValueError(f"a weight of shape {list(order.shape)}: strides {order.stride()}")
+    return made

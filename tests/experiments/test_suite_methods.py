@@ -303,6 +303,32 @@ def test_muon_moves_hidden_matrices_alike_and_adamw_the_rest():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), after))
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
+def test_muon_moves_the_same_in_another_memory_format():
+    ends = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = CNN(7, width=8, depth=2).to(memory_format=order)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = MuonAdamW(model, lr=0.01)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+        ends.append([p.detach() - q for p, q in zip(model.parameters(), before)])
+    for p, q in zip(*ends):
+        assert float(p.norm()) > 0
+        torch.testing.assert_close(q, p, rtol=0.05, atol=1e-3 * float(p.abs().max()))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
+def test_muon_refuses_a_weight_of_which_no_matrix_is_a_view():
+    model = CNN(7, width=8, depth=2)
+    weight = next(p for p in matrices_of(model) if p.dim() == 4)
+    weight.data = weight.data.transpose(2, 3)
+    with pytest.raises(ValueError, match="strides"):
+        MuonAdamW(model, lr=0.01)
+
+
 def test_without_hidden_matrices_muon_is_adamw():
     ends = []
     for make in (
