@@ -44,6 +44,9 @@ def short(found: Sequence[Record], runs: Runs) -> list[str]:
             f" Mean rank among {len(methods)} methods, that SGD among them: {ranks[DEFAULT]:.1f}, "
             f"place {place}, over {_tasks(ranked)}."
         )
+        if place > 1:
+            first = min(ranks, key=lambda n: ranks[n])
+            told += f" The first is {method(first).label}, {ranks[first]:.1f}."
     return [told]
 
 

@@ -258,7 +258,7 @@ def test_the_verdict_counts_what_the_recommended_optimizer_won_and_lost():
         "**Untuned, AdlerScheduleFree ends above the best of 10 SGD learning rates on 1 of 2 short "
         "tasks, level with it on 0, below on 1.** It failed to train on none. Accuracy gained, in "
         "the mean: +4.0 points. Mean rank among 6 methods, that SGD among them: 2.0, place 2, over "
-        "1 task.\n"
+        "1 task. The first is Adler, 1.0.\n"
     ) in text
     for r in found:
         if r["method"] == "adler-schedulefree":
