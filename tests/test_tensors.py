@@ -66,6 +66,18 @@ def test_dot_is_the_sum_of_products_of_either_sign(on_host, dtypes, monkeypatch)
     assert dot(a, b).dtype == torch.float64
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("small", [0, 20, 1000])
+def test_dot_is_the_same_however_many_tensors_are_small(small, order, monkeypatch):
+    monkeypatch.setattr("adler._tensors._SMALL", small)
+    torch.manual_seed(0)
+    shapes = [(), (7,), (3, 7), (2, 3, 2, 2), (2, 3, 5, 5)]
+    a, b = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
+    a = [t.contiguous(memory_format=order) if t.dim() == 4 else t for t in a]
+    exact = math.fsum(float(x * y) for s, t in zip(a, b) for x, y in zip(s.flatten(), t.flatten()))
+    assert float(dot(a, b)) == pytest.approx(exact, rel=1e-13)
+
+
 @pytest.mark.parametrize("dtypes", [DTYPES, [torch.float64]], ids=["mixed", "float64"])
 def test_shifted_tensors_are_new_and_that_far_away(dtypes):
     params, directions = mixed(0, dtypes), mixed(1, dtypes)

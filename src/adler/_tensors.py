@@ -11,6 +11,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from adler._distributed import Layout, all_whole, layout, local, whole
 
@@ -36,6 +37,7 @@ __all__ = [
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_DEVICES = ("cpu", "cuda")
 _HOST_DEVICES = ("cpu",)
+_SMALL = 1 << 14  # entries: copying them takes as long as the launch of a kernel or two
 
 
 def is_on_host(device: torch.device) -> bool:
@@ -90,12 +92,22 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = No
 
 
 def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Of each pair, without temporaries where the dtype is wide."""
-    flat = [
-        (a.reshape(-1).to(at_least_float32(a)), b.reshape(-1).to(at_least_float32(b)))
-        for a, b in zip(left, right, strict=True)
-    ]
-    return torch.stack([torch.dot(a, b) for a, b in flat])
+    """Terms of the sum over all pairs, of one dtype, without large temporaries where it is wide.
+
+    Small tensors are copied into one: a kernel and two views of each would take longer than all the
+    copying.
+    """
+    wide = at_least_float32(left[0])
+    small, pairs = [], []
+    for a, b in zip(left, right, strict=True):
+        if a.numel() > _SMALL:
+            pairs.append((a.reshape(-1), b.reshape(-1)))
+        else:
+            small.append((a, b))
+    if small:
+        of_left, of_right = map(_flatten_dense_tensors, zip(*small, strict=True))
+        pairs.append((of_left, of_right))
+    return torch.stack([torch.dot(a.to(wide), b.to(wide)) for a, b in pairs])
 
 
 def _dots_by_few_kernels(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

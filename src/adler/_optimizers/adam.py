@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from adler._options import Guard, Measure, Search
 from adler._recording.model_loss import ModelLoss
 
 __all__ = ["Adam", "AdlerAdam", "Preconditioned", "adam_denominators"]
+
+_DTYPE = attrgetter("dtype")
 
 
 class AdlerAdam(MeasuredOptimizer):
@@ -294,6 +297,8 @@ def adam_denominators(
 
 def _as(tensors: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the dtypes of others; each itself where that is its own."""
+    if all(map(is_, map(_DTYPE, tensors), map(_DTYPE, like))):
+        return list(tensors)
     return [t.to(other.dtype) for t, other in zip(tensors, like, strict=True)]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class AveragedOptimizer(MeasuredOptimizer):
             for p, interpolation in self._averaged():
                 mine = self.state[p]
                 if "y" not in mine:
-                    moved = not self._take_edits(p) or moved
+                    moved = not self._take_edits([p]) or moved
                     mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
                     p.copy_(points.average(p, mine, interpolation))
                     self._edits.note(p)
@@ -229,16 +229,24 @@ class AveragedOptimizer(MeasuredOptimizer):
                 "before the optimizer is used"
             )
 
-    def _take_edits(self, p: Tensor) -> bool:
-        """Begins the average anew at a parameter that was written to since this optimizer did."""
-        if not self._is_edited(p):
-            return False
-        self.state[p].update(points.begin(p))
-        return True
+    def _take_edits(self, params: Sequence[Tensor]) -> bool:
+        """Begins the average anew at those that were written to since this optimizer did.
 
-    def _is_edited(self, p: Tensor) -> bool:
-        """Whether a parameter was written to since this optimizer wrote to it."""
-        return self._edits.of(p) and "z" in self.state.get(p, {}) and not distributed.is_sharded(p)
+        Returns:
+            Whether there are any.
+        """
+        found = self._edited(params)
+        for p in found:
+            self.state[p].update(points.begin(p))
+        return bool(found)
+
+    def _edited(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that were written to since this optimizer wrote to them."""
+        return [
+            p
+            for p in self._edits.among(params)
+            if "z" in self.state.get(p, {}) and not distributed.is_sharded(p)
+        ]
 
     def _descend(self, found: StepLength, direction: Direction) -> None:
         self._trains_in_eval = not self.model.training
@@ -248,8 +256,7 @@ class AveragedOptimizer(MeasuredOptimizer):
             # Edits are taken by the next step.
             params = [p for p in params if self._edits.known(p)]
         else:
-            for p in params:
-                self._take_edits(p)
+            self._take_edits(params)
         super()._descend(found, direction)
         self._edits.note_step(params, self.state)
 
@@ -365,7 +372,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     def _holds_y(self, p: Tensor) -> float | None:
         """``β``, where a parameter is where gradients are taken and has an average elsewhere."""
         mine = self.state.get(p, {})
-        if "z" not in mine or "y" in mine or self._is_edited(p):
+        if "z" not in mine or "y" in mine or self._edited([p]):
             return None
         return self._interpolation(self.param_groups[self._group_of[id(p)]])
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from adler import _distributed as distributed
 from adler._optimizers import points
@@ -31,22 +30,24 @@ class Edits:
     _EVERY = 64
 
     def __init__(self) -> None:
-        self._versions: Any = WeakTensorKeyDictionary()
-        self._found: Any = WeakTensorKeyDictionary()
+        # By identity, with the parameter, which lives on with its optimizer: to look a tensor up
+        # by itself takes several calls of Python, and this is asked of each one at each step.
+        self._left: dict[int, tuple[Tensor, int]] = {}
+        self._found: set[int] = set()
         self._norms: list[tuple[list[Tensor], Tensor]] = []
         self._steps = 0
         self._always = False
 
     def note(self, p: Tensor) -> None:
         """Remembers a parameter as the optimizer leaves it."""
-        self._versions[p] = p._version
-        if self._found:  # as hardly ever, and this is asked of each parameter at each step
-            self._found.pop(p, None)
+        self._left[id(p)] = p, p._version
+        self._found.discard(id(p))
 
     def note_step(self, params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> None:
         """The same after a step; now and then with norms of what has an average."""
-        for p in params:  # a kernel that leaves every bit may count as a write
-            self.note(p)
+        # A kernel that leaves every bit may count as a write.
+        self._left.update((id(p), (p, p._version)) for p in params)
+        self._found.difference_update(map(id, params))
         self._steps += 1
         due = self._always or self._steps <= self._CLOSELY or self._steps % self._EVERY == 0
         if due and not is_capturing():
@@ -62,10 +63,8 @@ class Edits:
                 continue  # model.half(), model.cuda()
             apart = ~((then == now[0][1]) | (then.isnan() & now[0][1].isnan()))
             found += [p for p, differs in zip(held, apart.tolist(), strict=True) if differs]
-        for p in found:
-            if p._version == self._versions.get(p):
-                self._found[p] = True
-        found = [p for p in found if p in self._found]
+        found = [p for p in found if self._version(p) == p._version]
+        self._found.update(map(id, found))
         if found and not self._always:
             self._always = True
             warn(
@@ -76,11 +75,20 @@ class Edits:
 
     def known(self, p: Tensor) -> bool:
         """Whether a parameter was noted, and not written to since."""
-        return self._versions.get(p) == p._version and not (self._found and p in self._found)
+        return self._version(p) == p._version and id(p) not in self._found
 
-    def of(self, p: Tensor) -> bool:
-        """Whether a parameter was noted, and written to since."""
-        return not self.known(p) and p in self._versions
+    def among(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that were noted, and written to since."""
+        return [
+            p
+            for p in params
+            if self._version(p) != p._version or id(p) in self._found
+            if id(p) in self._left
+        ]
+
+    def _version(self, p: Tensor) -> int | None:
+        """Of a parameter as it was noted."""
+        return self._left.get(id(p), (p, None))[1]
 
     def of_average(self, p: Tensor, mine: Mapping[str, Tensor], interpolation: float) -> bool:
         """The same of one that holds its average, which is compared with what it is made of.
@@ -90,10 +98,10 @@ class Edits:
             mine: Its state, with ``"y"``.
             interpolation: ``β``.
         """
-        if p not in self._versions:
+        if id(p) not in self._left:
             return False
         made = points.average(mine["y"], mine, interpolation)
-        return self.of(p) or not _is_still(p, made)
+        return not self.known(p) or not _is_still(p, made)
 
 
 def _is_still(p: Tensor, made: Tensor) -> bool:
