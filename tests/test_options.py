@@ -1,6 +1,7 @@
 """Options as values: what they may be, where they are, and what a checkpoint holds of them."""
 
 import dataclasses
+import itertools
 import math
 import pickle
 import re
@@ -8,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.cases import KINDS, network
 from torch import nn
 
@@ -21,6 +24,7 @@ BAD_MEASURES = {
     "every": [0, -1, 1.5, NAN, True, None],
     "fraction": [0.0, -0.5, 1.5, NAN, INF, True, "1", None],
     "warmup": [-1, 1.5, True, None],
+    "longest": [0, -8, 1.5, True, None],
 }
 
 
@@ -43,6 +47,7 @@ def test_a_bad_way_to_measure_is_named_with_its_value_and_what_it_may_be(name, v
         "every": "a whole number of at least 1",
         "fraction": "a number in (0, 1]",
         "warmup": "a whole number of at least 0",
+        "longest": "a whole number of at least 1",
     }
     expected = f"{name}={value!r}: expected {allowed[name]}"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
@@ -51,7 +56,7 @@ def test_a_bad_way_to_measure_is_named_with_its_value_and_what_it_may_be(name, v
 
 def test_they_are_values_and_do_not_change():
     assert Guard() == Guard() != Guard(max_kl=0.1)
-    assert Measure.every_step() == Measure("forward", every=1, fraction=1.0, warmup=0)
+    assert Measure.every_step() == Measure("forward", 1, fraction=1.0, warmup=0, longest=1)
     assert Measure.every_step("double_backward").jvp == "double_backward"
     assert Measure.low_cost() == dataclasses.replace(Measure(), jvp="finite_difference")
     for value, name in ((Guard(), "max_kl"), (Measure(), "every")):
@@ -65,6 +70,30 @@ def test_a_warm_up_measures_at_every_step_and_then_every_so_many():
     assert [k for k in range(18) if measure.is_due(k)] == [0, 1, 2, 3, 4, 5, 8, 12, 16]
     assert [measure.interval(k) for k in (0, 5, 6, 100)] == [1, 1, 4, 4]
     assert all(map(Measure.every_step().is_due, range(20)))
+
+
+@settings(deadline=None)
+@given(every=st.integers(1, 20), warmup=st.integers(0, 200), longest=st.integers(1, 100))
+def test_the_longer_the_run_the_rarer_it_measures(every, warmup, longest):
+    measure = Measure(every=every, warmup=warmup, longest=longest)
+    intervals = [measure.interval(k) for k in range(warmup, 20_000, 7)]
+    assert intervals == sorted(intervals)
+    assert set(intervals) <= {every << k for k in range(8)}
+    assert max(intervals) <= max(every, longest)
+    if every == 1 or longest < 2 * every:
+        assert set(intervals) == {every}
+    elif longest < 4 * every:
+        assert set(intervals) == {every, 2 * every}
+    # Every interval of the warmed up run begins and ends with a measurement.
+    due = [k for k in range(20_000) if measure.is_due(k)]
+    assert {b - a for a, b in itertools.pairwise(due) if a >= max(warmup, every)} <= set(intervals)
+
+
+def test_by_default_a_longer_run_measures_less_often():
+    due = [k for k in range(12_800) if Measure().is_due(k)]
+    counts = [sum(a <= k < b for k in due) for a, b in ((0, 100), (100, 1600), (1600, 3200))]
+    assert counts == [100, 187, 100]
+    assert sum(k >= 3200 for k in due) == (12_800 - 3200) // 32
 
 
 # --- arguments ------------------------------------------------------------------------------------

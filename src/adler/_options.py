@@ -51,14 +51,19 @@ class Guard:
             _require(name, bound, valid, "a positive number, or None for no bound")
 
 
+# After so many intervals of one length comes one of twice the length.
+_INTERVALS = 200
+
+
 @dataclass(frozen=True)
 class Measure:
     """How, and how often, curvature is measured.
 
     By default exactly, by forward mode, on a quarter of the batch, at each of the first hundred
-    steps and then at every eighth: for about a tenth of the time of a step. Between measurements
-    the average and the bounds follow the present gradient with the last measured ratio
-    ``c / d·d``. `every_step` has it all, for twice the time.
+    steps, then at every eighth, from the 1,600th on at every sixteenth and from the 3,200th on at
+    every thirty-second: for a few hundredths of the time of a step. Between measurements the
+    average and the bounds follow the present gradient with the last measured ratio ``c / d·d``.
+    `every_step` has it all, for twice the time.
 
     Attributes:
         jvp: ``"forward"`` (exact), ``"finite_difference"`` (one more forward, any op) or
@@ -68,19 +73,26 @@ class Measure:
             logarithm is off by, its halves tell; see `adler._step_length`.
         warmup: Number of first steps that all measure, whatever ``every``: on the plateau where a
             network starts, a ratio that is a few steps old says nothing of what comes next.
+        longest: The interval doubles after two hundred intervals' worth of steps, and again
+            whenever the steps have doubled, up to this one: the average is of all steps, so a
+            measurement is an ever smaller part of it. At ``every=1``, or where ``every`` is not
+            below ``longest``, it stays.
 
     Raises:
         ValueError: If a value is out of its range.
 
     Examples:
         >>> Measure.every_step()
-        Measure(jvp='forward', every=1, fraction=1.0, warmup=0)
+        Measure(jvp='forward', every=1, fraction=1.0, warmup=0, longest=1)
+        >>> [Measure().interval(steps) for steps in (99, 100, 1600, 3200, 100_000)]
+        [1, 8, 16, 32, 32]
     """
 
     jvp: str = "forward"
     every: int = 8
     fraction: float = 0.25
     warmup: int = 100
+    longest: int = 32
 
     def __post_init__(self) -> None:
         valid = isinstance(self.jvp, str) and self.jvp in ENGINES
@@ -91,11 +103,13 @@ class Measure:
         _require("fraction", self.fraction, valid, "a number in (0, 1]")
         valid = _whole(self.warmup) and self.warmup >= 0
         _require("warmup", self.warmup, valid, "a whole number of at least 0")
+        valid = _whole(self.longest) and self.longest >= 1
+        _require("longest", self.longest, valid, "a whole number of at least 1")
 
     @classmethod
     def every_step(cls, jvp: str = "forward") -> Measure:
         """At every step, on the whole batch."""
-        return cls(jvp, every=1, fraction=1.0, warmup=0)
+        return cls(jvp, every=1, fraction=1.0, warmup=0, longest=1)
 
     @classmethod
     def low_cost(cls) -> Measure:
@@ -111,7 +125,12 @@ class Measure:
 
     def interval(self, steps: int) -> int:
         """Steps from one measurement to the next, after so many steps."""
-        return 1 if steps < self.warmup else self.every
+        if steps < self.warmup or self.every == 1:
+            return 1
+        interval = self.every
+        while 2 * interval <= self.longest and steps >= _INTERVALS * interval:
+            interval *= 2
+        return interval
 
 
 @dataclass(frozen=True)
