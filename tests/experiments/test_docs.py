@@ -227,6 +227,35 @@ def test_what_is_timed_as_a_finite_difference_stays_one():
     assert [len(found) for found in times.values()] == [100, 100]
 
 
+def test_of_a_block_of_steps_the_last_measures():
+    import adler
+    from benchmarks import step_cost
+    from benchmarks.networks import QUICK
+    from benchmarks.steppers import DEFAULT
+
+    measured = []
+
+    def spied(model, criterion):
+        optimizer = adler.AdlerScheduleFree(model.parameters(), model, criterion, measure=DEFAULT)
+
+        def step(x, y):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+            measured.append(not optimizer.last_step.curvature.isnan())
+
+        return step
+
+    rounds = 2 * step_cost.BLOCK
+    times, _ = step_cost.measure(QUICK["MLP, small"], {"AdlerScheduleFree": spied}, rounds)
+    timed = measured[-rounds:]
+    assert [k for k, due in enumerate(timed) if due] == [7, 15]
+    assert step_cost._LONG == 3200
+    found = step_cost.at_length([1.0] * 7 + [33.0] + [2.0] * 7 + [2.0])
+    assert found.tolist() == [8 * 2.0, 8 * 2.0]
+    assert len(times["AdlerScheduleFree"]) == rounds
+
+
 def test_the_peers_that_need_no_package_find_the_curvature():
     from benchmarks.networks import QUICK
     from benchmarks.steppers import line_search, pearlmutter
