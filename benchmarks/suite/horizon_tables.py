@@ -103,8 +103,18 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
         "",
         f"AdamW with warm-up, a cosine over this horizon and the best of {len(rates)} rates by the "
         f"test set is 1; geometric mean over {len(told)} tasks, {len(seeds)} "
-        f"seed{'s' * (len(seeds) > 1)}.",
+        f"seed{'s' * (len(seeds) > 1)}. {_grid_ends(by_loss)}",
     ]
+
+
+def _grid_ends(by_loss: Runs) -> str:
+    """On how many tasks a rate beyond all that were tried may be better yet."""
+    told = []
+    for name in (TUNED, MUON):
+        ends, runs = standings.at_grid_end(by_loss, name)
+        if runs:
+            told.append(f"{ends} of {runs} runs of {method(name).label.removesuffix(', grid')}")
+    return f"The best rate is at an end of its grid in {' and '.join(told)}." if told else ""
 
 
 # --- ranks ---------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ __all__ = [
     "Runs",
     "Verdict",
     "at_chance",
+    "at_grid_end",
     "behind",
     "contests",
     "cost_ratio",
@@ -294,6 +295,18 @@ def loss_ratios(
     """
     logarithms = log_ratios(by_loss, name, other, which)
     return {task: math.exp(statistics.fmean(known)) for task, known in logarithms.items()}
+
+
+def at_grid_end(by_loss: Runs, name: str) -> tuple[int, int]:
+    """In how many contests the best rate was the least or the largest that was tried, and of all.
+
+    Args:
+        by_loss: `contests` by the loss that decides.
+        name: A method with a grid.
+    """
+    ends = {(method(name).grid or ())[i] for i in (0, -1)}
+    best = [runs[name]["lr"] for runs in by_loss.values() if name in runs]
+    return sum(lr in ends for lr in best), len(best)
 
 
 def log_ratios(

@@ -261,7 +261,8 @@ def _time(found: Sequence[Record], runs: Runs) -> list[str]:
         *lines,
         "",
         "Time of training without evaluation, of one run (a grid is as many runs as it has rates): "
-        "median over tasks. Accuracy: each run is cut when one SGD run, or so many of "
+        "median over tasks. Passes: of ours after the first hundred steps, which all measure. "
+        "Accuracy: each run is cut when one SGD run, or so many of "
         "them, would have ended, and compared with the best SGD rate's final accuracy; mean over "
         "the tasks with classes. Between epochs it is interpolated. Schedules that "
         "end with the run lose most by the cut.",

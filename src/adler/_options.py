@@ -62,7 +62,7 @@ class Measure:
     By default exactly, by forward mode, on a quarter of the batch, at each of the first hundred
     steps, then at every eighth, from the 1,600th on at every sixteenth and from the 3,200th on at
     every thirty-second: for a few hundredths of the time of a step. Between measurements the
-    average and the bounds follow the present gradient with the last measured ratio ``c / d·d``.
+    average and the bounds follow the present gradient with a mean of the last ratios ``c / d·d``.
     `every_step` has it all, for twice the time.
 
     Attributes:

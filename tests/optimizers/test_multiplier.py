@@ -45,8 +45,8 @@ def test_a_foreign_rate_is_said_once_within_the_first_steps(kind):
 
 @pytest.mark.parametrize(
     "rate",
-    [warm_up(6e-4, 100), warm_up(1e-3, 5), lambda k: 0.01 * 0.99**k],
-    ids=["warm-up", "short warm-up", "decay"],
+    [warm_up(6e-4, 100), warm_up(1e-3, 5), lambda k: 0.01 * 0.99**k, lambda k: 0.1],
+    ids=["warm-up", "short warm-up", "decay", "SGD's usual rate"],
 )
 def test_foreign_schedules_are_said_when_they_no_longer_rise(rate):
     assert len(said(rate)) == 1
@@ -59,10 +59,10 @@ def test_foreign_schedules_are_said_when_they_no_longer_rise(rate):
         lambda k: (1 + math.cos(math.pi * k / STEPS)) / 2,
         warm_up(1.0, 250),
         warm_up(1.0, 10_000),
-        lambda k: 0.1,
+        lambda k: 0.2,
         lambda k: 0.0,
     ],
-    ids=["one", "cosine", "warm-up", "long warm-up", "a tenth", "frozen"],
+    ids=["one", "cosine", "warm-up", "long warm-up", "a fifth", "frozen"],
 )
 def test_legitimate_multipliers_are_quiet(rate):
     assert not said(rate)

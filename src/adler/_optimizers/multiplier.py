@@ -12,7 +12,8 @@ from adler._warning import warn
 
 __all__ = ["MultiplierCheck"]
 
-# A multiplier that is meant shortens steps, but hardly to less than this for good.
+# A multiplier that is meant shortens steps, but hardly to so little for good; and SGD's usual rate
+# is 0.1.
 _LEAST = 0.1
 # No warm-up of the multiplier takes longer than this to come to `_LEAST` (50,000 steps to 1). A
 # rate of 0.0006 that is reached in 100 steps would take 16,000 at that pace, in 2,000 ten times.
@@ -26,7 +27,7 @@ _STRAIGHT = 1.0001
 class MultiplierCheck:
     """Warns once where the largest ``lr`` of all groups is far below 1 from the first step on.
 
-    It is looked at after 8, 16, 32, ... steps, until it has reached 0.1. What does not rise is
+    It is looked at after 8, 16, 32, ... steps, until it is above 0.1. What does not rise is
     said, and so is what rises so slowly that it is no warm-up of a multiplier, unless it
     accelerates, as exponential and cosine warm-ups do, which start flat. A cosine that falls from 1
     is not looked at again. Neither is a constant said where a scheduler was made for a rate of 1
@@ -61,12 +62,12 @@ class MultiplierCheck:
         groups = list(groups)
         now = _largest(group["lr"] for group in groups)
         self._steps += 1
-        if now >= _LEAST or steps >= self._steps:
+        if now > _LEAST or steps >= self._steps:
             self._done = True
         elif self._steps & (self._steps - 1) == 0:
             self._seen.append(now)
             if self._steps >= _FIRST:
-                by_epochs = _largest(group.get("initial_lr", 0.0) for group in groups) >= _LEAST
+                by_epochs = _largest(group.get("initial_lr", 0.0) for group in groups) > _LEAST
                 self._done = self._is_foreign(by_epochs)
                 if self._done and now > 0:
                     self._warn(now)
@@ -82,7 +83,7 @@ class MultiplierCheck:
     def _warn(self, now: float) -> None:
         warn(
             f"lr={now:g} multiplies the measured learning rate: steps are {1 / now:.0f} times "
-            "shorter than measured, and training nearly stands still. If this is a learning rate "
+            "shorter than measured. If this is a learning rate "
             "meant for another optimizer (lr=..., group['lr'] = ..., a scheduler's max_lr=), "
             "delete it: the multiplier's default is 1"
         )
