@@ -111,7 +111,7 @@ PRESETS = {
     ),
     # The largest that fits a night, or a few hours of two cores: 1.9 M parameters and 3.1 million
     # bytes; 78 thousand parameters, and three times all pictures, which is too little for the
-    # accuracy that the other preset asks for. Small networks want larger rates.
+    # accuracy that the other preset asks for. Small networks want other rates.
     "two-cores": Preset(
         gpt=Gpt(
             192,
@@ -121,7 +121,7 @@ PRESETS = {
             steps=1500,
             evaluations=6,
             test_batches=40,
-            rates=(1e-3, 3e-3, 1e-2),
+            rates=(3e-4, 1e-3, 3e-3),
             muon_rates=(3e-3, 1e-2, 3e-2),
             bfloat16=False,
         ),

@@ -265,7 +265,7 @@ METHODS: dict[str, Method] = {
     "sgd": Method("SGD grid", GRID, 2, _plain(SGD, tuned=True)),
     "adamw-cosine-tuned": Method(
         "AdamW + cosine, grid",
-        _rates(-4),
+        _rates(-3.5),
         2,
         _plain(AdamW, tuned=True, rising=0.05),
         needs_steps=True,
@@ -277,7 +277,6 @@ METHODS: dict[str, Method] = {
         _plain(SGD, tuned=True, rising=0.05, momentum=0.9),
         needs_steps=True,
     ),
-    # Half a decade above AdamW's rates: on text, 1e-2 was Muon's best of three.
     "muon-cosine-tuned": Method(
         "Muon + AdamW + cosine, grid", _rates(-3.5), 2, _muon, needs_steps=True
     ),
