@@ -2,8 +2,9 @@
 
     python -m benchmarks.removed
 
-Reads ``mean-of-parts`` of `benchmarks/results/removed`, whose README says what was changed, and the
-records of today. Ratios of test losses are of equal tasks, lengths and seeds.
+Reads the records of `benchmarks/results/removed`, whose README says what was changed, and when, and
+those of today. Each change is seen beside the next. Ratios of test losses are of equal tasks,
+lengths and seeds.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ _OURS = ("adler-schedulefree", "adler-muon")
 
 
 def long_tasks(before: Sequence[Record], now: Sequence[Record]) -> str:
-    """Markdown: how much larger the test losses of today are, by method and number of steps."""
+    """Markdown: how much larger the later test losses are, by method and number of steps."""
     preset = PRESETS["long"]
-    lines = ["| | after | test loss, today's over before's | tasks |", "|---|---|---|---|"]
+    lines = [
+        "| | steps | test loss, after the change over before it | tasks |",
+        "|---|---|---|---|",
+    ]
     for name in _OURS:
         for times in horizons.found_horizons(now, preset):
             old, new = (_losses(found, name, times) for found in (before, now))
             ratios = [new[key] / old[key] for key in sorted(old.keys() & new.keys())]
             if ratios:
                 spread = f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
+                steps = title(times, preset).removesuffix(" steps")
                 mean = f"{statistics.geometric_mean(ratios):.3f}{spread}"
-                lines.append(
-                    f"| {method(name).label} | {title(times, preset)} | {mean} | {len(ratios)} |"
-                )
+                lines.append(f"| {method(name).label} | {steps} | {mean} | {len(ratios)} |")
     return "\n".join(lines)
 
 
@@ -47,8 +50,8 @@ def _losses(found: Sequence[Record], name: str, times: int) -> dict[tuple[str, i
 
 
 def nanogpt(before: Sequence[Record], now: Sequence[Record]) -> str:
-    """Markdown: validation losses in nanoGPT's loop, before and today, of the seeds of both."""
-    lines = ["| | steps | before | today | seeds |", "|---|---|---|---|---|"]
+    """Markdown: validation losses in nanoGPT's loop, before and after, of the seeds of both."""
+    lines = ["| | steps | before | after | seeds |", "|---|---|---|---|---|"]
     for name in ("AdlerScheduleFree", "AdlerMuon"):
         for steps in ("250", "1000", "5000"):
             old, new = (
@@ -69,15 +72,20 @@ def nanogpt(before: Sequence[Record], now: Sequence[Record]) -> str:
 def main() -> None:
     """The command."""
     removed, suite = _RESULTS / "removed", _RESULTS / "suite"
-    old = read([removed / "long-mean-of-parts.jsonl"], lambda r: Trial.of(r).key())
-    tasks = long_tasks(old, trials.read([suite / part for part in PRESETS["long"].parts]))
+    parts, eighth = (
+        read([removed / f"long-{change}.jsonl"], lambda r: Trial.of(r).key())
+        for change in ("mean-of-parts", "every-eighth")
+    )
+    today = trials.read([suite / part for part in PRESETS["long"].parts])
     pair = (removed / "nanogpt-mean-of-parts.jsonl", _RESULTS / "nanogpt.jsonl")
     loops = nanogpt(*(read([file], lambda r: str(r["name"])) for file in pair))
+    means = "Geometric means (smallest to largest) over the tasks, one seed."
+    written = "Written by `python -m benchmarks.removed`.\n"
     (removed / "mean-of-parts.md").write_text(
-        f"{tasks}\n\nGeometric means (smallest to largest) over the tasks, one seed.\n\n{loops}\n\n"
-        "Means of the validation loss in nats a character. Written by `python -m "
-        "benchmarks.removed`.\n"
+        f"{long_tasks(parts, eighth)}\n\n{means}\n\n{loops}\n\n"
+        f"Means of the validation loss in nats a character. {written}"
     )
+    (removed / "every-eighth.md").write_text(f"{long_tasks(eighth, today)}\n\n{means} {written}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import importlib.util
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,11 @@ def unpack_pictures(root: Path, dataset: str) -> str | None:
     tiles = mosaic.reshape(-1, 32, _COLUMNS, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3072)
     count = len(labels["train"])
     test = tiles[count : count + len(labels["test"])]
-    cifar.write(root, dataset, (tiles[:count], labels["train"]), (test, labels["test"]))
-    note.touch()
+    # Moved there whole: what is cut short is not taken for the official folder.
+    with tempfile.TemporaryDirectory(dir=root) as made:
+        cifar.write(Path(made), dataset, (tiles[:count], labels["train"]), (test, labels["test"]))
+        (Path(made) / archive.folder / note.name).touch()
+        (Path(made) / archive.folder).rename(root / archive.folder)
     return f"{dataset}, as JPEG"
 
 

@@ -149,7 +149,7 @@ def _gpt(done: Sequence[Record]) -> list[str]:
         *lines,
         "",
         f"{first['parameters'] / 1e6:.1f} M parameters, at most {max(r['steps'] for r in done):,} "
-        "steps; one seed. {_seconds(first)}",
+        f"steps; one seed. {_seconds(first)}",
     ]
 
 
@@ -161,7 +161,7 @@ def _pictures(done: Sequence[Record]) -> list[str]:
     for r in done:
         groups.setdefault((r["method"], r["lr"]), []).append(r)
     for (name, lr), mine in sorted(groups.items(), key=lambda item: -_accuracy(item[1])):
-        accuracies = [1 - last(r, "test_error") for r in mine if not r["diverged"]]
+        accuracies = _accuracies(mine)
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan
         shown = f"{_accuracy(mine):.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
         times = [_first_at(r, target, "seconds") for r in mine]
@@ -195,7 +195,11 @@ def _seconds(record: Record) -> str:
 
 
 def _accuracy(mine: Sequence[Record]) -> float:
-    return statistics.fmean(0.0 if r["diverged"] else 1 - last(r, "test_error") for r in mine)
+    return statistics.fmean(_accuracies(mine))
+
+
+def _accuracies(mine: Sequence[Record]) -> list[float]:
+    return [0.0 if r["diverged"] else 1 - last(r, "test_error") for r in mine]
 
 
 def _first_at(record: Record, target: float, unit: str) -> float:

@@ -34,6 +34,10 @@ class OutOfTimeError(Exception):
     """The call's time is over, or would be before the run's end."""
 
 
+class _InterruptedError(BaseException):
+    """Of a run that lasts longer than its call; nothing inside may take it for a failure."""
+
+
 class Session:
     """A call.
 
@@ -120,6 +124,8 @@ class Session:
                 found = work()
         except OutOfTimeError:
             raise
+        except _InterruptedError:
+            raise OutOfTimeError(key) from None
         except Exception as error:
             self._record_failure(key, error)
             return False
@@ -154,7 +160,7 @@ class Session:
 
     @contextmanager
     def _interrupted(self) -> Iterator[None]:
-        """Raises `OutOfTimeError` inside where a run lasts longer than the call may.
+        """Raises `_InterruptedError` inside where a run lasts longer than the call may.
 
         Compilers and other packages do not look at our clock. Only the main thread can be
         interrupted so.
@@ -164,7 +170,7 @@ class Session:
             return
 
         def over(*_: Any) -> None:
-            raise OutOfTimeError("interrupted")
+            raise _InterruptedError
 
         before = signal.signal(signal.SIGALRM, over)
         signal.setitimer(signal.ITIMER_REAL, max(1.0, self._end - self._clock() + _GRACE))

@@ -68,6 +68,8 @@ class MuonAdamW(Optimizer):
         for group, part in zip(self.param_groups, self._parts, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
+        for view in (view for _, view in self._views):
+            view.grad = None  # else it would outlive `zero_grad`
         return loss
 
 

@@ -352,9 +352,10 @@ def test_precision_is_the_workloads(session, clock, wanted):
 
 def test_a_run_that_will_not_end_in_time_is_left_early(session, clock, monkeypatch):
     monkeypatch.setattr(training.time, "process_time", clock)
+    monkeypatch.setattr(training.time, "monotonic", clock)
     with pytest.raises(OutOfTimeError, match="600 steps"):
         training.train(session, tiny(clock, steps=600), "adamw", None, seed=0)
-    assert clock.now < 30
+    assert clock.now < 130
 
 
 def test_a_run_that_diverges_ends(session, clock, monkeypatch):
@@ -448,5 +449,6 @@ def test_tables_say_what_the_records_say():
     assert "| 1 | 0.0000 | 0 | – | – |" in text
     assert text.count("It has not run") == 1
     assert text.startswith("# On two CPU cores")
+    assert "{" not in text
     assert "Seconds of the process in training, without evaluation; float32." in text
     assert "--preset two-cores`" in text

@@ -9,8 +9,10 @@ import torch
 from support.cases import batches, flat, network
 from support.loops import train
 from torch import nn
+from torch.nn.utils import weight_norm
 
 from adler import AdlerMuon, Measure, hidden_matrices
+from adler._optimizers.gradients import gradients_in
 
 DEEP = (5, 8, 8, 8, 3)
 
@@ -45,6 +47,10 @@ HIDDEN = {
     "none": (nn.Tanh, []),
     "embedding and head": (lambda: Language(tied=False), BLOCK),
     "tied": (lambda: Language(tied=True), BLOCK),
+    "gains": (
+        lambda: nn.Sequential(nn.Linear(3, 4), weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2)),
+        ["1.weight_v"],
+    ),
     "recurrent": (
         lambda: nn.ModuleList([nn.Embedding(7, 4), nn.GRU(4, 5), nn.Linear(5, 7)]),
         ["1.weight_ih_l0", "1.weight_hh_l0"],
@@ -64,6 +70,7 @@ HIDDEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize(("make", "names"), HIDDEN.values(), ids=HIDDEN)
 def test_hidden_matrices_are_those_of_all_layers_but_the_first_and_the_last(make, names):
     assert hidden_matrices(make()) == names
@@ -182,3 +189,39 @@ def test_what_a_skipped_measurement_has_seen_is_not_kept():
     assert bool(optimizer.last_step.skipped)
     for number, state in optimizer.state_dict()["state"].items():
         assert all(value.equal(held[number][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("unknown", ["unfrozen at a skipped step", "without a gradient"])
+def test_a_matrix_of_which_nothing_was_measured_counts_between_measurements(unknown):
+    model, criterion = deep(), nn.CrossEntropyLoss()
+    measure = Measure(warmup=0, every=8)
+    optimizer = AdlerMuon(model.parameters(), model, criterion, measure=measure)
+    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    late = dict(model.named_parameters())["2.weight"]
+    if unknown == "without a gradient":
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        late.grad.zero_()
+        optimizer.step()
+    else:
+        late.requires_grad_(False)
+        train(model, criterion, optimizer, [(x, y)] * 2)
+        late.requires_grad_(True)
+        train(model, criterion, optimizer, [(math.nan * x, y)])
+        assert bool(optimizer.last_step.skipped)
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    params, gradients = gradients_in(optimizer.param_groups)
+    home = torch.device("cpu")
+    (remembered, true) = (
+        optimizer._inner_direction(params, gradients, {id(optimizer.param_groups[0]): False}).look(
+            gradients, home, measured=measured
+        )
+        for measured in (False, True)
+    )
+    (slope, squared_norm, sizes), (true_slope, true_norm, true_sizes) = remembered, true
+    at = [p is late for p in params].index(True)
+    # Newton and Schulz leave singular values between 0.7 and 1.2; the angle is the others'.
+    assert 0.6 < float(sizes[at] / true_sizes[at]) < 1.6
+    assert float(squared_norm / true_norm) == pytest.approx(1, abs=0.5)
+    assert float(slope / true_slope) == pytest.approx(1, abs=0.5)

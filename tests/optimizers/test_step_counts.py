@@ -88,3 +88,18 @@ def test_one_factor_for_all_gives_the_steps_of_one_for_each(kind, monkeypatch):
             optimizer.step()
         found.append(flat(model))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_were_frozen_with_a_gradient_have_had_fewer_steps(kind):
+    model, criterion = network("mlp-tanh"), nn.CrossEntropyLoss()
+    optimizer = KINDS[kind](model.parameters(), model, criterion)
+    first = next(iter(model.parameters()))
+    for frozen in (False, False, True, True, False):
+        first.requires_grad_(not frozen)
+        optimizer.zero_grad(set_to_none=False)
+        grown(model, criterion, [True] * 4, True)
+        optimizer.step()
+        assert first.grad is not None
+    assert float(optimizer.state[first]["step"]) == 3
+    assert not optimizer._step_counts._last[0][1]

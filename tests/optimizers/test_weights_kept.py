@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import warnings
 
 import pytest
 import torch
@@ -350,3 +351,95 @@ def test_without_its_hooks_a_model_is_saved_without_a_name_of_this_library(kind)
     torch.save(model, file)
     assert b"adler" not in file.getvalue()
     assert equal(weights(model), x)
+
+
+# --- written to, and saved, loaded or converted ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_whose_weights_are_clamped_goes_on_from_a_checkpoint_bit_for_bit(kind):
+    def clamp(model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.2, 0.2)
+
+    runs = []
+    for _ in range(2):
+        model = body()
+        runs.append((model, kind(model.parameters(), model, ce)))
+    (model, optimizer), (other, resumed) = runs
+    for _ in range(6):
+        steps(model, optimizer, 1)
+        clamp(model)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+        for one, its in runs:
+            steps(one, its, 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other)))
+    assert all(torch.equal(a, b) for a, b in zip(at_the_average(model), at_the_average(other)))
+
+
+def test_weights_written_to_after_the_model_left_half_precision_stay_so():
+    model = body().bfloat16()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    for _ in range(4):
+        optimizer.zero_grad()
+        ce(model(X.bfloat16()), Y).backward()
+        optimizer.step()
+    model.float()
+    optimizer.zero_grad()
+    ce(model(X.float()), Y).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    optimizer.eval()
+    assert all(torch.equal(p, torch.full_like(p, 0.5)) for p in model.parameters())
+    assert all("precise_y" not in optimizer.state[p] for p in model.parameters())
+
+
+def test_an_average_in_place_is_taken_away_though_the_interpolation_was_changed():
+    model = body()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    steps(model, optimizer, 5)
+    y, z = weights(model), [optimizer.state[p]["z"].clone() for p in model.parameters()]
+    optimizer.eval()
+    for group in optimizer.param_groups:
+        group["betas"] = (0.8, 0.999)
+    optimizer.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), y))
+    assert all(torch.equal(optimizer.state[p]["z"], a) for p, a in zip(model.parameters(), z))
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.half])
+def test_one_weight_that_is_written_to_after_loading_is_seen(half):
+    model = body()
+    optimizer = AdlerScheduleFree(model.parameters(), model, ce)
+    steps(model, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    if half is not None:
+        saved = ({name: value.to(half) for name, value in saved[0].items()}, saved[1])
+
+    def load():
+        other = body()
+        resumed = AdlerScheduleFree(other.parameters(), other, ce)
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(copy.deepcopy(saved[1]))
+        return other, resumed
+
+    other, resumed = load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.train()
+        steps(other, resumed, 1)
+    other, resumed = load()
+    with torch.no_grad():
+        first = next(other.parameters())
+        first[0, 0] += 0.02 * first.abs().max()
+    written = first.detach().clone()
+    with pytest.warns(RuntimeWarning, match="1 of 4 parameters are not those of the checkpoint"):
+        resumed.train()
+    assert torch.equal(first, written)

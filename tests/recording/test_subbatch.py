@@ -312,3 +312,35 @@ def test_halves_estimate_the_variance_of_a_part():
     part, of_half = orders[:, :5].mean(1), orders[:, :2].mean(1)
     estimate = (half.scale * (of_half - part)).square().mean()
     assert float(estimate) == pytest.approx(float((part - each.mean()).square().mean()), rel=0.03)
+
+
+class Times(nn.Module):
+    """Sequences whose first dimension is time, flattened by the model or not."""
+
+    def __init__(self, flattens):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(11, 8), nn.LSTM(8, 8), nn.Linear(8, 11)
+        self.flattens = flattens
+
+    def forward(self, x):
+        found = self.head(self.mix(self.embed(x))[0])
+        return found.flatten(0, 1) if self.flattens else found
+
+
+@pytest.mark.parametrize("flattens", [True, False])
+def test_times_are_not_taken_for_examples(flattens):
+    """The first quarter of them may be padding."""
+    torch.manual_seed(0)
+    x, found = torch.randint(11, (16, 4)), []
+    x[:4] = 0
+    model = Times(flattens)
+    criterion = nn.CrossEntropyLoss() if flattens else nn.MSELoss()
+    y = torch.randint(11, (64,)) if flattens else torch.randn(16, 4, 11)
+    for fraction in (0.25, 1.0):
+        copied = copy.deepcopy(model)
+        optimizer = Adler(copied.parameters(), copied, criterion, **measuring(fraction=fraction))
+        optimizer.zero_grad()
+        criterion(copied(x), y).backward()
+        optimizer.step()
+        found.append(float(optimizer.last_step.curvature))
+    assert found[0] == found[1]

@@ -31,7 +31,7 @@ from adler import _options
 from adler._optimizers import mode, points
 from adler._optimizers.base import MeasuredOptimizer
 from adler._optimizers.direction import Direction
-from adler._optimizers.edits import Edits, close, equal
+from adler._optimizers.edits import Edits, equal, loaded
 from adler._optimizers.interpolation import Interpolation, fast_state
 from adler._optimizers.running_statistics import RunningStatistics
 from adler._optimizers.saving import SavedWeights
@@ -86,6 +86,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     """
 
     _edits: Edits
+    _placed: dict[int, float]  # β of the averages that are in place
     _unreconciled: bool
     _statistics: RunningStatistics
     _weights: SavedWeights
@@ -128,6 +129,7 @@ class AveragedOptimizer(MeasuredOptimizer):
                 if "y" not in mine:
                     moved = not self._take_edits([p]) or moved
                     mine["y"] = p.detach().clone()  # a copy, so that `train` restores every bit
+                    self._placed[id(p)] = interpolation
                     p.copy_(points.average(p, mine, interpolation))
                     self._edits.note(p)
             distributed.reshard(self.model)
@@ -144,8 +146,10 @@ class AveragedOptimizer(MeasuredOptimizer):
                 mine = self.state[p]
                 if "y" in mine:
                     sharded = distributed.is_sharded(p)
+                    # (As it was placed: the group's may have been changed since.)
+                    interpolation = self._placed.pop(id(p), interpolation)
                     if not sharded and self._edits.of_average(p, mine, interpolation):
-                        mine.update(points.begin(p))
+                        points.restart(mine, p)
                     else:
                         p.copy_(mine["y"])
                         moved = True
@@ -218,8 +222,8 @@ class AveragedOptimizer(MeasuredOptimizer):
             others = 0
             for p, interpolation in held:
                 mine = self.state[p]
-                if not close(p, points.average(mine["y"], mine, interpolation)):
-                    mine.update(points.begin(p))
+                if not loaded(p, points.average(mine["y"], mine, interpolation)):
+                    points.restart(mine, p)
                     del mine["y"]
                     others += 1
         if others:
@@ -237,7 +241,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         """
         found = self._edited(params)
         for p in found:
-            self.state[p].update(points.begin(p))
+            points.restart(self.state[p], p)
         return bool(found)
 
     def _edited(self, params: Sequence[Tensor]) -> list[Tensor]:
@@ -347,14 +351,24 @@ class AveragedOptimizer(MeasuredOptimizer):
         self._reconcile()
         packed = super().state_dict()
         averaged = {id(p) for p, _ in self._averaged()}
-        if not self.follow_mode or not averaged:
+        if not averaged:
             return packed
         params = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in packed["param_groups"] for number in group["params"]]
+        # What was written to since the last step becomes the average, in what the model saves too.
+        edited = set(map(id, self._edited(params)))
         for p, number in zip(params, numbers, strict=True):
-            if id(p) in averaged and "y" not in packed["state"][number]:
+            mine = packed["state"].get(number, {})
+            if id(p) not in averaged or "y" in mine:
+                continue
+            if id(p) in edited:
+                mine = packed["state"][number] = dict(mine)
+                points.restart(mine, p)
+            if self.follow_mode:
                 # A copy: the parameter moves to the average where that is tested, or the run ends.
-                packed["state"][number] = {**packed["state"][number], "y": p.detach().clone()}
+                packed["state"][number] = {**mine, "y": p.detach().clone()}
+        if not self.follow_mode:
+            return packed
         statistics = self._statistics.of_training()
         return {**packed, "running_statistics": statistics} if statistics else packed
 
@@ -394,6 +408,7 @@ class AveragedOptimizer(MeasuredOptimizer):
     def _attach(self) -> None:
         super()._attach()
         self._edits, self._unreconciled = Edits(), False
+        self._placed = {}
         self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)

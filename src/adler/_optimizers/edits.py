@@ -20,7 +20,7 @@ from adler._optimizers import points
 from adler._recording.replay import is_capturing
 from adler._warning import warn
 
-__all__ = ["Edits", "close", "equal"]
+__all__ = ["Edits", "equal", "loaded"]
 
 
 class Edits:
@@ -107,7 +107,7 @@ class Edits:
 def _is_still(p: Tensor, made: Tensor) -> bool:
     """Whether a parameter holds what was put there, if the model was converted and back, too."""
     if (made.dtype, made.device) != (p.dtype, p.device):  # model.half(), model.cuda()
-        return close(p, made)
+        return _close(p, made)
     return equal(p, made) or any(equal(p, made.to(half).to(p)) for half in points.HALF)
 
 
@@ -118,8 +118,28 @@ def equal(p: Tensor, other: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def close(p: Tensor, other: Tensor) -> bool:
-    """As near as another device, or weights that were saved in half precision, may be."""
+def loaded(p: Tensor, made: Tensor) -> bool:
+    """Whether a parameter is the average of a checkpoint, as that may have come here.
+
+    Another device has made it with other rounding, and it may have been saved in half precision.
+
+    Args:
+        p: The parameter.
+        made: The average, made here.
+    """
+    (a,), (b,) = distributed.local([p]), distributed.local([made])
+    a, b = a.detach(), b.to(a)
+    if not a.numel() or equal(a, b):
+        return True
+    apart = (a - b).abs()
+    if a.dtype not in points.HALF and float(apart.max()) <= 1e-5 * float(b.abs().max()):
+        return True
+    within = (torch.finfo(half).eps for half in points.HALF if equal(a, a.to(half).to(a)))
+    return any(bool((apart <= 2 * eps * b.abs()).all()) for eps in within)
+
+
+def _close(p: Tensor, other: Tensor) -> bool:
+    """As near as another dtype may be."""
     (a,), (b,) = distributed.local([p]), distributed.local([other])
     return float((a.detach() - b.to(a)).norm()) <= 0.01 * float(b.norm())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -251,6 +252,7 @@ class Muon(Direction):
             norms = _tensors.stacked(_tensors.lengths(own), zero)
             ratios = _tensors.stacked([self._state[p]["slope_ratio"] for p in mine], zero)
             lengths = _tensors.stacked([self._state[p]["along_size"] for p in mine], zero)
+            ratios, lengths = _completed(ratios, lengths, norms, mine)
             slope, squared_norm = (ratios * norms).sum(), lengths.square().sum()
             sizes = dict(zip(mine, lengths.unbind(), strict=True))
         if others:
@@ -273,7 +275,7 @@ class Muon(Direction):
         """Keeps what was seen along the matrices, unless the step is skipped."""
         for p, new in self._seen.items():
             for name, value in zip(("slope_ratio", "along_size"), new, strict=True):
-                before = self._state[p].get(name, torch.zeros_like(value))
+                before = self._state[p].get(name, torch.full_like(value, math.nan))
                 # Replaced, never mutated: a state_dict of before stays as it is.
                 self._state[p][name] = torch.where(skipped.to(value.device), before, value)
 
@@ -310,6 +312,33 @@ def _scaled(gradients: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def _completed(
+    ratios: Tensor, lengths: Tensor, norms: Tensor, matrices: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What is remembered of each matrix; of those without a gradient then, what is likely.
+
+    That is an orthogonal matrix, at the angle with its gradient that the others have in the mean.
+
+    Args:
+        ratios: ``g·d / ‖g‖`` of the last measurement, 1-dim; NaN: there was none.
+        lengths: ``‖d‖`` of it; 0 or NaN: there was none.
+        norms: ``‖g‖`` of now; where it is 0, so is ``d``.
+        matrices: The parameters.
+    """
+    shapes = [p.flatten(1).shape for p in matrices]
+    full = lengths.new_tensor([_RMS_OF_ADAM * math.sqrt(max(s) * min(s)) for s in shapes])
+    known = (lengths > 0) & ratios.isfinite()
+    cosines = torch.where(known, ratios / lengths, 0.0)
+    # Of a matrix alone at least one over the root of its rank.
+    least = lengths.new_tensor([1 / math.sqrt(min(s)) for s in shapes])
+    count = known.sum()
+    usual = torch.where(count > 0, cosines.sum() / count.clamp(min=1), least)
+    lengths = torch.where(known, lengths, full)
+    ratios = torch.where(known, ratios, usual * full)
+    there = norms != 0
+    return torch.where(there, ratios, 0.0), torch.where(there, lengths, 0.0)
+
+
 def _ratios_and_sizes(
     gradients: Sequence[Tensor], along: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -320,7 +349,7 @@ def _ratios_and_sizes(
     found = []
     for g, d, norm, size in zip(gradients, along, norms, sizes, strict=True):
         slope = _tensors.dot([g], [d])
-        found.append(((slope / norm).nan_to_num(0.0).to(g.dtype), size.to(g.dtype)))
+        found.append(((slope / norm).to(g.dtype), size.to(g.dtype)))
     return found
 
 
@@ -361,7 +390,8 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
     if "Norm" in type(module).__name__:
         return
     for name, parameter in module.named_parameters(recurse=False):
-        if "weight" in name and parameter.ndim > 1:
+        # (The gains of an old `torch.nn.utils.weight_norm` are a column.)
+        if "weight" in name and parameter.ndim > 1 and min(parameter.flatten(1).shape) > 1:
             yield parameter
 
 

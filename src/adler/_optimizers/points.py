@@ -8,13 +8,13 @@ of half precision, $z$ is kept in float32, and $y$ too: the parameter is its rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "NAMES", "average", "begin", "load", "of_steps", "round_"]
+__all__ = ["HALF", "NAMES", "average", "begin", "load", "of_steps", "restart", "round_"]
 
 # What is kept of each parameter from step to step; ``y`` is kept while the average is in its place.
 NAMES = ("z", "precise_y")
@@ -33,6 +33,13 @@ def begin(p: Tensor) -> dict[str, Tensor]:
     """
     names = NAMES if p.dtype in HALF else ("z",)
     return {name: _precise(p.detach()).clone() for name in names}
+
+
+def restart(mine: MutableMapping[str, Any], p: Tensor) -> None:
+    """Begins the average of a parameter anew, in its state."""
+    for name in NAMES:  # of another dtype, it may have had others
+        mine.pop(name, None)
+    mine.update(begin(p))
 
 
 def average(p: Tensor, points: Mapping[str, Tensor], interpolation: float) -> Tensor:

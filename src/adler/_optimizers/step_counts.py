@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from adler._optimizers.groups import has_gradient
+
 __all__ = ["StepCounts"]
 
 
@@ -46,7 +48,7 @@ class StepCounts:
         """
         found = {}
         for number, group in enumerate(groups):
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if has_gradient(p)]
             here = frozenset(map(id, params))
             before, equal = self._last.get(number, (None, True))
             equal = _agree(params, state) if before is None else equal and here <= before

@@ -23,7 +23,17 @@ from adler._recording.copies import tensors_in
 if TYPE_CHECKING:
     from adler._recording.replay import Call
 
-__all__ = ["Path", "Place", "Source", "accumulates", "flattened", "mark", "same", "sources"]
+__all__ = [
+    "Path",
+    "Place",
+    "Source",
+    "accumulates",
+    "flattened",
+    "mark",
+    "may_begin_with_time",
+    "same",
+    "sources",
+]
 
 # A loop does not put more operations between model and criterion.
 _LONGEST = 20_000
@@ -208,17 +218,20 @@ def flattened(source: Source, received: Tensor) -> Flattened | None:
         return None
     if call.examples not in (None, len(output)):
         return None
-    if any(_may_begin_with_time(module) for module in call.model.modules()):
+    if may_begin_with_time(call.model):
         return None
     return Flattened(source.place.leaf, tuple(received.shape[1:]))
 
 
-def _may_begin_with_time(module: nn.Module) -> bool:
-    """Whether a module's first dimension may be another than the batch's.
+def may_begin_with_time(model: nn.Module) -> bool:
+    """Whether the first dimension may be another than the batch's, in some module of a model.
 
     A cell is called for one time after the other, of which nothing says where they are.
     """
-    return getattr(module, "batch_first", True) is False or isinstance(module, nn.RNNCellBase)
+    return any(
+        getattr(module, "batch_first", True) is False or isinstance(module, nn.RNNCellBase)
+        for module in model.modules()
+    )
 
 
 _RESHAPES = re.compile(r"(View|UnsafeView|ReshapeAlias|Alias|Squeeze|Unsqueeze|Clone)Backward\d*")

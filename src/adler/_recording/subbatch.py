@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from adler._recording.links import Place
+from adler._recording.links import Place, may_begin_with_time
 from adler._recording.records import Placed, RecordedLoss
 from adler._recording.replay import Call
 
@@ -74,6 +74,10 @@ def take_first(
             found.append(loss)
             continue
         rows = _rows(loss, size)
+        if (rows != size or _dimensions(loss) > 2) and may_begin_with_time(loss.call.model):
+            # As in the loop's own reshaping, a part could be one of the times.
+            found.append(loss)
+            continue
         targets = _first(loss.targets, rows, count * rows // size, "criterion")
         factor = size / count if reduction.sums(loss) else 1.0
         options = _first(loss.options, rows, count * rows // size, "criterion")
@@ -256,6 +260,15 @@ def _rows(loss: RecordedLoss, size: int) -> int:
             "measure=Measure(fraction=1.0)"
         )
     return rows
+
+
+def _dimensions(loss: RecordedLoss) -> int:
+    """Of what the criterion received as outputs, or what they have beside such targets."""
+    if loss.outputs is not None:
+        return loss.outputs.ndim
+    return 1 + max(
+        (t.ndim for t in pytree.tree_leaves(loss.targets) if isinstance(t, Tensor)), default=0
+    )
 
 
 def _first(tree: Any, size: int, count: int, where: str) -> Any:
