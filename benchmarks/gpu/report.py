@@ -148,7 +148,7 @@ def _gpt(done: Sequence[Record]) -> list[str]:
     return [
         *lines,
         "",
-        f"{first['parameters'] / 1e6:.1f} M parameters, at most {max(r['steps'] for r in done):,} "
+        f"{first['parameters'] / 1e6:.2g} M parameters, at most {max(r['steps'] for r in done):,} "
         f"steps; one seed. {_seconds(first)}",
     ]
 
@@ -182,7 +182,7 @@ def _pictures(done: Sequence[Record]) -> list[str]:
         *lines,
         "",
         "Mean ± standard deviation over seeds; a run that diverged counts as accuracy 0. To the "
-        f"target: median over seeds. {done[0]['data']}; {done[0]['parameters'] / 1e6:.1f} M "
+        f"target: median over seeds. {done[0]['data']}; {done[0]['parameters'] / 1e6:.2g} M "
         "parameters. Rates of the grids by the first seed's final test accuracy. "
         + _seconds(done[0]),
     ]

@@ -452,3 +452,10 @@ def test_tables_say_what_the_records_say():
     assert "{" not in text
     assert "Seconds of the process in training, without evaluation; float32." in text
     assert "--preset two-cores`" in text
+
+
+def test_the_committed_tables_are_those_of_the_committed_records():
+    folder = command._PROJECT / PRESETS["two-cores"].results
+    found = {letter: command._read(folder, letter) for letter in PRESETS["two-cores"].shares}
+    assert all(found.values())
+    assert report.markdown(found, "two-cores") == (folder / "tables.md").read_text()
