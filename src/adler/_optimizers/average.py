@@ -380,7 +380,7 @@ class AveragedOptimizer(MeasuredOptimizer):
         numbers = [number for group in own["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         points.load(self.state, params, [own["state"].get(number) for number in numbers])
-        self._edits, self._unreconciled = Edits(), True
+        self._edits, self._placed, self._unreconciled = Edits(), {}, True
         self._statistics.set_aside = None if statistics is None else dict(statistics)
 
     def _holds_y(self, p: Tensor) -> float | None:
@@ -407,8 +407,7 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._edits, self._unreconciled = Edits(), False
-        self._placed = {}
+        self._edits, self._placed, self._unreconciled = Edits(), {}, False
         self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
