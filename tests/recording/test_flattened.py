@@ -29,6 +29,14 @@ class Words(nn.Module):
         return self.head(self.mix(self.embed(x))[0])
 
 
+def of_the_first_three(twin, x, y, criterion, gradient, output_fn):
+    """The curvature of three examples, computed apart."""
+    params, targets = twin.parameters(), y[:3].flatten()
+    return curvature.quadratic_form(
+        twin, params, x[:3], targets, criterion, gradient, output_fn=output_fn
+    )
+
+
 FLATTENINGS = {
     "view": lambda out: out.view(-1, 5),
     "reshape": lambda out: out.reshape(-1, out.shape[-1]),
@@ -51,15 +59,7 @@ def test_outputs_that_the_loop_flattens_are_divided(flat, reduction, jvp):
     model.seen.clear()
     optimizer.step()
     assert model.seen == []  # as it was; the replays were of copies
-    c = curvature.quadratic_form(
-        twin,
-        twin.parameters(),
-        x[:3],
-        y[:3].flatten(),
-        criterion,
-        gradient,
-        output_fn=lambda out: out.flatten(0, 1),
-    )
+    c = of_the_first_three(twin, x, y, criterion, gradient, lambda out: out.flatten(0, 1))
     factor = 4.0 if reduction == "sum" else 1.0
     rel = 1e-3 if jvp == "finite_difference" else 1e-9
     last = optimizer.last_step
@@ -167,15 +167,7 @@ def test_one_of_several_outputs_that_the_loop_flattens_is_divided():
     criterion(model(x)[1].reshape(-1, 5), y.flatten()).backward()
     gradient = [p.grad.clone() for p in model.parameters()]
     optimizer.step()
-    c = curvature.quadratic_form(
-        twin,
-        twin.parameters(),
-        x[:3],
-        y[:3].flatten(),
-        criterion,
-        gradient,
-        output_fn=lambda out: out[1].reshape(-1, 5),
-    )
+    c = of_the_first_three(twin, x, y, criterion, gradient, lambda out: out[1].reshape(-1, 5))
     assert float(optimizer.last_step.curvature) == pytest.approx(float(c), rel=1e-9)
     assert bool(optimizer.last_step.trusted)
 
