@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
@@ -258,17 +259,20 @@ def _denominators(
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - discount)
         adam_denominators(squares, steps, discount, offset, ahead=1)
         return squares
-    # The correction is in the weights: there each pass over the parameters counts.
-    corrections = [1 - discount ** (float(step.numpy()) + 1) for step in steps]
-    if len(corrections) < len(seconds):
-        corrections = corrections * len(seconds)
-    squares = list(torch._foreach_mul(seconds, [discount / c for c in corrections]))
-    torch._foreach_addcmul_(
-        squares, gradients, gradients, [(1 - discount) / c for c in corrections]
-    )
-    torch._foreach_sqrt_(squares)
-    torch._foreach_add_(squares, offset)
-    return squares
+    # There each pass over the parameters counts. So the first is v + (1/β₂ - 1) g², and what it
+    # lacks of v / (1 - β₂ᵗ) is multiplied to the root, as the offset is added.
+    if discount == 0:
+        roots, known = list(torch._foreach_mul(gradients, gradients)), 1.0
+    else:
+        known = discount
+        roots = list(torch._foreach_addcmul(seconds, gradients, gradients, 1 / discount - 1))
+    torch._foreach_sqrt_(roots)
+    factors = [math.sqrt(known / (1 - discount ** (float(step.numpy()) + 1))) for step in steps]
+    offsets: dict[torch.dtype, Tensor] = {}
+    for i, root in enumerate(roots):
+        added = offsets.setdefault(root.dtype, torch.tensor(offset, dtype=root.dtype))
+        torch.add(added, root, alpha=factors[i % len(factors)], out=root)
+    return roots
 
 
 def adam_denominators(

@@ -140,6 +140,8 @@ class AveragedOptimizer(MeasuredOptimizer):
         """Puts the parameters back, bit for bit. Without effect when they are there."""
         self._reconcile()
         self._only_by_mode = False
+        if not self._placed and self._statistics.set_aside is None:
+            return  # before nearly every forward pass of training
         with torch.inference_mode(False), torch.no_grad():
             moved = False
             for p, interpolation in self._averaged():
@@ -222,7 +224,9 @@ class AveragedOptimizer(MeasuredOptimizer):
             others = 0
             for p, interpolation in held:
                 mine = self.state[p]
-                if not loaded(p, points.average(mine["y"], mine, interpolation)):
+                if loaded(p, points.average(mine["y"], mine, interpolation)):
+                    self._placed[id(p)] = interpolation
+                else:
                     points.restart(mine, p)
                     del mine["y"]
                     others += 1
@@ -276,6 +280,7 @@ class AveragedOptimizer(MeasuredOptimizer):
             # Replaced, never mutated: a state_dict of before holds these very numbers.
             ended = ("y", *points.NAMES)
             self.state[p] = {k: v for k, v in self.state[p].items() if k not in ended}
+        self._placed.clear()
         self._statistics.set_aside = None
 
     def __del__(self) -> None:
@@ -407,7 +412,9 @@ class AveragedOptimizer(MeasuredOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._edits, self._placed, self._unreconciled = Edits(), {}, False
+        self._edits, self._unreconciled = Edits(), False
+        # (A copy may have been made while the averages were tested.)
+        self._placed = {id(p): i for p, i in self._averaged() if "y" in self.state[p]}
         self._trains_in_eval = self._only_by_mode = self._said_of_gradients = False
         self._statistics = RunningStatistics(self.model, self.bn_batches)
         self._weights = SavedWeights(self)
