@@ -1,4 +1,4 @@
-"""nanoGPT's own training loop with one line changed, against its AdamW at the best of five rates.
+"""nanoGPT's own training loop with one line changed, against its AdamW at the best of six rates.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.nanogpt --checkout nanoGPT --text input.txt --out benchmarks/results
@@ -37,7 +37,7 @@ from examples.shared.records import Record, append, finite, read, repair
 __all__ = ["Run", "main", "tables"]
 
 HORIZONS = (250, 1000, 5000)
-RATES = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)
+RATES = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2)
 OWN_RATE = 1e-3  # of nanoGPT's configuration
 SEEDS = (0, 1, 2, 3, 4)
 UNTUNED = ("AdlerScheduleFree", "AdlerMuon")

@@ -55,6 +55,25 @@ def test_a_state_in_memory_stays_what_it_was_when_the_average_is_tested(kind):
     assert all(equal(saved[number], held[number]) for number in held)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_made_while_the_average_is_tested_trains_on_from_where_training_was(kind, copied):
+    model, criterion = body(), nn.CrossEntropyLoss()
+    optimizer = kind(model.parameters(), model, criterion)
+    steps(model, optimizer, 20, criterion=criterion)
+    trained = {name: p.clone() for name, p in model.named_parameters()}
+    at_the_average(model)
+    twin, its_criterion, its_optimizer = copied((model, criterion, optimizer))
+    assert not equal(dict(twin.named_parameters()), trained)
+    for each in (model, twin):
+        each.train()
+        each(X)
+        assert equal(dict(each.named_parameters()), trained)
+    steps(model, optimizer, 5, start=20, criterion=criterion)
+    steps(twin, its_optimizer, 5, start=20, criterion=its_criterion)
+    assert equal(dict(model.named_parameters()), dict(twin.named_parameters()))
+
+
 @pytest.mark.parametrize("build", [body, normed])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_training_saves_what_is_tested(kind, build):
