@@ -238,8 +238,8 @@ def _ratios(by_horizon: Mapping[str, Sequence[Record]], reference: str) -> list[
     heads = [entry for title in by_loss for entry in (title, "at most", "on")]
     lines = head("Method", *heads)
     for name in standings.names(everything):
-        if name == reference:
-            continue
+        if name == reference or (reference == TUNED and "@" in name):
+            continue  # options that were tried are in the other tables
         entries = []
         for runs in by_loss.values():
             ratios = standings.loss_ratios(runs, name, reference)

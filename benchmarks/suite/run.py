@@ -91,6 +91,7 @@ def run(trial: Trial, examples: Data) -> dict[str, Any]:
         "batch_size": task.batch_size,
         "score": task.score,
         "chance": task.chance(examples),
+        "data": examples.fingerprint(),
         "parameters": parameter_count(model),
         "steps": steps,
         "test_accuracy": told["test_accuracy"][-1],

@@ -95,11 +95,15 @@ def contests(found: Iterable[Record], by: Criterion = "score") -> Runs:
     Args:
         found: Records, in any order.
         by: What the best of a grid has the best of.
+
+    Raises:
+        ValueError: If runs of one task and seed were not on the same examples.
     """
     grids: dict[tuple[Contest, str], list[Record]] = {}
     for record in found:
         contest = record["task"], record["seed"]
         grids.setdefault((contest, record["method"]), []).append(record)
+    _check_examples(r for group in grids.values() for r in group)
     runs: dict[Contest, dict[str, Record]] = {}
     for (contest, name), group in sorted(grids.items()):
         rates = method(name).grid
@@ -110,6 +114,26 @@ def contests(found: Iterable[Record], by: Criterion = "score") -> Runs:
             smallest_first, key=value if by == "score" else lambda record: -_loss(record, by)
         )
     return runs
+
+
+def _check_examples(found: Iterable[Record]) -> None:
+    """Refuses to compare runs on different examples."""
+    first: dict[tuple[Contest, str], Record] = {}
+    for record in found:
+        for key in ("data", "chance"):  # older records have a chance only
+            mine = record.get(key)
+            if mine is None:
+                continue
+            other = first.setdefault(((record["task"], record["seed"]), key), record)
+            theirs = other[key]
+            # A chance may be a loss, which another machine sums up in another order.
+            same = math.isclose(mine, theirs, rel_tol=1e-5) if key == "chance" else mine == theirs
+            if not same:
+                raise ValueError(
+                    f"{record['task']}, seed {record['seed']}: {record['method']} and "
+                    f"{other['method']} have not seen the same examples ({key} {mine} and "
+                    f"{theirs}); remove one of them from the records and run it again"
+                )
 
 
 def _pairs(runs: Runs, name: str, other: str) -> dict[str, list[tuple[Record, Record]]]:

@@ -93,6 +93,22 @@ def test_verdicts_of_the_dead_and_the_diverged():
     assert standings.verdict([(record("adler", 0.3), both[1])]) == "win"
 
 
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [
+        ({"chance": 0.1}, {"chance": 0.101}),
+        ({"data": "0a"}, {"data": "0b"}),
+        ({"chance": 0.1, "data": "0a"}, {"chance": 0.1, "data": "0b"}),
+    ],
+)
+def test_runs_on_different_examples_are_not_compared(theirs, mine):
+    runs = [{**record("adler", 0.5), **mine}, {**record("adamw", 0.5), **theirs}]
+    with pytest.raises(ValueError, match="adler and adamw|adamw and adler"):
+        standings.contests(runs)
+    standings.contests([*runs[:1], {**record("adamw", 0.5), "chance": mine.get("chance", 0.1)}])
+    standings.contests([runs[0], {**runs[1], "seed": 7}])
+
+
 def test_at_chance_of_a_loss():
     task = "digits/autoencoder-tanh/b64"
     for loss, dead in ((0.99, True), (0.97, False)):

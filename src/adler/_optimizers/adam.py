@@ -178,6 +178,17 @@ class Adam(Preconditioned):
 
     moments = ("exp_avg", "exp_avg_sq")
 
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: State,
+        equal: Mapping[int, bool],
+    ) -> None:
+        self._inverses: dict[Tensor, Tensor] = {}
+        super().__init__(groups, params, gradients, state, equal)
+
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
     ) -> None:
@@ -208,10 +219,7 @@ class Adam(Preconditioned):
     ) -> list[Tensor]:
         # In place: a new tensor costs the host more than a pass over an old one.
         torch._foreach_reciprocal_(roots)
-        self._inverses = {
-            **getattr(self, "_inverses", {}),
-            **dict(zip(params, roots, strict=True)),
-        }
+        self._inverses.update(zip(params, roots, strict=True))
         return list(torch._foreach_mul(roots, gradients))
 
 
