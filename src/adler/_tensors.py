@@ -59,12 +59,7 @@ def squared_norm(tensors: Sequence[Tensor], home: torch.device | None = None) ->
         >>> float(squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])]))
         25.0
     """
-    home = tensors[0].device if home is None else home
-    total = torch.zeros((), dtype=widest(home), device=home)
-    for (device, _, where), (members,) in _alike(tensors).items():
-        norms = torch.stack(_norms(members, where)).to(widest(device))
-        total = total + norms.square().sum().to(total)
-    return total
+    return squared_norm_and_lengths(tensors, home)[0]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = None) -> Tensor:
@@ -83,12 +78,12 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], home: torch.device | None = No
         10.0
     """
     home = a[0].device if home is None else home
-    total = torch.zeros((), dtype=widest(home), device=home)
+    sums = []
     for (device, _, where), (left, right) in _alike(a, b).items():
         few = _dots if is_on_host(device) else _dots_by_few_kernels
-        sums = few(local(left), local(right))
-        total = total + whole(sums.to(widest(device)).sum(), where).to(total)
-    return total
+        terms = few(local(left), local(right)).to(widest(device))
+        sums.append(whole(terms.sum(), where))
+    return _sum(sums, home)
 
 
 def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -167,13 +162,21 @@ def squared_norm_and_lengths(
         (25.0, [3.0, 4.0])
     """
     home = tensors[0].device if home is None else home
-    total = torch.zeros((), dtype=widest(home), device=home)
+    sums = []
     found: dict[int, Tensor] = {}
     for (device, _, where), (members,) in _alike(tensors).items():
         norms = _norms(members, where)
-        total = total + torch.stack(norms).to(widest(device)).square().sum().to(total)
+        sums.append(torch.stack(norms).to(widest(device)).square().sum())
         found.update(zip(map(id, members), norms, strict=True))
-    return total, [found[id(tensor)] for tensor in tensors]
+    return _sum(sums, home), [found[id(tensor)] for tensor in tensors]
+
+
+def _sum(parts: Sequence[Tensor], home: torch.device) -> Tensor:
+    """Of 0-dim tensors of the widest dtype of each device; nearly always there is one."""
+    first, *others = (part.to(home, widest(home)) for part in parts)
+    for part in others:
+        first = first + part
+    return first
 
 
 def lengths(tensors: Sequence[Tensor]) -> list[Tensor]:

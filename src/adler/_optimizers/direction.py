@@ -173,9 +173,14 @@ def load_moments(state: State, params: Sequence[Tensor], saved: Sequence[Any]) -
 
 def count_(steps: Sequence[Tensor], skipped: Tensor) -> None:
     """In place, one step more for each, unless it is skipped."""
-    for device in {step.device for step in steps}:
-        here = [step for step in steps if step.device == device]
-        torch._foreach_add_(here, [(~skipped.to(device)).to(torch.float32)] * len(here))
+    devices = {step.device for step in steps}
+    for device in devices:
+        here = [step for step in steps if len(devices) == 1 or step.device == device]
+        if _tensors.is_on_host(device) and _tensors.is_on_host(skipped.device):
+            if not skipped.numpy():
+                torch._foreach_add_(here, 1.0)
+        else:
+            torch._foreach_add_(here, [(~skipped.to(device)).to(torch.float32)] * len(here))
 
 
 def shares(steps: Sequence[Tensor], equal: bool, home: torch.device) -> Tensor:

@@ -157,19 +157,21 @@ def interpolate_(
     for (device, _, _), (y, u, z, counts) in _tensors.local_alike(
         params, directions, fast, steps
     ).items():
-        veto, mine = skip.to(device), rate.to(device)
-        new = shares(counts, equal, device)
-        share = 1 - interpolation * (1 - new)
-        of_z = mine * ((1 - momentum) / share).clamp(min=1)
-        of_y = of_z * share
         if equal and _tensors.is_on_host(device) and _tensors.is_on_host(rate.device):
             # The same without temporaries, each of which costs as much there as a step of SGD.
-            if not veto.numpy():
-                torch._foreach_lerp_(y, z, float(new[0].numpy()))
-                torch._foreach_add_(y, u, alpha=-float(of_y[0].detach().numpy()))
-                torch._foreach_add_(z, u, alpha=-float(of_z[0].detach().numpy()))
+            if not skip.numpy():
+                new = 1 / max(float(counts[0].numpy()), 1.0)
+                share = 1 - interpolation * (1 - new)
+                longer = float(rate.detach().numpy()) * max((1 - momentum) / share, 1.0)
+                torch._foreach_lerp_(y, z, new)
+                torch._foreach_add_(y, u, alpha=-longer * share)
+                torch._foreach_add_(z, u, alpha=-longer)
             continue
+        veto, mine = skip.to(device), rate.to(device)
+        part = shares(counts, equal, device)
+        share_of_y = 1 - interpolation * (1 - part)
+        of_z = mine * ((1 - momentum) / share_of_y).clamp(min=1)
         apart = torch._foreach_sub(y, z)
-        _tensors.descend_each_(y, list(apart), new, veto, equal)
-        _tensors.descend_each_(y, u, of_y, veto, equal)
+        _tensors.descend_each_(y, list(apart), part, veto, equal)
+        _tensors.descend_each_(y, u, of_z * share_of_y, veto, equal)
         _tensors.descend_each_(z, u, of_z, veto, equal)
