@@ -36,16 +36,18 @@ def test_with_its_rates_adamw_takes_the_same_steps(name, weight_decay):
     assert not optimizer.last_step.skipped_total
 
 
+@pytest.mark.parametrize("memory", [0.999, 0.5, 0.0])
 @pytest.mark.parametrize("name", ["linear", "mlp-tanh", "cnn"])
-def test_the_rate_is_the_minimiser_along_the_preconditioned_gradient(name):
-    model, criterion, optimizer, data = setting(name, **UNGUARDED, **EXACT)
+def test_the_rate_is_the_minimiser_along_the_preconditioned_gradient(name, memory):
+    options = {**UNGUARDED, **EXACT, "betas": (0.9, memory)}
+    model, criterion, optimizer, data = setting(name, **options)
     squares = [torch.zeros_like(p) for p in model.parameters()]
     for k, (x, y) in enumerate(data, start=1):
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         g = [p.grad.clone() for p in model.parameters()]
-        squares = [0.999 * v + 0.001 * t * t for v, t in zip(squares, g)]
-        d = [t / ((v / (1 - 0.999**k)).sqrt() + 1e-8) for t, v in zip(g, squares)]
+        squares = [memory * v + (1 - memory) * t * t for v, t in zip(squares, g)]
+        d = [t / ((v / (1 - memory**k)).sqrt() + 1e-8) for t, v in zip(g, squares)]
         c = curvature.quadratic_form(model, model.parameters(), x, y, criterion, d)
         slope = sum((a * b).sum() for a, b in zip(g, d))
         optimizer.step()

@@ -47,7 +47,9 @@ def reference(model, criterion, data, rates, betas=(0.9, 0.999), decay=0.0):
     return torch.cat([average.flatten() for average in x])
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9)}, {"betas": (0.9, 0.0)}]
+)
 @pytest.mark.parametrize("name", ["mlp-relu", "transformer"])
 def test_with_its_rates_the_three_sequences_follow(name, options):
     free = Guard(max_relative_change=None)
