@@ -14,12 +14,13 @@ from examples.shared.records import Record
 __all__ = ["fullest", "long", "short"]
 
 
-def short(found: Sequence[Record], runs: Runs) -> list[str]:
-    """The recommended optimizer against the best of the SGD rates, and among the untuned methods.
+def short(found: Sequence[Record], runs: Runs, tuned: Runs) -> list[str]:
+    """The recommended optimizer against tuned ones, and among the untuned methods.
 
     Args:
         found: Records of what is ranked, in any order.
         runs: The same, by contest: `standings.contests`.
+        tuned: The same and AdamW's grid.
     """
     count = Counter(standings.verdicts(runs, DEFAULT).values())
     if not count:
@@ -47,6 +48,11 @@ def short(found: Sequence[Record], runs: Runs) -> list[str]:
         if place > 1:
             first = min(ranks, key=lambda n: ranks[n])
             told += f" The first is {method(first).label}, {ranks[first]:.1f}."
+    if beside := Counter(standings.verdicts(tuned, DEFAULT, TUNED).values()):
+        told += (
+            f" AdamW with a cosine to zero and the best of {len(method(TUNED).grid or ())} rates "
+            f"ends below it on {beside['win']} of {beside.total()} tasks."
+        )
     return [told]
 
 

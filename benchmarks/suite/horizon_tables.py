@@ -69,30 +69,43 @@ _SHOWN = (
 
 
 def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
-    """At the horizon that most is known of: `headlines.fullest`."""
+    """At the horizon that most is known of, `headlines.fullest`, and in short at the others."""
     title = headlines.fullest(by_horizon)
     if title is None:
         return ["It has not run."]
-    by_loss = standings.contests(by_horizon[title], "test_loss")
+    everything = {t: standings.contests(found, "test_loss") for t, found in by_horizon.items()}
+    by_loss = everything[title]
     told = standings.loss_ratios(by_loss, DEFAULT, TUNED)
+    others = {
+        t: runs
+        for t, runs in everything.items()
+        if t != title and standings.loss_ratios(runs, DEFAULT, TUNED).keys() == told.keys()
+    }
     held_back = {r["task"] for r in by_horizon[title] if r["held_back"]}
-    heads = ["Test loss over tuned AdamW's", "At most"]
+    heads = [f"After {title}", "At most"]
     if split := bool(held_back) and not held_back >= told.keys():
         counts = len(told.keys() - held_back), len(told.keys() & held_back)
         chosen_on, held = f"{counts[0]} tasks to choose on", f"{counts[1]} held back"
         heads = [f"{heads[0]}: {chosen_on}", held, *heads[1:]]
-    lines = head(f"After {title}", "Told", *heads)
+    before = [f"After {t}: {len(told)} tasks" for t in others]
+    lines = head("Test loss over tuned AdamW's", "Told", *before, *heads)
     for name in _SHOWN:
         ratios = standings.loss_ratios(by_loss, name, TUNED)
         if told.keys() != ratios.keys():
             continue
-        parts = [ratios]
-        if split:
-            parts = [
+        parts = [standings.loss_ratios(runs, name, TUNED) for runs in others.values()]
+        parts = [part if part.keys() == told.keys() else {} for part in parts]
+        parts += (
+            [ratios]
+            if not split
+            else [
                 {task: x for task, x in ratios.items() if (task in held_back) is held}
                 for held in (False, True)
             ]
-        means = (f"{statistics.geometric_mean(part.values()):.3f}" for part in parts)
+        )
+        means = (
+            f"{statistics.geometric_mean(part.values()):.3f}" if part else "–" for part in parts
+        )
         chosen = method(name)
         knows = "nothing" if not chosen.needs_steps else "the horizon"
         knows = f"the horizon, best of {len(chosen.grid)} rates" if chosen.grid else knows

@@ -41,7 +41,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
     main = [r for r in timed if r["method"] not in MODES]
     runs, everything = standings.contests(main), standings.contests(found)
     sections = {
-        "verdict": ("Verdict", headlines.short(main, runs)),
+        "verdict": ("Verdict", headlines.short(main, runs, everything)),
         "summary": ("In short", _summary(main, runs)),
         "readme": ("In shorter", _summary(main, runs, most=6)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
@@ -50,7 +50,7 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "time": ("Against time", _time(timed, standings.contests(timed))),
         "matrix": ("Method against method", _matrix(main, runs)),
         "failures": ("Runs that failed", _failures(main, runs)),
-        "transformers": ("Beside a tuned AdamW", _beside_tuned(found, everything)),
+        "tuned": ("Beside a tuned AdamW", _beside_tuned(found, everything)),
         "modes": ("What other measurements do", _modes(found, everything)),
         "variants": ("Variants", _variants(found, everything)),
         "families": ("Task by task", _families(main, runs)),
@@ -332,12 +332,13 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
     if len(lines) == 2:
         return ["It has not run."]
     rates = ", ".join(f"{rate:g}" for rate in method(TUNED).grid or ())
+    told, tuned = ({task for task, _ in runs}, {t for (t, _), ran in runs.items() if TUNED in ran})
     return [
         *lines,
         "",
         f"Against AdamW with the best of the rates {rates}, chosen by the test set anew for each "
-        "task and seed, under 5 % of warm-up and a cosine to zero: on the tasks with a transformer "
-        "or with text.",
+        f"task and seed, under 5 % of warm-up and a cosine to zero, on {len(tuned)} of the "
+        f"{len(told)} tasks.",
     ]
 
 

@@ -255,9 +255,16 @@ def test_the_short_table_is_of_the_longest_horizon_with_most_tasks():
         for r in some_records()
     ]
     text = horizon_tables.markdown(found, SMALL, "small")
-    assert "| After 2 × the epochs | Told | Test loss over tuned AdamW's | At most |" in text
+    heads = "After 1 × the epochs: 2 tasks | After 2 × the epochs | At most"
+    assert f"| Test loss over tuned AdamW's | Told | {heads} |" in text
     mean = math.sqrt(0.2 * 0.3) / 0.4
-    assert f"| AdlerScheduleFree | nothing | {mean:.3f} | 0.75 |" in text
+    assert f"| AdlerScheduleFree | nothing | {0.6 / 0.5:.3f} | {mean:.3f} | 0.75 |" in text
+    # What has run on fewer tasks at the other horizon is not compared there.
+    plus = "schedulefree-plus", WINE, 2
+    fewer = [r for r in found if (r["method"], r["task"], r["epochs"]) != plus]
+    assert len(fewer) < len(found)
+    text = horizon_tables.markdown(fewer, SMALL, "small")
+    assert "| ScheduleFree+ | the horizon | – | 2.000 | 2.00 |" in text
     assert "geometric mean over 2 tasks, 1 seed." in text
     # Wherever in the grid the best rate is, of which `some_records` has the fourth.
     rates = method(TUNED).grid
@@ -278,8 +285,8 @@ def test_the_short_table_keeps_what_was_held_back_apart():
         for r in some_records()
     ]
     text = horizon_tables.markdown(found, SMALL, "small")
-    assert "| Test loss over tuned AdamW's: 1 tasks to choose on | 1 held back | At most |" in text
-    assert "| AdlerScheduleFree | nothing | 0.750 | 0.500 | 0.75 |" in text
+    assert "| After 2 × the epochs: 1 tasks to choose on | 1 held back | At most |" in text
+    assert "| AdlerScheduleFree | nothing | 1.200 | 0.750 | 0.500 | 0.75 |" in text
 
 
 def test_who_did_not_run_on_all_tasks_of_the_default_does_not_compete():
