@@ -14,13 +14,14 @@ from examples.shared.records import Record
 __all__ = ["fullest", "long", "short"]
 
 
-def short(found: Sequence[Record], runs: Runs, tuned: Runs) -> list[str]:
+def short(found: Sequence[Record], runs: Runs, tuned: Runs, losses: Runs) -> list[str]:
     """The recommended optimizer against tuned ones, and among the untuned methods.
 
     Args:
         found: Records of what is ranked, in any order.
         runs: The same, by contest: `standings.contests`.
         tuned: The same and AdamW's grid.
+        losses: As ``tuned``, the best of a grid by test loss.
     """
     count = Counter(standings.verdicts(runs, DEFAULT).values())
     if not count:
@@ -49,9 +50,11 @@ def short(found: Sequence[Record], runs: Runs, tuned: Runs) -> list[str]:
             first = min(ranks, key=lambda n: ranks[n])
             told += f" The first is {method(first).label}, {ranks[first]:.1f}."
     if beside := Counter(standings.verdicts(tuned, DEFAULT, TUNED).values()):
+        ratio = standings.loss_ratio(losses, DEFAULT, TUNED)
         told += (
             f" AdamW with a cosine to zero and the best of {len(method(TUNED).grid or ())} rates "
-            f"ends below it on {beside['win']} of {beside.total()} tasks."
+            f"ends below it on {beside['win']} of {beside.total()} tasks, level on "
+            f"{beside['tie']}; test loss {ratio:.2f} times AdamW's."
         )
     return [told]
 

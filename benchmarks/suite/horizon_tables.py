@@ -82,13 +82,13 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
         if t != title and standings.loss_ratios(runs, DEFAULT, TUNED).keys() == told.keys()
     }
     held_back = {r["task"] for r in by_horizon[title] if r["held_back"]}
-    heads = [f"After {title}", "At most"]
+    heads = [f"After {title}", f"At most, after {title}"]
     if split := bool(held_back) and not held_back >= told.keys():
         counts = len(told.keys() - held_back), len(told.keys() & held_back)
         chosen_on, held = f"{counts[0]} tasks to choose on", f"{counts[1]} held back"
-        heads = [f"{heads[0]}: {chosen_on}", held, *heads[1:]]
+        heads = [f"{heads[0]}: {chosen_on}", f"{held}, after {title}", *heads[1:]]
     before = [f"After {t}: {len(told)} tasks" for t in others]
-    lines = head("Test loss over tuned AdamW's", "Told", *before, *heads)
+    lines = head("Test loss over tuned AdamW's", "It is told", *before, *heads)
     for name in _SHOWN:
         ratios = standings.loss_ratios(by_loss, name, TUNED)
         if told.keys() != ratios.keys():
@@ -114,9 +114,9 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
     return [
         *lines,
         "",
-        f"AdamW with warm-up, a cosine over this horizon and the best of {len(rates)} rates by the "
-        f"test set is 1; geometric mean over {len(told)} tasks, {len(seeds)} "
-        f"seed{'s' * (len(seeds) > 1)}. {_grid_ends(by_loss)}",
+        f"AdamW with warm-up, a cosine over the same horizon and the best of {len(rates)} rates by "
+        f"the test set is 1; geometric mean over {len(told)} tasks, {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}. After {title}: {_grid_ends(by_loss)}",
     ]
 
 
@@ -127,7 +127,7 @@ def _grid_ends(by_loss: Runs) -> str:
         ends, runs = standings.at_grid_end(by_loss, name)
         if runs:
             told.append(f"{ends} of {runs} runs of {method(name).label.removesuffix(', grid')}")
-    return f"The best rate is at an end of its grid in {' and '.join(told)}." if told else ""
+    return f"the best rate is at an end of its grid in {' and '.join(told)}." if told else ""
 
 
 # --- ranks ---------------------------------------------------------------------------------------

@@ -40,8 +40,9 @@ def markdown(found: Sequence[Record], preset: str) -> str:
     # What is ranked: without near copies, each of which would cost the others a place.
     main = [r for r in timed if r["method"] not in MODES]
     runs, everything = standings.contests(main), standings.contests(found)
+    by_loss = standings.contests(found, "test_loss")
     sections = {
-        "verdict": ("Verdict", headlines.short(main, runs, everything)),
+        "verdict": ("Verdict", headlines.short(main, runs, everything, by_loss)),
         "summary": ("In short", _summary(main, runs)),
         "readme": ("In shorter", _summary(main, runs, most=6)),
         "overall": ("Against the best of ten SGD rates", _overall(main, runs)),
@@ -333,12 +334,13 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
         return ["It has not run."]
     rates = ", ".join(f"{rate:g}" for rate in method(TUNED).grid or ())
     told, tuned = ({task for task, _ in runs}, {t for (t, _), ran in runs.items() if TUNED in ran})
+    ends, grids = standings.at_grid_end(runs, TUNED)
     return [
         *lines,
         "",
         f"Against AdamW with the best of the rates {rates}, chosen by the test set anew for each "
         f"task and seed, under 5 % of warm-up and a cosine to zero, on {len(tuned)} of the "
-        f"{len(told)} tasks.",
+        f"{len(told)} tasks. The best rate is at an end of the grid in {ends} of {grids} runs.",
     ]
 
 

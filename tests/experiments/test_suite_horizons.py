@@ -255,8 +255,9 @@ def test_the_short_table_is_of_the_longest_horizon_with_most_tasks():
         for r in some_records()
     ]
     text = horizon_tables.markdown(found, SMALL, "small")
-    heads = "After 1 × the epochs: 2 tasks | After 2 × the epochs | At most"
-    assert f"| Test loss over tuned AdamW's | Told | {heads} |" in text
+    end = "After 2 × the epochs | At most, after 2 × the epochs"
+    heads = f"It is told | After 1 × the epochs: 2 tasks | {end}"
+    assert f"| Test loss over tuned AdamW's | {heads} |" in text
     mean = math.sqrt(0.2 * 0.3) / 0.4
     assert f"| AdlerScheduleFree | nothing | {0.6 / 0.5:.3f} | {mean:.3f} | 0.75 |" in text
     # What has run on fewer tasks at the other horizon is not compared there.
@@ -285,7 +286,8 @@ def test_the_short_table_keeps_what_was_held_back_apart():
         for r in some_records()
     ]
     text = horizon_tables.markdown(found, SMALL, "small")
-    assert "| After 2 × the epochs: 1 tasks to choose on | 1 held back | At most |" in text
+    held = "1 held back, after 2 × the epochs"
+    assert f"| After 2 × the epochs: 1 tasks to choose on | {held} | At most, after" in text
     assert "| AdlerScheduleFree | nothing | 1.200 | 0.750 | 0.500 | 0.75 |" in text
 
 

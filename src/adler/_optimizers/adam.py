@@ -152,10 +152,11 @@ class Preconditioned(Direction):
             size = _tensors.squared_norm(roots)
             parts = self._times(mine, roots, g)
             # A square that overflows would stay in the moment for ever: NaN, and so no step.
+            seen = next((part for part in parts if part.numel()), parts[0])
             if not _tensors.is_on_host(size.device):
-                parts[0].add_((size - size).to(parts[0]))
+                seen.add_((size - size).to(seen))
             elif not math.isfinite(size.numpy()):
-                parts[0].fill_(math.nan)
+                seen.fill_(math.nan)
             parts = _as(parts, mine)
             found.update((p, like(part, p)) for p, part in zip(mine, parts, strict=True))
         super().__init__([found[p] for p in params])

@@ -140,8 +140,6 @@ class AveragedOptimizer(MeasuredOptimizer):
         """Puts the parameters back, bit for bit. Without effect when they are there."""
         self._reconcile()
         self._only_by_mode = False
-        if not self._placed and self._statistics.set_aside is None:
-            return  # before nearly every forward pass of training
         with torch.inference_mode(False), torch.no_grad():
             moved = False
             for p, interpolation in self._averaged():
@@ -186,13 +184,26 @@ class AveragedOptimizer(MeasuredOptimizer):
             # Evaluation mode with gradients is training on frozen statistics, unless the averages
             # were asked for by more than the mode.
             if training or self._only_by_mode:
-                tested = not training and any("y" in mine for mine in self.state.values())
-                self.train()
+                tested = not training and bool(self._placed)
+                if not self._is_in_training():
+                    self.train()
                 if tested and not self._said_of_gradients:
                     self._said_of_gradients = True
                     warn(_WITH_GRADIENTS)
         elif not training:
             self.eval()
+
+    def _is_in_training(self) -> bool:
+        """Whether `train` has nothing to do: nearly always, and this is asked at each forward.
+
+        Sharded parameters are looked at in any case: a forward pass without a backward pass, since
+        the last step, leaves them gathered as they were before it.
+        """
+        self._reconcile()
+        self._only_by_mode = False
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        at_y = self._statistics.set_aside is None and not self._placed
+        return at_y and not distributed.is_sharded(first)
 
     def _averaged(self) -> Iterator[tuple[Tensor, float]]:
         """The parameters that have an average by now, and how near to it gradients are taken."""

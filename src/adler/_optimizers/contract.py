@@ -222,9 +222,6 @@ class ModelOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # the base class adds what is no option here
-        if "model" in state:  # a copy or a pickle; otherwise load_state_dict
-            self._names = names_of(self.model)
-            self._attach()
         self._step_counts = StepCounts()
         first = self.param_groups[0]
         search = SearchState.of(first, self._scalar_device)
@@ -234,3 +231,6 @@ class ModelOptimizer(Optimizer):
             group.update(search.entries())
             like, rate = search.minibatch_lr, group.get("effective_lr", 0.0)
             group["effective_lr"] = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+        if "model" in state:  # a copy or a pickle; otherwise load_state_dict
+            self._names = names_of(self.model)
+            self._attach()
