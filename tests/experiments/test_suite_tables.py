@@ -103,7 +103,7 @@ def test_verdicts_of_the_dead_and_the_diverged():
 )
 def test_runs_on_different_examples_are_not_compared(theirs, mine):
     runs = [{**record("adler", 0.5), **mine}, {**record("adamw", 0.5), **theirs}]
-    with pytest.raises(ValueError, match="adler and adamw|adamw and adler"):
+    with pytest.raises(ValueError, match=r"adler and adamw|adamw and adler"):
         standings.contests(runs)
     standings.contests([*runs[:1], {**record("adamw", 0.5), "chance": mine.get("chance", 0.1)}])
     standings.contests([runs[0], {**runs[1], "seed": 7}])
