@@ -182,16 +182,9 @@ class Adam(Preconditioned):
 
     moments = ("exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        params: list[Tensor],
-        gradients: list[Tensor],
-        state: State,
-        equal: Mapping[int, bool],
-    ) -> None:
+    def __init__(self, *made_of: Any) -> None:
         self._inverses: dict[Tensor, Tensor] = {}
-        super().__init__(groups, params, gradients, state, equal)
+        super().__init__(*made_of)
 
     def descend(
         self, group: Mapping[str, Any], params: list[Tensor], rate: Tensor, skipped: Tensor
