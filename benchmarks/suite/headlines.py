@@ -53,9 +53,10 @@ def short(found: Sequence[Record], runs: Runs, tuned: Runs, losses: Runs) -> lis
         ratio = standings.loss_ratio(losses, DEFAULT, TUNED)
         told += (
             f" AdamW with a cosine to zero and the best of {len(method(TUNED).grid or ())} rates "
-            f"ends below it on {beside['win']} of {beside.total()} tasks, level on "
-            f"{beside['tie']}; test loss {ratio:.2f} times AdamW's."
+            f"ends below it on {beside['win']} of {beside.total()} tasks, level on {beside['tie']}"
         )
+        # (There is none where the grid diverged on every task.)
+        told += "." if ratio is None else f"; test loss {ratio:.2f} times AdamW's."
     return [told]
 
 

@@ -109,6 +109,20 @@ def test_runs_on_different_examples_are_not_compared(theirs, mine):
     standings.contests([runs[0], {**runs[1], "seed": 7}])
 
 
+def test_the_verdict_names_a_tuned_adamw_and_rates_off_its_grid_do_not_count():
+    rates = methods.method(standings.TUNED).grid
+    tuned = [record(standings.TUNED, 0.4, lr=lr, loss=0.8) for lr in rates]
+    mine = [record(standings.DEFAULT, 0.5, loss=0.6), *grid(0.3)]
+    elsewhere = record(standings.TUNED, 0.9, lr=1e-9)
+    sentence = "best of 5 rates ends below it on 1 of 1 tasks, level on 0; test loss 0.75 times"
+    for found in ([*mine, *tuned], [*mine, *tuned, elsewhere]):
+        assert sentence in tables.markdown(found, "full")
+    without = [*mine, *tuned[1:], elsewhere]  # as many rates, but not all of the grid
+    assert "AdamW with a cosine to zero" not in tables.markdown(without, "full")
+    diverged = [record(standings.TUNED, 0.4, lr=lr, diverged=True) for lr in rates]
+    assert "on 1 of 1 tasks, level on 0." in tables.markdown([*mine, *diverged], "full")
+
+
 def test_at_chance_of_a_loss():
     task = "digits/autoencoder-tanh/b64"
     for loss, dead in ((0.99, True), (0.97, False)):
