@@ -74,6 +74,22 @@ def test_a_copy_made_while_the_average_is_tested_trains_on_from_where_training_w
     assert equal(dict(model.named_parameters()), dict(twin.named_parameters()))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_puts_back_what_was_put_into_the_state_by_hand(kind):
+    model = body()
+    optimizer = kind(model.parameters(), model, ce)
+    steps(model, optimizer, 5)
+    trained = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        optimizer.state[p]["y"] = p.detach().clone()
+    ce(model(X), Y).backward()
+    with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
+        optimizer.step()
+    optimizer.train()
+    assert equal(dict(model.named_parameters()), trained)
+    steps(model, optimizer, 1)
+
+
 @pytest.mark.parametrize("build", [body, normed])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_training_saves_what_is_tested(kind, build):
