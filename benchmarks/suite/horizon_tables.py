@@ -95,14 +95,11 @@ def _summary(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
             continue
         parts = [standings.loss_ratios(runs, name, TUNED) for runs in others.values()]
         parts = [part if part.keys() == told.keys() else {} for part in parts]
-        parts += (
-            [ratios]
-            if not split
-            else [
-                {task: x for task, x in ratios.items() if (task in held_back) is held}
-                for held in (False, True)
-            ]
-        )
+        if split:
+            for back in (False, True):
+                parts.append({t: x for t, x in ratios.items() if (t in held_back) is back})
+        else:
+            parts.append(ratios)
         means = (
             f"{statistics.geometric_mean(part.values()):.3f}" if part else "–" for part in parts
         )

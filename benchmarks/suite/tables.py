@@ -51,9 +51,9 @@ def markdown(found: Sequence[Record], preset: str) -> str:
         "time": ("Against time", _time(timed, standings.contests(timed))),
         "matrix": ("Method against method", _matrix(main, runs)),
         "failures": ("Runs that failed", _failures(main, runs)),
-        "tuned": ("Beside a tuned AdamW", _beside_tuned(found, everything)),
-        "modes": ("What other measurements do", _modes(found, everything)),
-        "variants": ("Variants", _variants(found, everything)),
+        "tuned": ("Beside a tuned AdamW", _beside_tuned(found, everything, by_loss)),
+        "modes": ("What other measurements do", _modes(found, everything, by_loss)),
+        "variants": ("Variants", _variants(found, everything, by_loss)),
         "families": ("Task by task", _families(main, runs)),
     }
     return document(found, preset, sections)
@@ -323,8 +323,7 @@ def beside(runs: Runs, by_loss: Runs, name: str, other: str) -> list[str] | None
 BESIDE = ("Tasks", "Wins", "Ties", "Losses", "Accuracy gained (points)", "Test loss, ratio")
 
 
-def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss = standings.contests(found, "test_loss")
+def _beside_tuned(found: Sequence[Record], runs: Runs, by_loss: Runs) -> list[str]:
     lines = head("Method", *BESIDE)
     for name in standings.names(found):
         cells = None if "@" in name or name == TUNED else beside(runs, by_loss, name, TUNED)
@@ -344,8 +343,8 @@ def _beside_tuned(found: Sequence[Record], runs: Runs) -> list[str]:
     ]
 
 
-def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss, seconds = standings.contests(found, "test_loss"), standings.seconds_of(found)
+def _modes(found: Sequence[Record], runs: Runs, by_loss: Runs) -> list[str]:
+    seconds = standings.seconds_of(found)
     lines = head("Method", *BESIDE, "Skipped steps", "Time / one SGD run")
     for name in (DEFAULT, *MODES):
         cells = ["", "", "", "", "+0.0", "1.00"] if name == DEFAULT else None
@@ -366,8 +365,7 @@ def _modes(found: Sequence[Record], runs: Runs) -> list[str]:
     ]
 
 
-def _variants(found: Sequence[Record], runs: Runs) -> list[str]:
-    by_loss = standings.contests(found, "test_loss")
+def _variants(found: Sequence[Record], runs: Runs, by_loss: Runs) -> list[str]:
     lines = head("Variant", *BESIDE)
     for name in standings.names(found):
         base, _, changed = name.partition("@")
