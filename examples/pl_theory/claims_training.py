@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,9 @@ __all__ = ["SECTIONS"]
 Make = Callable[[Sequence[Record]], Section | None]
 
 
-def _counted(found: Sequence[Record], loss: str, activation: str) -> str:
-    every = of_kind(found, "training", loss=loss, activation=activation)
-    kept = learned(found, loss, activation)
+def _counted(found: Sequence[Record], loss: str, activation: str, kind: str = "training") -> str:
+    every = of_kind(found, kind, loss=loss, activation=activation)
+    kept = learned(found, loss, activation, kind)
     tested = sum(r["results"]["measured"]["test_accuracy"][-1] > 0.12 for r in kept)
     return (
         f"{len(kept)} of {len(every)} runs end above 12 % training accuracy and are counted "
@@ -163,6 +164,46 @@ def decrease(found: Sequence[Record]) -> Section | None:
     )
 
 
+class _Course(NamedTuple):
+    """Log condition numbers over the epochs, of every layer of some runs: three values of each."""
+
+    first: Values
+    most: Values
+    last: Values
+    peak: float  # the median of the epochs at which they are largest
+
+    @classmethod
+    def of(cls, runs: Sequence[Record]) -> _Course:
+        pairs = [
+            (r["results"]["measured"]["epoch"], array(layer["log_condition"]))
+            for r in runs
+            for layer in r["results"]["layers"].values()
+        ]
+        lines = [line for _, line in pairs]
+        peak = np.median([epochs[int(np.nanargmax(line))] for epochs, line in pairs])
+        first, most, last = (
+            np.array([f(line) for line in lines])
+            for f in (lambda x: x[0], np.nanmax, lambda x: x[-1])
+        )
+        return cls(first, most, last, float(peak))
+
+    def cells(self) -> tuple[str, ...]:
+        """Of a table's row, under `_COURSE`."""
+        first, most, last = self.first, self.most, self.last
+        numbers = (first.mean(), (most - first).mean(), (last - first).mean(), self.peak)
+        return (str(len(first)), *map(number, numbers), f"{np.mean(last < first):.0%}")
+
+
+_COURSE = (
+    "Runs × layers",
+    "log κ at the start",
+    "Largest − start",
+    "End − start",
+    "Largest at epoch, median",
+    "End below the start",
+)
+
+
 def conditioning(
     found: Sequence[Record], activation: str, figures: tuple[str, ...]
 ) -> Section | None:
@@ -172,36 +213,14 @@ def conditioning(
         return None
     rows, slowly, rise, below = [], [], [], []
     for rate in _rates(runs):
-        same = [r for r in runs if r["rate"] == rate]
-        pairs = [
-            (r["results"]["measured"]["epoch"], array(layer["log_condition"]))
-            for r in same
-            for layer in r["results"]["layers"].values()
-        ]
-        lines = [line for _, line in pairs]
-        peak = np.median([epochs[int(np.nanargmax(line))] for epochs, line in pairs])
-        first, most, last = (
-            np.array([f(line) for line in lines])
-            for f in (lambda x: x[0], np.nanmax, lambda x: x[-1])
-        )
+        course = _Course.of([r for r in runs if r["rate"] == rate])
         if rate >= 0.005:
-            rise += (most > first).tolist()
-            below += (last < first).tolist()
+            rise += (course.most > course.first).tolist()
+            below += (course.last < course.first).tolist()
         else:
             # Slowly: by less than a tenth of a unit of log κ over all epochs.
-            slowly += (most <= first + 0.1).tolist()
-        numbers = (first.mean(), (most - first).mean(), (last - first).mean())
-        ended = f"{np.mean(last < first):.0%}"
-        rows.append((f"{rate:g}", str(len(lines)), *map(number, (*numbers, peak)), ended))
-    head = (
-        "Rate",
-        "Runs × layers",
-        "log κ at the start",
-        "Largest − start",
-        "End − start",
-        "Largest at epoch, median",
-        "End below the start",
-    )
+            slowly += (course.most <= course.first + 0.1).tolist()
+        rows.append((f"{rate:g}", *course.cells()))
     text = (
         "Means over layers, runs and seeds. Counted, for every layer of every run: at 0.0005 and "
         "0.001 log κ exceeds its start by no more than 0.1 at any epoch; at 0.005 and 0.01 it "
@@ -213,8 +232,40 @@ def conditioning(
         "With cross-entropy, conditioning worsens very slowly at small rates, while for higher "
         "ones it initially increases rapidly, then decreases steadily, ending lower than the "
         "start.",
-        "\n".join([text, *table(head, rows)]),
+        "\n".join([text, *table(("Rate", *_COURSE), rows)]),
         f"slowly: {verdict(slowly)}; increases: {verdict(rise)}; ends lower: {verdict(below)}",
+    )
+
+
+def edge(found: Sequence[Record]) -> Section | None:
+    """The same at rates near the largest that descent bears, which the thesis did not take."""
+    runs = learned(found, "cross-entropy", "relu", "edge")
+    if not runs:
+        return None
+    rows, rise, falls, below = [], [], [], []
+    for rate in _rates(runs):
+        same = [r for r in runs if r["rate"] == rate]
+        course = _Course.of(same)
+        rise += (course.most > course.first + 0.1).tolist()
+        # By more than a tenth of what it had risen.
+        falls += (course.most - course.last > 0.1 * (course.most - course.first)).tolist()
+        below += (course.last < course.first).tolist()
+        steep = [rate * r["results"]["measured"]["smoothness"][0] for r in same]
+        rows.append((f"{rate:g}", number(float(np.mean(steep))), *course.cells()))
+    depths = " and ".join(map(str, sorted({r["depth"] for r in runs})))
+    text = (
+        f"ReLU networks of {depths} layers, as 6.7's, at larger rates than the thesis's. The first "
+        "number: the rate times the loss's largest curvature at the start; descent on a quadratic "
+        "diverges above 2. Counted, for every layer of every run: log κ exceeds its start by more "
+        "than 0.1; it falls again by more than a tenth of what it had risen; it ends below its "
+        f"start. {_counted(found, 'cross-entropy', 'relu', 'edge')}\n"
+    )
+    return Section(
+        ("edge",),
+        "Of ReLU networks under cross-entropy the rise and fall of 6.7 belongs to the largest "
+        "rates that descent bears.",
+        "\n".join([text, *table(("Rate", "Rate · L", *_COURSE), rows)]),
+        f"increases: {verdict(rise)}; falls again: {verdict(falls)}; ends lower: {verdict(below)}",
     )
 
 
@@ -367,6 +418,7 @@ SECTIONS: tuple[Make, ...] = (
     decrease,
     partial(conditioning, activation="relu", figures=("6.7", "6.18")),
     partial(conditioning, activation="tanh", figures=("6.8", "6.19")),
+    edge,
     partial(bounds, loss="mse", activation="relu", figures=("6.6", "6.16", "6.22")),
     partial(bounds, loss="mse", activation="tanh", figures=("6.17", "6.23")),
     partial(bounds, loss="cross-entropy", activation="relu", figures=("6.20",)),

@@ -16,12 +16,16 @@ KINDS = (
     "infinite-width",
     "tangent-kernel",
     "training",
+    "edge",
     "perturbation",
     "connectivity",
     "mean-field",
     "ball",
 )
-_TRAINED = ("training", "perturbation", "connectivity", "mean-field")
+# Gradient descent on a network whose layers are looked at; an ``edge`` is one at rates near the
+# largest that it bears, which are not the thesis's.
+_DESCENTS = ("training", "edge")
+_TRAINED = (*_DESCENTS, "perturbation", "connectivity", "mean-field")
 LOSSES = ("mse", "mse-softmax", "cross-entropy")
 
 
@@ -42,7 +46,7 @@ class Experiment:
         rate: Of what is trained: the learning rate.
         epochs: Of what is trained: steps of full-batch gradient descent.
         measurements: At how many epochs it is measured.
-        test_examples: Of a ``training``.
+        test_examples: Of a ``training`` and an ``edge``.
         seed: Of the weights and of the subset of the pictures.
 
     Raises:
@@ -87,8 +91,9 @@ class Experiment:
         _one_of("loss", self.loss, LOSSES)
         if len(self.examples) != 1:
             raise ValueError(f"examples={self.examples!r}: a training has one training set")
-        names = ["rate", "epochs"] + ["measurements"] * (self.kind in ("training", "perturbation"))
-        for name in names + ["test_examples"] * (self.kind == "training"):
+        measured = (*_DESCENTS, "perturbation")
+        names = ["rate", "epochs"] + ["measurements"] * (self.kind in measured)
+        for name in names + ["test_examples"] * (self.kind in _DESCENTS):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be positive")
 

@@ -49,6 +49,7 @@ def run(experiment: Experiment, root: Path | None = None, device: str = "cpu") -
         "infinite-width": infinite_width,
         "tangent-kernel": tangent_kernel,
         "training": training.descend,
+        "edge": training.descend,
         "perturbation": landscapes.perturbation,
         "connectivity": landscapes.connectivity,
         "mean-field": landscapes.connectivity,

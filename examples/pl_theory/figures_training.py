@@ -29,13 +29,15 @@ _BLUE, _ORANGE = COLOURS[0], COLOURS[1]
 Draw = Callable[[Sequence[Record]], Figure | None]
 
 
-def learned(found: Iterable[Record], loss: str, activation: str) -> list[Record]:
+def learned(
+    found: Iterable[Record], loss: str, activation: str, kind: str = "training"
+) -> list[Record]:
     """The runs of a figure: those that end above 12 % accuracy, as in the thesis.
 
     It does not say on which examples; here the training examples, since what is asked is whether
     the network "actually learns".
     """
-    runs = of_kind(found, "training", loss=loss, activation=activation)
+    runs = of_kind(found, kind, loss=loss, activation=activation)
     return [
         r
         for r in runs
@@ -121,11 +123,12 @@ def _by_rate(
     label: str,
     title: str,
     shallow: bool = False,
+    kind: str = "training",
 ) -> Draw:
     """A quantity by epoch, a line a rate: mean over examples, seeds and, unless shallow, depths."""
 
     def figure_of(found: Sequence[Record]) -> Figure | None:
-        runs = learned(found, loss, activation)
+        runs = learned(found, loss, activation, kind)
         if not runs:
             return None
         least = min(r["depth"] for r in runs)
@@ -153,9 +156,10 @@ def _ratio(loss: str, activation: str, weak: bool = False, shallow: bool = False
     )
 
 
-def _conditioning(loss: str, activation: str) -> Draw:
+def _conditioning(loss: str, activation: str, kind: str = "training") -> Draw:
     label = r"$\log\,\kappa(G^m)$, mean over layers"
-    return _by_rate(loss, activation, mean_log_condition, label, "Conditioning in training")
+    title = "Conditioning in training"
+    return _by_rate(loss, activation, mean_log_condition, label, title, kind=kind)
 
 
 def _by_layer(loss: str, activation: str) -> Draw:
@@ -249,6 +253,7 @@ FIGURES: dict[str, Draw] = {
     "6.6": _bound("mse", "relu"),
     "6.7": _conditioning("cross-entropy", "relu"),
     "6.8": _conditioning("cross-entropy", "tanh"),
+    "edge": _conditioning("cross-entropy", "relu", "edge"),
     "6.11": _generalisation("mse", "relu"),
     "6.12": _generalisation("mse-softmax", "relu"),
     "6.14": _ratio("cross-entropy", "relu", weak=True),

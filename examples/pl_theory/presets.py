@@ -28,6 +28,8 @@ class Preset:
         train_depths: In training: linear layers, the last one included.
         train_examples: In training.
         rates: In training.
+        edge_examples: Of ReLU networks of the least depth, trained at rates near the largest.
+        edge_rates: Theirs.
         epochs: In training.
         measurements: In training.
         test_examples: In training.
@@ -50,6 +52,8 @@ class Preset:
     train_depths: tuple[int, ...]
     train_examples: tuple[int, ...]
     rates: tuple[float, ...]
+    edge_examples: tuple[int, ...]
+    edge_rates: tuple[float, ...]
     epochs: int
     measurements: int
     test_examples: int
@@ -78,6 +82,7 @@ class Preset:
             yield from self._balls(seed)
             if seed < self.landscape_seeds:
                 yield from self._landscapes(seed)
+            yield from self._edges(seed)
             yield from self._initialisations(seed)
             yield from self._trainings(seed)
 
@@ -101,20 +106,30 @@ class Preset:
             for rate, loss, activation in itertools.product(
                 self.rates[::-1], ("mse", "cross-entropy", "mse-softmax"), ("relu", "tanh")
             ):
-                yield Experiment(
-                    "training",
-                    self.dataset,
-                    activation,
-                    width=self.train_width,
-                    depth=depth,
-                    examples=(n,),
-                    loss=loss,
-                    rate=rate,
-                    epochs=self.epochs,
-                    measurements=self.measurements,
-                    test_examples=self.test_examples,
-                    seed=seed,
-                )
+                yield self._descent("training", depth, n, rate, loss, activation, seed)
+
+    def _edges(self, seed: int) -> Iterator[Experiment]:
+        depth = min(self.train_depths)
+        for n, rate in itertools.product(self.edge_examples, self.edge_rates):
+            yield self._descent("edge", depth, n, rate, "cross-entropy", "relu", seed)
+
+    def _descent(
+        self, kind: str, depth: int, n: int, rate: float, loss: str, activation: str, seed: int
+    ) -> Experiment:
+        return Experiment(
+            kind,
+            self.dataset,
+            activation,
+            width=self.train_width,
+            depth=depth,
+            examples=(n,),
+            loss=loss,
+            rate=rate,
+            epochs=self.epochs,
+            measurements=self.measurements,
+            test_examples=self.test_examples,
+            seed=seed,
+        )
 
     def _landscapes(self, seed: int) -> Iterator[Experiment]:
         for width, kind, activation, loss in itertools.product(
@@ -193,6 +208,8 @@ PRESETS = {
         train_depths=(3,),
         train_examples=(20,),
         rates=(0.01, 0.1),
+        edge_examples=(20,),
+        edge_rates=(0.3,),
         epochs=10,
         measurements=4,
         test_examples=100,
@@ -215,6 +232,8 @@ PRESETS = {
         train_depths=(6, 9),
         train_examples=(50, 100, 250, 500),
         rates=(0.0005, 0.001, 0.005, 0.01),
+        edge_examples=(50, 100, 250),
+        edge_rates=(0.03, 0.04),
         epochs=80,
         measurements=16,
         test_examples=500,
@@ -239,8 +258,8 @@ def _training(activation: str, loss: str) -> Callable[[Experiment], bool]:
 
 
 # What each figure is drawn from. The names of the paper's and the poster's begin with theirs; the
-# next three are of what Mondelli's slides show, the ball is Liu's, Zhu's and Belkin's; the last is
-# of the thesis's section 7.5.
+# edge is 6.7 at rates that the thesis did not take; the next three are of what Mondelli's slides
+# show, the ball is Liu's, Zhu's and Belkin's; the last is of the thesis's section 7.5.
 FIGURES: dict[str, Callable[[Experiment], bool]] = {
     **dict.fromkeys(("6.1", "6.2", "6.3", "6.4", "6.9", "6.10"), _initial("relu")),
     "6.13": _initial("tanh"),
@@ -252,6 +271,7 @@ FIGURES: dict[str, Callable[[Experiment], bool]] = {
     **dict.fromkeys(("6.8", "6.15", "6.19", "6.21"), _training("tanh", "cross-entropy")),
     "6.12": _training("relu", "mse-softmax"),
     "paper-7d": _training("tanh", "mse-softmax"),
+    "edge": lambda e: e.kind == "edge",
     "nmm": lambda e: e.kind == "tangent-kernel",
     **dict.fromkeys(
         ("dropout", "connectivity"), lambda e: e.kind in ("connectivity", "mean-field")

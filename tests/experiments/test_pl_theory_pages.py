@@ -72,6 +72,10 @@ def test_the_thesis_is_at_the_scale_of_the_thesis():
     assert {e.rate for e in runs} == {0.0005, 0.001, 0.005, 0.01}
     assert {e.epochs for e in runs} == {80}
     assert len(runs) == 2 * 4 * 4 * 2 * 3 * 3
+    # What the thesis did not take has a kind, and a figure, of its own.
+    edges = [e for e in made if e.kind == "edge"]
+    assert min(e.rate for e in edges) > max(e.rate for e in runs)
+    assert not any(needs(e) for e in edges for name, needs in FIGURES.items() if name != "edge")
     # All 23 figures of the chapter, under their own numbers.
     assert {f"6.{i}" for i in range(1, 24)} <= FIGURES.keys()
 
@@ -319,6 +323,25 @@ def test_verdicts_follow_the_records(smoke):
         last["log_condition"] = [1.0] * len(last["log_condition"])
 
     assert "ends lower: holds in part" in verdict_of(altered(smoke, "training", one_layer), "6.7")
+
+    def course(*heights):
+        def change(results, r):
+            for t in results["layers"].values():
+                t["log_condition"] = np.interp(
+                    np.linspace(0, 1, len(t["smallest"])), [0, 0.5, 1], heights
+                ).tolist()
+
+        return change
+
+    for heights, verdicts_ in (
+        ((3, 5, 2), ("holds", "holds", "holds")),
+        ((3, 5, 4), ("holds", "holds", "does not hold")),
+        ((3, 4, 5), ("holds", "does not hold", "does not hold")),
+        ((3, 3.05, 2), ("does not hold", "holds", "holds")),
+    ):
+        said = verdict_of(altered(smoke, "edge", course(*heights)), "edge")
+        for what, word in zip(("increases", "falls again", "ends lower"), verdicts_, strict=True):
+            assert f"{what}: {word} (" in said
 
     def near(results, r):
         results["distance"] = 0.5 * results["radius"] * 8 / r["width"]
