@@ -280,18 +280,21 @@ def _details(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
     for title, found in by_horizon.items():
         runs = standings.contests(found)
         by_loss = standings.contests(found, "test_loss")
+        by_lowest = standings.contests(found, "lowest")
         by_train = standings.contests(found, "train_loss")
         seconds = standings.seconds_of(found, TUNED)
         rows = []
         for name in standings.names(found):
             cells = None if name == TUNED else beside(runs, by_loss, name, TUNED)
             if cells is not None:
+                lowest = standings.loss_ratio(by_lowest, name, TUNED, "lowest")
                 trained = standings.loss_ratio(by_train, name, TUNED, "train_loss")
                 cost = standings.cost_ratio(runs, name, seconds)
-                told = ("–" if x is None else f"{x:.2f}" for x in (trained, cost))
+                told = ("–" if x is None else f"{x:.2f}" for x in (lowest, trained, cost))
                 rows.append(row(_label(name), *cells, *told))
         if rows:
-            heads = head("Method", *BESIDE, "Training loss, ratio", "Time / one AdamW run")
+            ratios = ("Lowest test loss, ratio", "Training loss, ratio")
+            heads = head("Method", *BESIDE, *ratios, "Time / one AdamW run")
             lines += [f"### {title}", "", *heads, *rows, ""]
     if not lines:
         return ["It has not run."]
@@ -299,7 +302,9 @@ def _details(by_horizon: Mapping[str, Sequence[Record]]) -> list[str]:
         *lines,
         "Against AdamW with a cosine over the same horizon and its best rate. Wins, ties and "
         "losses, dead and diverged runs among them, by test accuracy where there are classes to "
-        "name, by test loss elsewhere. Time of training, without evaluation.",
+        "name, by test loss elsewhere. Losses at the end; the lowest test loss is that after the "
+        "best epoch of each run, the most that stopping early could give. Time of training, "
+        "without evaluation.",
     ]
 
 

@@ -59,7 +59,8 @@ LOW_COST = "adler-schedulefree-low-cost"
 MODES = ("adler-schedulefree-every-step", "adler-schedulefree-difference", LOW_COST)
 Contest = tuple[str, int]  # task, seed
 Runs = Mapping[Contest, Mapping[str, Record]]
-Criterion = Literal["score", "test_loss", "train_loss"]
+# The last is the least test loss after any epoch.
+Criterion = Literal["score", "test_loss", "train_loss", "lowest"]
 Verdict = Literal["win", "tie", "loss", "dead", "diverged"]
 
 # No better than guessing: within three standard errors of its accuracy, or of its loss to 2 %.
@@ -297,7 +298,13 @@ def behind(runs: Runs, among: Sequence[str]) -> tuple[dict[str, Behind], int]:
 
 
 def _loss(record: Record, which: str) -> float:
-    return math.inf if record["diverged"] else max(float(record[which]), _LEAST_LOSS)
+    if record["diverged"]:
+        return math.inf
+    if which == "lowest":
+        loss = min(float(x) for x in record["curves"]["test_loss"] if x is not None)
+    else:
+        loss = float(record[which])
+    return max(loss, _LEAST_LOSS)
 
 
 def loss_ratio(
@@ -311,13 +318,14 @@ def loss_ratio(
 def loss_ratios(
     by_loss: Runs, name: str, other: str = REFERENCE, which: Criterion = "test_loss"
 ) -> dict[str, float]:
-    """By task, the final loss over the other's, geometric mean over its seeds.
+    """By task, a loss over the other's, geometric mean over its seeds.
 
     Args:
         by_loss: `contests` by that loss.
         name: The method.
         other: Usually the best of ten SGD rates, here the one with the least loss.
-        which: The test loss, or the training loss (the mean over the last epoch's minibatches).
+        which: At the end the test loss, or the training loss (the mean over the last epoch's
+            minibatches); or the lowest test loss of the run.
     """
     logarithms = log_ratios(by_loss, name, other, which)
     return {task: math.exp(statistics.fmean(known)) for task, known in logarithms.items()}

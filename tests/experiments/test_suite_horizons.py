@@ -217,11 +217,12 @@ def test_the_tables_by_horizon():
     )
     assert f"| MoMo | 1.400 | 1.40 | {DIABETES}, of 2 | 10.000 | 10.00 | {DIABETES}, of 2 |" in rest
 
-    # Tasks, wins, ties, losses, accuracy, test loss, training loss, time.
+    # Tasks, wins, ties, losses, accuracy, test loss, lowest test loss, training loss, time.
     beside = rest.partition("[start:tuned]")[2]
     one, two = beside.split("### 1 × the epochs")[1].split("### 2 × the epochs")[:2]
-    assert "| Adler | 2 | 0 | 0 | 2 | – | 1.20 | 1.20 | 1.00 |" in one
-    assert f"| Adler | 2 | 2 | 0 | 0 | – | {ratio:.2f} | {ratio:.2f} | 1.00 |" in two
+    assert "| Adler | 2 | 0 | 0 | 2 | – | 1.20 | 1.20 | 1.20 | 1.00 |" in one
+    assert f"| Adler | 2 | 2 | 0 | 0 | – | {ratio:.2f} | {ratio:.2f} | {ratio:.2f} | 1.00 |" in two
+    assert "| ScheduleFree+ | 2 | 0 | 0 | 2 | – | 2.00 | 1.75 | 2.00 | 1.00 |" in two
     assert f"| MoMo | 2 × the epochs | {DIABETES} | diverged |" in rest
     assert "| AdamW + cosine, grid | 0.500 | 0.400 |" in rest
     assert "| Adler | 0.600 − | 0.300 + |" in rest
