@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ from support.right import DOUBLE, body, check, measured, right
 from torch import nn
 from torch.nn import functional as F
 
-from adler import Adler, AdlerAdam, Guard, Measure
+from adler import Adler, AdlerAdam, AdlerScheduleFree, Guard, Measure
 
 ce, mse = nn.CrossEntropyLoss(), nn.MSELoss()
 
@@ -264,6 +265,68 @@ def test_heads_joined_by_the_loop():
     optimizer = measured(model, mse, lambda m, c: c(torch.cat(m(X), 1), target))
     expected = right(twin(X), lambda *f: mse(torch.cat(f, 1), target), twin.parameters())
     check(optimizer, expected)
+
+
+class OfAll(nn.Module):
+    """Receives all that the model returns, in one argument."""
+
+    def forward(self, out, y):
+        a, b = out.values() if isinstance(out, dict) else out
+        return ce(a, y) + 0.4 * (b * a.detach().cosh()).square().mean()
+
+
+@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_a_criterion_of_all_that_the_model_returns(kind, jvp):
+    model = Heads(kind)
+    twin = copy.deepcopy(model)
+    expected = right(
+        list(twin(X).values() if kind is dict else twin(X)),
+        lambda a, b: OfAll()((a, b), Y),
+        twin.parameters(),
+    )
+    check(measured(model, OfAll(), lambda m, c: c(m(X), Y), jvp=jvp), expected, 1e-5)
+
+
+@pytest.mark.parametrize("optimizer_of", [Adler, AdlerAdam, AdlerScheduleFree])
+def test_a_criterion_of_all_that_the_model_returns_by_default(optimizer_of):
+    """Measured as the same loss of two arguments is."""
+
+    class OfTwo(OfAll):
+        def forward(self, a, b, y):
+            return super().forward((a, b), y)
+
+    seen = []
+    for criterion in (OfAll(), OfTwo()):
+        torch.manual_seed(0)
+        model = Heads()
+        optimizer = optimizer_of(model.parameters(), model, criterion)
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(X)
+            loss = criterion(out, Y) if type(criterion) is OfAll else criterion(*out, Y)
+            loss.backward()
+            with torch.no_grad():
+                for f in out:
+                    f.zero_()  # after the loss: not what it was computed at
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                optimizer.step()
+        assert bool(optimizer.last_step.trusted)
+        seen.append([float(getattr(optimizer.last_step, n)) for n in ("curvature", "effective_lr")])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-12)
+
+
+def test_one_tensor_of_a_tuple_that_depends_on_the_parameters():
+    class WithMask(nn.Module):
+        def forward(self, out, y):
+            return F.cross_entropy(out[0] * out[1], y)
+
+    mask = torch.rand(12, 3, dtype=DOUBLE)
+    model = body()
+    twin = copy.deepcopy(model)
+    optimizer = measured(model, WithMask(), lambda m, c: c((m(X), mask), Y))
+    check(optimizer, right([twin(X)], lambda f: ce(f * mask, Y), twin.parameters()))
 
 
 def soft_triplet(a, p, n):

@@ -106,7 +106,7 @@ class CriterionCalls:
             refused = _PAST if origins else _ELSEWHERE.format(_shapes(values))
         elif origins:
             try:
-                way, whole = self._way(origins, tensors, nth)
+                way, whole = self._way(origins, tensors, arguments, nth)
             except (RuntimeError, NotImplementedError) as error:
                 refused = _NOT_TWICE.format(error)
         module = self._criterion
@@ -144,11 +144,15 @@ class CriterionCalls:
         return None
 
     def _way(
-        self, origins: list[Source], tensors: list[tuple[int, Tensor]], nth: int
+        self,
+        origins: list[Source],
+        tensors: list[tuple[int, Tensor]],
+        arguments: tuple[Any, ...],
+        nth: int,
     ) -> tuple[Path | None, Source | None]:
         """How the loop made the criterion's arguments; the first, where ``output_fn`` makes it."""
         received = [t for _, t in tensors]
-        direct = len(received) == 1 and len(origins) == 1 and tensors[0][0] == 0
+        direct = len(received) == 1 and len(origins) == 1 and received[0] is arguments[0]
         if direct and same(origins[0], received[0]):
             return None, None
         made_by: Callable[[Any], Tensor] | None = None

@@ -41,8 +41,8 @@ class RecordedLoss:
 
     Attributes:
         call: The call of the model that made the outputs; of several, the first.
-        outputs: What the criterion received first, detached; None if the loop did not show it, or
-            only a part is replayed.
+        outputs: What the criterion received first, detached: a tensor, or what holds several;
+            None if the loop did not show it, or only a part is replayed.
         targets: What the criterion received after the outputs.
         value: The loss, 0-dim, detached; None if the loop did not show it.
         weight: Gradient that arrived at the loss, 0-dim; None: 1.
@@ -60,7 +60,7 @@ class RecordedLoss:
 
     call: Call
     targets: tuple[Any, ...]
-    outputs: Tensor | None = None
+    outputs: Any = None
     value: Tensor | None = None
     weight: Tensor | None = None
     factor: float = 1.0
@@ -72,6 +72,14 @@ class RecordedLoss:
     random_state: RandomState | None = None
     version: int | None = None
     whole: RecordedLoss | None = None
+
+    @property
+    def of_one_tensor(self) -> bool:
+        """Whether the criterion's first argument is a tensor, and all that depends on parameters.
+
+        Only of such a loss a `LossHessian` can be asked.
+        """
+        return self.differentiable == (0,) and isinstance(self.outputs, Tensor | None)
 
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -92,8 +100,10 @@ class RecordedLoss:
         Args:
             outputs: A replay's, where those of the training pass are not known any more.
         """
-        overwritten = self.outputs is not None and self.version not in (None, self.outputs._version)
-        at = outputs if self.outputs is None or overwritten else self.outputs
+        mine = self.outputs
+        # (What holds several tensors was copied.)
+        overwritten = isinstance(mine, Tensor) and self.version not in (None, mine._version)
+        at = outputs if mine is None or overwritten else mine
         return at, self.targets[0] if len(self.targets) == 1 else self.targets
 
     def value_at(self, outputs: Tensor, criterion: Callable[..., Tensor]) -> Tensor:

@@ -145,7 +145,7 @@ class Reduction:
     def _found(self, loss: RecordedLoss) -> str | None:
         """What a batch says; None: nothing."""
         outputs, value = loss.outputs, loss.value
-        if outputs is None or value is None or loss.differentiable != (0,):
+        if outputs is None or value is None or not loss.of_one_tensor:
             return None
         rows = len(outputs) if outputs.ndim else 1
         if rows < 2 or loss.version not in (None, outputs._version):
@@ -265,7 +265,7 @@ def _rows(loss: RecordedLoss, size: int) -> int:
 def _dimensions(loss: RecordedLoss) -> int:
     """Of what the criterion received as outputs, or what they have beside such targets."""
     if loss.outputs is not None:
-        return loss.outputs.ndim
+        return int(loss.outputs.ndim)
     return 1 + max(
         (t.ndim for t in pytree.tree_leaves(loss.targets) if isinstance(t, Tensor)), default=0
     )

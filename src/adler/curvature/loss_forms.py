@@ -86,7 +86,7 @@ class LossForms:
             wants_slope: Whether its slope is compared with others.
             ascends: Whether some loss of the batch is maximised.
         """
-        one, curved = loss.differentiable == (0,), self._is_closed(loss)
+        one, curved = loss.of_one_tensor, self._is_closed(loss)
         with loss.surroundings() if loss.outputs is None else contextlib.nullcontext():
             loss_value = loss.value_at(outputs, self.criterion)
         if loss.path is not None:
@@ -129,14 +129,14 @@ class LossForms:
         return contextlib.nullcontext() if self._is_closed(loss) else loss.surroundings()
 
     def _is_closed(self, loss: RecordedLoss) -> bool:
-        return loss.differentiable == (0,) and self.hessian.curved and not loss.options
+        return loss.of_one_tensor and self.hessian.curved and not loss.options
 
     def _form(
         self, loss: RecordedLoss, at: Any, targets: Any, tangents: Sequence[Tensor]
     ) -> Tensor:
         """The quadratic form; zero where PyTorch cannot differentiate the loss twice."""
         try:
-            if loss.differentiable == (0,):
+            if loss.of_one_tensor:
                 return self._hessian_of(loss).quadratic_form(at, targets, tangents[0])
             return joint_form(
                 self.criterion, (at, *loss.targets), loss.differentiable, tangents, loss.options
