@@ -1,6 +1,7 @@
 """Whatever the loop does between model, criterion and backward is measured as it was done."""
 
 import copy
+import dataclasses
 import gc
 import warnings
 import weakref
@@ -327,6 +328,32 @@ def test_one_tensor_of_a_tuple_that_depends_on_the_parameters():
     twin = copy.deepcopy(model)
     optimizer = measured(model, WithMask(), lambda m, c: c((m(X), mask), Y))
     check(optimizer, right([twin(X)], lambda f: ce(f * mask, Y), twin.parameters()))
+
+
+class OfAttributes(nn.Module):
+    def forward(self, out, y):
+        return OfAll()((out.a, out.b), y)
+
+
+def test_a_criterion_of_an_object():
+    """Refused by name, unless PyTorch knows how to take it apart."""
+
+    @dataclasses.dataclass
+    class Out:
+        a: torch.Tensor
+        b: torch.Tensor
+
+    class Named(Heads):
+        def forward(self, x):
+            return Out(*super().forward(x))
+
+    twin, criterion = Named(), OfAttributes()
+    with pytest.raises(RuntimeError, match=r"received Out, .*register_dataclass\(Out\)"):
+        measured(copy.deepcopy(twin), criterion, lambda m, c: c(m(X), Y))
+    torch.export.register_dataclass(Out)
+    out = twin(X)
+    expected = right([out.a, out.b], lambda a, b: OfAll()((a, b), Y), twin.parameters())
+    check(measured(copy.deepcopy(twin), criterion, lambda m, c: c(m(X), Y)), expected)
 
 
 def soft_triplet(a, p, n):

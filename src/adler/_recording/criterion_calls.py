@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adler._recording.copies import Copier, copy_of
+from adler._recording.copies import Copier, copy_of, tensors_in
 from adler._recording.links import Path, Place, Source, flattened, same, sources
 from adler._recording.randomness import RandomState
 from adler._recording.records import WHOLE, Placed, RecordedLoss
@@ -100,7 +100,9 @@ class CriterionCalls:
         tensors = [(i, t) for i, t in enumerate(values) if _differentiable(t)]
         origins, past = sources([t for _, t in tensors], self._key, {id(p) for p in self._params()})
         way, whole, refused = None, None, None
-        if named := self._depending(options):
+        if not tensors and (closed := self._closed(values)):
+            refused, origins = _CLOSED.format(closed[0]), closed[1]
+        elif named := self._depending(options):
             origins, refused = origins or named[1], _BY_KEYWORD.format(named[0])
         elif past:
             refused = _PAST if origins else _ELSEWHERE.format(_shapes(values))
@@ -133,6 +135,17 @@ class CriterionCalls:
                 refused,
             )
         )
+
+    def _closed(self, values: list[Any]) -> tuple[str, list[Source]] | None:
+        """The first object that holds what a model returned, and that PyTorch cannot look into."""
+        for value in values:
+            if isinstance(value, Tensor):
+                continue
+            held = [t for t in tensors_in(value) if _differentiable(t)]
+            found, _ = sources(held, self._key, {id(p) for p in self._params()})
+            if found:
+                return type(value).__name__, found
+        return None
 
     def _depending(self, options: dict[str, Any]) -> tuple[str, list[Source]] | None:
         """The first option that depends on the parameters, and where it comes from."""
@@ -242,6 +255,11 @@ _BY_KEYWORD = (
     "the criterion received {}= by keyword only, and it depends on the parameters, which would be "
     "missing from the curvature: give it a positional parameter of its own in the criterion's "
     "forward(self, outputs, targets, ...)"
+)
+_CLOSED = (
+    "the criterion received {0}, an object that PyTorch does not know how to take apart: give it "
+    "the tensors (criterion(out.logits, ...)), a dict, a tuple or a NamedTuple, or call "
+    "torch.export.register_dataclass({0}) once, if it is a dataclass"
 )
 _NOT_TWICE = (
     "an operation between the model and the criterion cannot be differentiated twice ({}): do it "
