@@ -3,8 +3,8 @@
     python -m benchmarks.removed
 
 Reads the records of `benchmarks/results/removed`, whose README says what was changed, and when, and
-those of today. Each change is seen beside the next. Ratios of test losses are of equal tasks,
-lengths and seeds.
+those of today. Each change is seen beside the next; the last is of rounding alone, and says how far
+one seed's result can be trusted. Ratios of test losses are of equal tasks, lengths and seeds.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def nanogpt(before: Sequence[Record], now: Sequence[Record]) -> str:
 def main() -> None:
     """The command."""
     removed, suite = _RESULTS / "removed", _RESULTS / "suite"
-    parts, eighth = (
+    parts, eighth, rounded = (
         read([removed / f"long-{change}.jsonl"], lambda r: Trial.of(r).key())
-        for change in ("mean-of-parts", "every-eighth")
+        for change in ("mean-of-parts", "every-eighth", "rounding")
     )
     today = trials.read([suite / part for part in PRESETS["long"].parts])
     pair = (removed / "nanogpt-mean-of-parts.jsonl", _RESULTS / "nanogpt.jsonl")
@@ -85,7 +85,11 @@ def main() -> None:
         f"{long_tasks(parts, eighth)}\n\n{means}\n\n{loops}\n\n"
         f"Means of the validation loss in nats a character. {written}"
     )
-    (removed / "every-eighth.md").write_text(f"{long_tasks(eighth, today)}\n\n{means} {written}")
+    for change, before, after in (
+        ("every-eighth", eighth, rounded),
+        ("rounding", rounded, today),
+    ):
+        (removed / f"{change}.md").write_text(f"{long_tasks(before, after)}\n\n{means} {written}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Optimizers that measure their own learning rate.
 
-`AdlerScheduleFree` is the one to begin with. `Adler` is the thesis's method on the plain gradient,
-`AdlerAdam` goes along Adam's momentum without an average of the iterates, and `wrap` takes the
-direction of any other optimizer. `GaussNewton` is the baseline that ADLER is compared with, and
-`SpectralSGD` takes the rate that is safe in every direction. `Guard` bounds a step, `Measure` says
-how curvature is measured, `ModelLoss` describes a loss that the model computes itself; `losses`
-holds the loss Hessians, `curvature` the pure functions beneath, `diagnostics` looks at a network.
+`AdlerScheduleFree` is the one to begin with. `AdlerMuon` goes along Muon's direction in hidden
+matrices, `Adler` along the plain gradient, `AdlerAdam` along Adam's momentum without an average of
+the iterates, and `wrap` along that of any other optimizer. `GaussNewton` is the baseline that ADLER
+is compared with, and `SpectralSGD` takes the rate that is safe in every direction. `Guard` bounds a
+step, `Measure` says how curvature is measured, `ModelLoss` describes a loss that the model computes
+itself; `losses` holds the loss Hessians, `curvature` the pure functions beneath, `diagnostics`
+looks at a network.
 """
 
 from adler import curvature, diagnostics, losses

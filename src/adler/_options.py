@@ -62,7 +62,8 @@ class Measure:
     By default exactly, by forward mode, on a quarter of the batch, at each of the first hundred
     steps, then at every eighth, from the 1,600th on at every sixteenth and from the 3,200th on at
     every thirty-second: for a few hundredths of the time of a step. Between measurements the
-    average and the bounds follow the present gradient with a mean of the last ratios ``c / d·d``.
+    average stays as it is; its bounds follow the present gradient, with a mean of the last ratios
+    ``c / d·d``.
     `every_step` has it all, for twice the time.
 
     Attributes:
@@ -115,7 +116,7 @@ class Measure:
     def low_cost(cls) -> Measure:
         """As rarely as by default, by finite differences: two passes without gradients on a part.
 
-        Cheaper than forward mode, good for any op, and less exact: see the page on cost.
+        Good for any op, at about the same cost, and less exact: see the page on cost.
         """
         return cls("finite_difference")
 

@@ -40,9 +40,8 @@ def test_losses_in_a_loop_are_of_the_seeds_of_both():
 
 def test_what_is_committed_is_what_the_records_say(tmp_path, monkeypatch):
     folder = removed._RESULTS / "removed"
-    committed = {
-        name: (folder / name).read_text() for name in ("mean-of-parts.md", "every-eighth.md")
-    }
+    names = ("mean-of-parts.md", "every-eighth.md", "rounding.md")
+    committed = {name: (folder / name).read_text() for name in names}
     said = {}
     monkeypatch.setattr(type(folder), "write_text", lambda path, text: said.update({path: text}))
     removed.main()

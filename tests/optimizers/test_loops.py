@@ -66,6 +66,19 @@ def test_the_plain_example(capsys):
     assert loop.main(epochs=3) > 0.9
 
 
+def test_the_loop_of_the_examples_goes_on_where_it_was(tmp_path):
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    loop.main(epochs=3, checkpoint=whole)
+    for epochs in (2, 2, 3):  # finished, asked again, and more of it
+        loop.main(epochs=epochs, checkpoint=parts)
+    a, b = torch.load(whole), torch.load(parts)
+    assert a["epochs"] == b["epochs"] == 3
+    # (Running statistics come from batches of both runs, which no checkpoint holds.)
+    for name, _ in loop.network().named_parameters():
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    assert min(a["accuracy"], b["accuracy"]) > 0.9
+
+
 # --- clipping and accumulation --------------------------------------------------------------------
 
 

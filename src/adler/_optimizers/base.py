@@ -323,7 +323,8 @@ class MeasuredOptimizer(ModelOptimizer):
         """With ``measure=Measure.low_cost()``: finite differences in place of forward mode.
 
         Works for any op, and takes two passes without gradients on a quarter of the batch at every
-        eighth step: 2 % of SGD's time. Under bfloat16 its curvatures are off by up to 30 %.
+        eighth step: about the time of forward mode. Under bfloat16 its curvatures are off by up to
+        30 %.
 
         Args:
             params: See the class.

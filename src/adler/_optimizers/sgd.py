@@ -66,8 +66,9 @@ class Adler(AveragedOptimizer):
         eps: ``ε``, bounds a minibatch's rate by ``1/ε``.
         guard: How long a step may be; ``None``: as long as the average says. See `Guard`.
         measure: How, and how often, curvature is measured. See `Measure`.
-        output_fn: Maps what the model returns to the tensor that the criterion receives. Needed
-            when the model returns no tensor, or the loop slices or reshapes before the loss.
+        output_fn: Maps what the model returns to the tensor that the criterion receives. Needed for
+            ``step(targets=...)`` where the model returns no tensor; a loop that calls the criterion
+            is followed without it, at more cost.
         follow_mode: Whether the weights follow the model's mode, the average in evaluation, and its
             ``state_dict()`` is of the average; if not, only `eval` and `train` place them.
         bn_batches: How many batches of training are kept, to find BatchNorm's running statistics at
