@@ -12,7 +12,7 @@ from support.right import DOUBLE, body, check, measured, right
 from torch import nn
 from torch.nn import functional as F
 
-from adler import Adler, AdlerAdam, AdlerScheduleFree, Guard, Measure
+from adler import Adler, AdlerAdam, AdlerMuon, AdlerScheduleFree, Guard, Measure
 
 ce, mse = nn.CrossEntropyLoss(), nn.MSELoss()
 
@@ -354,6 +354,102 @@ def test_a_criterion_of_an_object():
     out = twin(X)
     expected = right([out.a, out.b], lambda a, b: OfAll()((a, b), Y), twin.parameters())
     check(measured(copy.deepcopy(twin), criterion, lambda m, c: c(m(X), Y)), expected)
+
+
+class Chained(nn.Module):
+    """Its second output is made of the first, the third of both, as a VAE's reconstruction is."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 3)
+        self.to(DOUBLE)
+
+    def forward(self, x):
+        a = self.a(self.body(x).tanh())
+        b = self.b(a.tanh())
+        return a, b, a * b.exp()
+
+
+class Combined(nn.Module):
+    def forward(self, a, b, c):
+        return (a.square() * b.cosh()).mean() + F.cross_entropy(c, Y)
+
+
+@pytest.mark.parametrize("jvp", ["forward", "finite_difference", "double_backward"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_outputs_that_are_made_of_each_other(order, jvp):
+    def call(c, out):
+        return c(*(out[i] for i in order))
+
+    model = Chained()
+    twin = copy.deepcopy(model)
+    expected = right(twin(X), lambda *f: call(Combined(), f), twin.parameters())
+    check(measured(model, Combined(), lambda m, c: call(c, m(X)), jvp=jvp), expected, 1e-5)
+
+
+@pytest.mark.parametrize("jvp", ["forward", "double_backward"])
+def test_outputs_that_are_made_of_each_other_joined_by_the_loop(jvp):
+    model, target = Chained(), torch.randn(12, 9, dtype=DOUBLE)
+    twin = copy.deepcopy(model)
+
+    def joined(a, b, c):
+        return torch.cat([a * b, b / 2, c], 1)
+
+    optimizer = measured(model, mse, lambda m, c: c(joined(*m(X)), target), jvp=jvp)
+    # The criterion's Hessian at what it received.
+    expected = right([joined(*twin(X))], lambda f: mse(f, target), twin.parameters())
+    check(optimizer, expected)
+
+
+def test_pieces_of_one_tensor_that_are_made_of_each_other():
+    class Pieces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = body(6, 6), nn.Linear(3, 3).to(DOUBLE)
+
+        def forward(self, x):
+            a, b = self.body(x).chunk(2, 1)
+            return a, b, self.last(a * b)
+
+    model = Pieces()
+    twin = copy.deepcopy(model)
+    expected = right(twin(X), Combined(), twin.parameters())
+    check(measured(model, Combined(), lambda m, c: c(*m(X))), expected)
+
+
+@pytest.mark.parametrize("optimizer_of", [Adler, AdlerAdam, AdlerScheduleFree, AdlerMuon])
+def test_a_variational_autoencoder(optimizer_of):
+    """By default, in one argument, with noise between its outputs."""
+
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = body(6, 4), body(2, 6)
+
+        def forward(self, x):
+            mean, log_variance = self.encode(x).chunk(2, 1)
+            z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+            return {"x": self.decode(z), "code": [mean, log_variance], "note": None}
+
+    class Bound(nn.Module):
+        def forward(self, out, x):
+            mean, log_variance = out["code"]
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
+            return ((out["x"] - x).square().sum() / 2 + divergence) / len(x)
+
+    torch.manual_seed(0)
+    model, criterion = Autoencoder(), Bound()
+    optimizer = optimizer_of(model.parameters(), model, criterion)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = criterion(model(X), X)
+        loss.backward()
+        optimizer.step()
+        assert bool(optimizer.last_step.trusted)
+        losses.append(float(loss.detach()))
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert int(optimizer.last_step.skipped_total) == 0
 
 
 def soft_triplet(a, p, n):

@@ -8,8 +8,9 @@ differentiated while their graph is alive, so that tangents of the outputs can b
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,7 +152,10 @@ class Path:
 
     def __init__(self, origins: list[Source], received: list[Tensor]) -> None:
         self.places = [source.place for source in origins]
-        with torch.enable_grad():
+        with contextlib.ExitStack() as stack, torch.enable_grad():
+            # One output may be made of another inside the model, which is not of the path.
+            for source in origins:
+                stack.callback(source.node.register_prehook(_stop(source.number)).remove)
             self._at = [torch.zeros_like(x, requires_grad=True) for x in received]
             # u ↦ Pᵀu is linear: its own transpose is P.
             self._pulled = torch.autograd.grad(
@@ -180,6 +184,17 @@ class Path:
                 materialize_grads=True,
             )
         return [v.detach() for v in found]
+
+
+def _stop(number: int) -> Callable[[tuple[Tensor | None, ...]], tuple[Tensor | None, ...]]:
+    """A hook before a node, whose output of that number no gradient passes; it is seen there."""
+
+    def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        own = gradients[number]
+        stopped = None if own is None else torch.zeros_like(own)
+        return (*gradients[:number], stopped, *gradients[number + 1 :])
+
+    return hook
 
 
 @dataclass(frozen=True)
